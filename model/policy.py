@@ -1,0 +1,128 @@
+"""The calibrated rule that says whether an exit's answer suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+NEVER = 2.0
+"""A threshold that no confidence reaches."""
+
+
+class Reason(StrEnum):
+    """Why a job was answered from the exit it was answered from."""
+
+    CONFIDENT = "confident"
+    FINAL = "final"
+    DEADLINE = "deadline"
+    OVERLOAD = "overload"
+    MAX_EXIT = "max_exit"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What decides one job: a threshold for each exit, and the exits it may leave at."""
+
+    thresholds: tuple[float, ...]
+    """One for each exit, shallow to deep; the last is never asked."""
+    min_exit: int
+    max_exit: int
+
+    def verdict(self, exit: int, confidence: float) -> Reason | None:
+        """The reason to answer from `exit` at this calibrated confidence, or None to go on."""
+        if exit == len(self.thresholds):
+            return Reason.FINAL
+        if exit == self.max_exit:
+            return Reason.MAX_EXIT
+        if exit >= self.min_exit and confidence >= self.thresholds[exit - 1]:
+            return Reason.CONFIDENT
+        return None
+
+
+class OperatingPoint(BaseModel):
+    """Thresholds with the accuracy they may cost and the compute they save."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_accuracy_loss: Probability = Field(
+        description="bound on the accuracy lost against the full network, as a share"
+    )
+    thresholds: tuple[Annotated[float, Field(ge=0, le=NEVER)], ...] = Field(
+        description="calibrated confidence that suffices at each exit but the deepest"
+    )
+    certified: bool = Field(
+        description="whether the bound holds with the policy's probability, or is an estimate"
+    )
+    measured_accuracy_loss: float = Field(
+        description="accuracy lost on the calibration images; negative is a gain"
+    )
+    mean_macs: Probability = Field(
+        description="expected multiply-accumulates, as a share of the full network's"
+    )
+    exit_shares: tuple[Probability, ...] = Field(
+        description="share of the calibration images that leave at each exit"
+    )
+
+
+class Policy(BaseModel):
+    """Temperatures and operating points, as `policy.json` holds them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights_sha256: str = Field(description="digest of the weights it was made for")
+    method: str = Field(description="how the operating points were chosen")
+    delta: Probability = Field(description="probability that a certified bound fails")
+    calibration_images: int = Field(ge=1)
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        description="divides each exit's logits before the softmax"
+    )
+    operating_points: tuple[OperatingPoint, ...] = Field(
+        min_length=1, description="from the smallest accuracy loss to the largest"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Policy:
+        losses = [p.max_accuracy_loss for p in self.operating_points]
+        if losses != sorted(set(losses)):
+            raise ValueError("operating points must rise in max_accuracy_loss")
+        for point in self.operating_points:
+            if len(point.thresholds) != len(self.temperatures) - 1:
+                raise ValueError("each operating point needs a threshold for every exit but one")
+        return self
+
+    @property
+    def exits(self) -> int:
+        """How many exits the policy speaks of."""
+        return len(self.temperatures)
+
+    def point_for(self, max_accuracy_loss: float) -> OperatingPoint:
+        """The cheapest operating point that may lose no more than this share of accuracy.
+
+        Raises:
+            ValueError: every operating point may lose more.
+        """
+        allowed = [p for p in self.operating_points if p.max_accuracy_loss <= max_accuracy_loss]
+        if not allowed:
+            least = self.operating_points[0].max_accuracy_loss
+            raise ValueError(
+                f"no operating point loses at most {max_accuracy_loss:g}; the least is {least:g}"
+            )
+        return allowed[-1]
+
+    def rule(
+        self,
+        point: OperatingPoint,
+        threshold: float | None = None,
+        min_exit: int = 1,
+        max_exit: int | None = None,
+    ) -> Rule:
+        """The rule for one job: an operating point, or `threshold` at every exit in its stead."""
+        shallow: Sequence[float] = point.thresholds
+        if threshold is not None:
+            shallow = [threshold] * (self.exits - 1)
+        return Rule((*shallow, 0.0), min_exit, max_exit or self.exits)

@@ -1,0 +1,147 @@
+"""Image folders as tensors, split the same way every time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.image import ImageError, decode
+from model.preprocess import Preprocess
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+MAX_PIXELS = 100_000_000
+
+
+class DataError(Exception):
+    """A data folder that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Files with their classes, not yet read."""
+
+    classes: tuple[str, ...]
+    files: tuple[Path, ...]
+    class_ids: tuple[int, ...]
+
+    def pick(self, indices: Sequence[int]) -> Listing:
+        """The listing of these positions alone."""
+        return Listing(
+            self.classes,
+            tuple(self.files[i] for i in indices),
+            tuple(self.class_ids[i] for i in indices),
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """Decoded images in memory."""
+
+    classes: tuple[str, ...]
+    pixels: Tensor
+    """uint8 `[N, H, W, 3]`."""
+    class_ids: Tensor
+    """int64 `[N]`."""
+    files: tuple[Path, ...]
+    unreadable: tuple[str, ...] = field(default=())
+    """Files that were skipped, each with its reason."""
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+
+def list_folder(root: Path) -> Listing:
+    """List `root/CLASS/*.png` (or another image suffix), classes and files in sorted order.
+
+    Raises:
+        DataError: the folder is missing, has no classes, or a class has no image.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder")
+    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    if not folders:
+        raise DataError(f"{root} has no class folders; expected {root}/CLASS/*.png")
+    files: list[Path] = []
+    class_ids: list[int] = []
+    for class_id, folder in enumerate(folders):
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not found:
+            raise DataError(f"class folder {folder} has no image")
+        files += found
+        class_ids += [class_id] * len(found)
+    return Listing(tuple(f.name for f in folders), tuple(files), tuple(class_ids))
+
+
+def split_by_hash(listing: Listing, share: float) -> tuple[Listing, Listing]:
+    """Hold out `share` of each class, always the same files.
+
+    The held-out files of a class are those whose SHA-256 of `CLASS/FILENAME` is smallest, so the
+    split depends on nothing but the names: not on the order of reading, a seed or a library.
+
+    Returns:
+        The files kept, and the files held out.
+    """
+    by_class: dict[int, list[int]] = {}
+    for i, class_id in enumerate(listing.class_ids):
+        by_class.setdefault(class_id, []).append(i)
+    held: set[int] = set()
+    for indices in by_class.values():
+        ranked = sorted(indices, key=lambda i: _digest(listing.files[i]))
+        held.update(ranked[: round(share * len(indices))])
+    everything = range(len(listing))
+    return (
+        listing.pick([i for i in everything if i not in held]),
+        listing.pick([i for i in everything if i in held]),
+    )
+
+
+def _digest(file: Path) -> bytes:
+    return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).digest()
+
+
+def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet:
+    """Read and decode every file through the serving preprocess.
+
+    An unreadable file is skipped and listed in `unreadable`.
+
+    Raises:
+        DataError: no file could be read.
+    """
+
+    def read(file: Path) -> np.ndarray | str:
+        try:
+            return preprocess.pixels(decode(file.read_bytes(), preprocess.size, MAX_PIXELS))
+        except (ImageError, OSError) as error:
+            return f"{file}: {error}"
+
+    pixels, ids, files, unreadable = [], [], [], []
+    with ThreadPoolExecutor(threads) as pool:
+        results = pool.map(read, listing.files)
+        bar = tqdm(results, "reading", len(listing), unit="image", leave=False)
+        for file, class_id, result in zip(listing.files, listing.class_ids, bar, strict=True):
+            if isinstance(result, str):
+                unreadable.append(result)
+                continue
+            pixels.append(result)
+            ids.append(class_id)
+            files.append(file)
+    if not pixels:
+        raise DataError(f"none of {len(listing)} files could be read; the first: {unreadable[0]}")
+    return ImageSet(
+        listing.classes,
+        torch.from_numpy(np.stack(pixels)),
+        torch.tensor(ids),
+        tuple(files),
+        tuple(unreadable),
+    )

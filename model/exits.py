@@ -6,6 +6,7 @@ After Zhang, Bao and Ma, "Self-Distillation: Towards Efficient and Compact Neura
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -73,7 +74,7 @@ class ExitHead(nn.Module):
 
     def __init__(self, channels: Sequence[int], classes: int, attention: bool = True) -> None:
         super().__init__()
-        steps = list(zip(channels, channels[1:], strict=False))
+        steps = list(itertools.pairwise(channels))
         self.gate = AttentionGate(channels[0]) if attention and steps else nn.Identity()
         self.align = nn.Sequential(*(SeparableBlock(a, b) for a, b in steps))
         self.fc = nn.Linear(channels[-1], classes)

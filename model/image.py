@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -61,14 +61,16 @@ def read_header(data: bytes, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise ImageTooLarge(f"the image has more than {max_pixels} pixels") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         allowed = ", ".join(FORMATS)
         raise UnsupportedImage(f"not an image, or not one of {allowed}") from None
     except Exception:  # Pillow's parsers raise many kinds on hostile input
         raise BrokenImage("the image's header is broken") from None
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageTooLarge(f"the image is {width}x{height}; at most {max_pixels} pixels are allowed")
+        raise ImageTooLarge(
+            f"the image is {width}x{height}; at most {max_pixels} pixels are allowed"
+        )
     if width == 0 or height == 0:
         raise BrokenImage("the image has no pixels")
     return image

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,10 +31,11 @@ def count_stages(net: MultiExitNet, size: int) -> list[StageCost]:
     net = copy.deepcopy(net).to("meta").eval()
     x = torch.empty(1, 3, size, size, device="meta")
     costs = []
-    for k, head in enumerate(net.heads, start=1):
-        trunk, x = _count(net, lambda x, k=k: net.features(k, x), x)
-        exit_macs, _ = _count(net, head, x)
-        costs.append(StageCost(trunk, exit_macs, _trunk_parameters(net, k), _parameters(head)))
+    for k in range(1, net.exits + 1):
+        head = net.head(k)
+        trunk, x = _count(net, partial(net.features, k), x)
+        head_macs, _ = _count(net, head, x)
+        costs.append(StageCost(trunk, head_macs, _trunk_parameters(net, k), _parameters(head)))
     return costs
 
 
@@ -46,7 +49,7 @@ def cumulative_parameters(costs: list[StageCost]) -> list[int]:
     return _running(c.trunk_parameters + c.head_parameters for c in costs)
 
 
-def _running(values) -> list[int]:
+def _running(values: Iterable[int]) -> list[int]:
     total, out = 0, []
     for value in values:
         total += value
@@ -54,7 +57,7 @@ def _running(values) -> list[int]:
     return out
 
 
-def _count(net: nn.Module, run, x: Tensor) -> tuple[int, Tensor]:
+def _count(net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:
     macs = 0
 
     def add(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:

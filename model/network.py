@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,10 @@ class MultiExitNet(nn.Module):
         """How many exits there are."""
         return len(self.heads)
 
+    def head(self, k: int) -> ExitHead:
+        """The head of exit `k`, 1..exits."""
+        return cast(ExitHead, self.heads[k - 1])
+
     def features(self, k: int, x: Tensor) -> Tensor:
         """Run the trunk of stage `k`: images (k = 1) or stage k-1's features to features."""
         if k == 1:
@@ -76,7 +80,7 @@ class MultiExitNet(nn.Module):
             Features `[N, C_k, H_k, W_k]` for stage k+1, and this exit's logits `[N, classes]`.
         """
         x = self.features(k, x)
-        return x, self.heads[k - 1](x)
+        return x, self.head(k)(x)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised images `[N, 3, H, W]` to the logits of every exit, shallow to deep."""
@@ -85,8 +89,9 @@ class MultiExitNet(nn.Module):
     def outputs(self, x: Tensor) -> Outputs:
         """Like `forward`, with the pooled features that distillation compares."""
         out = Outputs([], [])
-        for k, head in enumerate(self.heads, start=1):
+        for k in range(1, self.exits + 1):
             x = self.features(k, x)
+            head = self.head(k)
             pooled = head.pooled(x)
             out.pooled.append(pooled)
             out.logits.append(head.fc(pooled))
@@ -116,7 +121,9 @@ def build(architecture: str, classes: int, **arguments: Any) -> MultiExitNet:
     return MultiExitNet(ARCHITECTURES[architecture](**arguments), classes, **head)
 
 
-def build_from(state: Mapping[str, Tensor], architecture: str, classes: int, **arguments: Any) -> MultiExitNet:
+def build_from(
+    state: Mapping[str, Tensor], architecture: str, classes: int, **arguments: Any
+) -> MultiExitNet:
     """Build a network in eval mode and give it these weights, without initialising any first.
 
     Raises:

@@ -70,7 +70,7 @@ class ResNet(Backbone):
         channels = width // strides[0]
         if stem == 32:
             self.conv1 = conv3x3(3, channels)
-            self.maxpool: nn.Module = nn.Identity()
+            self.maxpool: nn.MaxPool2d | None = None
         else:
             self.conv1 = nn.Conv2d(3, channels, 7, 2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, 2, padding=1)
@@ -88,4 +88,5 @@ class ResNet(Backbone):
         return [list(getattr(self, f"layer{i + 1}")) for i in range(len(self.stage_channels))]
 
     def stem(self, x: Tensor) -> Tensor:
-        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.relu(self.bn1(self.conv1(x)))
+        return x if self.maxpool is None else self.maxpool(x)

@@ -1,0 +1,1 @@
+"""Operating the server: dashboards, alerts, load."""

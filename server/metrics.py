@@ -1,0 +1,186 @@
+"""Every metric the server exports."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+
+import prometheus_client
+import torch
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+from model.policy import Reason
+
+VERSION = "0.1.0"
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+PHASES = ("decode", "queue", "encode")
+ROUTES = ("/classify", "/classify/batch")
+REQUEST_CODES = ("200", "400", "401", "403", "413", "422", "429", "500", "503", "504")
+REFUSALS = ("queue_full", "not_in_time")
+IMAGE_FAULTS = ("no_image", "unsupported_image", "broken_image", "image_too_large")
+CONFIDENCE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+SECONDS_BUCKETS = (
+    # Millisecond work: a stage takes 0.1 to 10 ms, an answer 1 to 100 ms.
+    *(0.00025, 0.0005, 0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025),
+    *(0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5),
+)
+
+
+class Metrics:
+    """All metric families in a registry of their own, with every series present from the start.
+
+    Args:
+        model: the bundle's name.
+        version: the bundle's version.
+        exits: how many exits its network has.
+        max_batch: the largest stage batch.
+        deadline_seconds: the default deadline, made a bucket boundary.
+        labels: what `model_info` says beside the name (architecture, device, dtype…).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        exits: int,
+        max_batch: int,
+        deadline_seconds: float | None,
+        labels: dict[str, str],
+    ) -> None:
+        self.model = model
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        boundary = {deadline_seconds} if deadline_seconds else set()
+        seconds = sorted({*SECONDS_BUCKETS, *boundary})
+        batches = sorted({1, *(2**i for i in range(1, 11) if 2**i < max_batch), max_batch})
+        self._requests(seconds)
+        self._answers(seconds)
+        self._engine(seconds, batches)
+        self._policy()
+        self._information({"model": model, "version": version, **labels})
+        self._create_series(exits)
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(f"offramp_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(f"offramp_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]
+    ) -> Histogram:
+        return Histogram(f"offramp_{name}", text, labels, registry=self.registry, buckets=buckets)
+
+    def _requests(self, seconds: Sequence[float]) -> None:
+        self.requests = self._counter("requests_total", "HTTP requests", ["route", "code"])
+        self.request_seconds = self._histogram(
+            "request_duration_seconds", "First byte to last byte", ["route"], seconds
+        )
+        self.phase_seconds = self._histogram(
+            "phase_duration_seconds", "Time of one phase of a request", ["phase"], seconds
+        )
+        self.refused = self._counter("refused_total", "Images refused for load", ["reason"])
+        self.rejected_images = self._counter(
+            "rejected_images_total", "Images that could not be used", ["code"]
+        )
+        self.deadlines = self._counter(
+            "deadlines_total", "Requests with a deadline, by outcome", ["outcome"]
+        )
+        self.in_flight = self._gauge("in_flight_jobs", "Images accepted and not yet answered")
+
+    def _answers(self, seconds: Sequence[float]) -> None:
+        self.answers = self._counter(
+            "answers_total", "Answers, by exit and reason", ["model", "exit", "reason"]
+        )
+        self.answer_seconds = self._histogram(
+            "answer_duration_seconds", "Arrival to answer", ["model", "exit"], seconds
+        )
+        self.confidence = self._histogram(
+            "confidence",
+            "Calibrated confidence at every exit reached",
+            ["model", "exit"],
+            CONFIDENCE_BUCKETS,
+        )
+        self.macs = self._counter(
+            "macs_total",
+            "Multiply-accumulates spent on answers, and what full depth would have taken",
+            ["model", "kind"],
+        )
+        self.audited = self._counter(
+            "audited_total",
+            "Early answers run to the last exit, by whether it agreed",
+            ["model", "exit", "agreed"],
+        )
+
+    def _engine(self, seconds: Sequence[float], batches: Sequence[float]) -> None:
+        self.stage_seconds = self._histogram(
+            "stage_duration_seconds", "One stage batch on the device", ["model", "stage"], seconds
+        )
+        self.batch_size = self._histogram(
+            "batch_size", "Images in one stage batch", ["model", "stage"], batches
+        )
+        self.queue_jobs = self._gauge(
+            "queue_jobs", "Images waiting for a stage", ["model", "stage"]
+        )
+
+    def _policy(self) -> None:
+        self.operating_point = self._gauge(
+            "operating_point",
+            "Accuracy loss that the operating point in force may cost; 1 for first exit only",
+            ["model"],
+        )
+        self.policy_threshold = self._gauge(
+            "policy_threshold", "Confidence that suffices at an exit", ["model", "exit"]
+        )
+
+    def _information(self, labels: dict[str, str]) -> None:
+        self._gauge("model_info", "The bundle that is served", list(labels)).labels(**labels).set(1)
+        build = {
+            "version": VERSION,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        self._gauge("build_info", "What is running", list(build)).labels(**build).set(1)
+
+    def _create_series(self, exits: int) -> None:
+        for route in ROUTES:
+            self.request_seconds.labels(route)
+            for code in REQUEST_CODES:
+                self.requests.labels(route, code)
+        for phase in PHASES:
+            self.phase_seconds.labels(phase)
+        for reason in REFUSALS:
+            self.refused.labels(reason)
+        for code in IMAGE_FAULTS:
+            self.rejected_images.labels(code)
+        for outcome in ("met", "missed"):
+            self.deadlines.labels(outcome)
+        for kind in ("spent", "full"):
+            self.macs.labels(self.model, kind)
+        self.operating_point.labels(self.model)
+        for exit in range(1, exits + 1):
+            self._create_exit(str(exit))
+
+    def _create_exit(self, exit: str) -> None:
+        for reason in Reason:
+            self.answers.labels(self.model, exit, reason.value)
+        for family in (self.answer_seconds, self.confidence, self.policy_threshold):
+            family.labels(self.model, exit)
+        for family in (self.stage_seconds, self.batch_size, self.queue_jobs):
+            family.labels(self.model, exit)
+        for agreed in ("true", "false"):
+            self.audited.labels(self.model, exit, agreed)
+
+    def render(self) -> bytes:
+        """The exposition that Prometheus scrapes."""
+        return prometheus_client.generate_latest(self.registry)

@@ -1,0 +1,129 @@
+"""Everything an operator can set, in one class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+PREFIX = "OFFRAMP_"
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used; the message names each one and its fault."""
+
+
+class Settings(BaseSettings):
+    """Command-line flag over environment (`OFFRAMP_…`) over default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_parse_none_str="none",
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="none",
+        cli_avoid_json=True,
+        extra="forbid",
+        frozen=True,
+    )
+
+    bundle: Path = Field(Path("model/default"), description="folder of the bundle to serve")
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="where the network runs; auto takes CUDA where there is a card"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="numerics of the network; auto takes float16 on CUDA, float32 on CPU"
+    )
+    threads: int = Field(
+        0, ge=0, le=1024, description="threads inside one operation on CPU; 0 takes every core"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    max_accuracy_loss: float = Field(
+        0.01, ge=0, le=1, description="operating point in peace: accuracy it may lose, as a share"
+    )
+    overload_accuracy_loss: float = Field(
+        0.05, ge=0, le=1, description="how far overload may move the operating point"
+    )
+    overload_first_exit: bool = Field(
+        True, description="whether overload may go on to first-exit answers, without a bound"
+    )
+    default_deadline_ms: float | None = Field(
+        1000.0, gt=0, description="deadline of requests that name none; none for no deadline"
+    )
+    max_batch: int = Field(32, ge=1, le=1024, description="most images in one stage batch")
+    max_queue: int = Field(1024, ge=1, description="most images accepted and not yet answered")
+    max_body_bytes: int = Field(16 * 2**20, ge=1, description="most bytes of a request body")
+    max_pixels: int = Field(50_000_000, ge=1, description="most pixels an image may announce")
+    decode_threads: int = Field(2, ge=1, le=256, description="threads that decode large images")
+    audit_rate: float = Field(
+        0.01, ge=0, le=1, description="share of early answers run to the last exit in idle time"
+    )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="comma-separated keys that clients must send; empty for none"
+    )
+    admin_token: SecretStr | None = Field(
+        None, description="bearer token of PUT /policy, which is not routed without one"
+    )
+    drain_seconds: float = Field(
+        10.0, ge=0, description="how long accepted requests may take to finish on shutdown"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="shape of a log line")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(key.strip() for key in value.split(",") if key.strip())
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then environment; no file is read behind the operator's back."""
+        return init_settings, env_settings
+
+
+def load_settings(argv: Sequence[str]) -> Settings:
+    """Read the command line and the environment.
+
+    Raises:
+        SettingsError: an unknown `OFFRAMP_` name or a bad value.
+        SystemExit: `--help` was asked for, or a flag is unknown.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    unknown = sorted(n for n in os.environ if n.upper().startswith(PREFIX) and n not in known)
+    if unknown:
+        raise SettingsError(f"unknown setting {', '.join(unknown)}; see python -m server --help")
+    command_line: CliSettingsSource[Settings] = CliSettingsSource(
+        Settings, cli_parse_args=list(argv)
+    )
+    try:
+        return Settings(_cli_settings_source=command_line)
+    except ValidationError as error:
+        faults = [f"{_name(e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
+        raise SettingsError("; ".join(faults)) from None
+
+
+def _name(location: tuple[int | str, ...]) -> str:
+    return f"{PREFIX}{str(location[0]).upper()}" if location else "settings"

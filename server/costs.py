@@ -1,0 +1,59 @@
+"""What a stage batch costs, measured at warm-up and kept up to date."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+LEARNING_RATE = 0.1
+"""Weight of one new measurement."""
+OUTLIER = 3.0
+"""A measurement counts for at most this many times what was expected, and at least the inverse."""
+
+
+class CostTable:
+    """Expected seconds of a batch, by stage and batch size.
+
+    Args:
+        seconds: for each stage (1..E), measured seconds by batch size.
+    """
+
+    def __init__(self, seconds: Mapping[int, Mapping[int, float]]) -> None:
+        self._sizes = {stage: sorted(row) for stage, row in seconds.items()}
+        self._seconds = {
+            stage: [row[size] for size in sorted(row)] for stage, row in seconds.items()
+        }
+
+    @property
+    def stages(self) -> int:
+        """How many stages the table knows."""
+        return len(self._sizes)
+
+    def seconds(self, stage: int, size: float) -> float:
+        """Expected seconds of a batch of `size` images, which may be an expectation itself.
+
+        Linear between measured sizes, proportional beyond the largest, constant below one.
+        """
+        sizes, seconds = self._sizes[stage], self._seconds[stage]
+        i = bisect_left(sizes, size)
+        if i == 0:
+            return seconds[0]
+        if i == len(sizes):
+            return seconds[-1] * size / sizes[-1]
+        share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+
+    def observe(self, stage: int, size: int, seconds: float) -> None:
+        """Move the nearest measured size towards what a batch just took."""
+        sizes = self._sizes[stage]
+        nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - size))
+        ratio = seconds / self.seconds(stage, size)
+        ratio = min(OUTLIER, max(1 / OUTLIER, ratio))
+        self._seconds[stage][nearest] *= 1 + LEARNING_RATE * (ratio - 1)
+
+    def as_rows(self) -> dict[int, dict[int, float]]:
+        """The table as it stands: seconds by stage, then by batch size."""
+        return {
+            stage: dict(zip(sizes, self._seconds[stage], strict=True))
+            for stage, sizes in self._sizes.items()
+        }

@@ -1,0 +1,323 @@
+"""Which batch of which stage runs next, who is answered now, who is refused.
+
+The rule: every stage offers its most urgent jobs (earliest deadline first), as many as are worth
+most a second and still end in time. Of these batches runs the one whose jobs are expected to leave
+fastest for each second of device time, counting the stages they may still need; a batch counts for
+more the longer its jobs have waited, so none starves. A batch yields to another whose jobs would
+be late if they waited for it, to a first-stage batch above all, since before the first exit being
+late is an error. A job that can no longer be in time is never started: it is answered at once with
+what it has. When nothing is left to do, an audited job takes a step.
+
+The scheduler is pure: it owns no clock, no thread and no tensor, and never looks into a payload.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from itertools import count
+from typing import Any
+
+from model.policy import Reason, Rule
+from server.costs import CostTable
+from server.overload import OverloadController
+
+PATIENCE_SECONDS = 0.05
+"""Having waited this long doubles a batch's weight."""
+MAX_AUDITS = 64
+"""Audited jobs kept; more are forgotten, oldest first."""
+LEAVING_RATE = 0.02
+"""Weight of one job in the running share of jobs that leave at an exit."""
+
+
+class JobState(Enum):
+    """Where a job is."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    DONE = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One image in flight."""
+
+    rule: Rule
+    arrived: float
+    """When its first byte came, in seconds of the engine's clock."""
+    deadline: float = math.inf
+    """When its answer must be ready, on the same clock."""
+    bends: bool = True
+    """Whether overload may answer it from a shallower exit than its rule would."""
+    payload: Any = None
+    """The engine's own; never looked at here."""
+    stage: int = 1
+    """The stage it waits for or is in; it has passed all exits before."""
+    state: JobState = JobState.WAITING
+    queued: float = 0.0
+    number: int = field(default_factory=count().__next__)
+
+    @property
+    def urgency(self) -> tuple[float, int]:
+        """Sorts jobs by deadline, then by arrival."""
+        return self.deadline, self.number
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Jobs that run one stage together."""
+
+    stage: int
+    jobs: tuple[Job, ...]
+    seconds: float
+    """How long it is expected to take."""
+    audit: bool = False
+
+    @property
+    def deadline(self) -> float:
+        """The earliest deadline among its jobs, which are in order of urgency."""
+        return self.jobs[0].deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to do now: answer the overdue jobs, then run the batch."""
+
+    batch: Batch | None
+    overdue: tuple[Job, ...]
+    """Jobs that must be answered now; those at stage 1 have nothing to be answered with."""
+
+
+class Refused(Exception):
+    """A job that cannot be in time even at the first exit.
+
+    Args:
+        retry_after_seconds: when the present backlog will have drained.
+    """
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        super().__init__()
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Scheduler:
+    """One queue a stage and the choice between them.
+
+    Args:
+        costs: expected seconds of every stage and batch size.
+        controller: moves the thresholds under load.
+        max_batch: the largest batch.
+    """
+
+    def __init__(self, costs: CostTable, controller: OverloadController, max_batch: int) -> None:
+        self.costs = costs
+        self.controller = controller
+        self.max_batch = max_batch
+        self.exits = costs.stages
+        self._queues: dict[int, list[Job]] = {k: [] for k in range(1, self.exits + 1)}
+        self._audits: deque[Job] = deque(maxlen=MAX_AUDITS)
+        # Until answers have been seen, a job is as likely to leave at one exit as at another.
+        self._leaving = {k: 1 / (self.exits + 1 - k) for k in self._queues}
+        self._busy_until = 0.0
+
+    # --- what comes in -----------------------------------------------------------------------
+
+    def admit(self, job: Job, now: float) -> None:
+        """Queue a job for the first stage.
+
+        Raises:
+            Refused: even its first-exit answer is expected to be late.
+        """
+        if math.isfinite(job.deadline):
+            self.controller.saw_deadline(job.deadline - job.arrived)
+        if now + self._first_exit_seconds(job, now) > job.deadline:
+            raise Refused(self.predicted_wait(now))
+        self._queue(job, now)
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job whose client went away; a no-op if it is done."""
+        if job.state is JobState.WAITING:
+            self._queues[job.stage].remove(job)
+        job.state = JobState.DONE
+
+    def audit(self, job: Job) -> None:
+        """Run an answered job to the last exit whenever nothing else is to do."""
+        if job.stage < self.exits:
+            job.stage += 1
+            self._audits.append(job)
+
+    # --- what to do --------------------------------------------------------------------------
+
+    def next_step(self, now: float) -> Step:
+        """Choose what to do now, and take those jobs off their queues."""
+        overdue = self._take_overdue(now)
+        batch = self._choose(now)
+        if batch is None:
+            return Step(self._next_audit(), tuple(overdue))
+        queue = self._queues[batch.stage]
+        first = queue.index(batch.jobs[0])
+        del queue[first : first + len(batch.jobs)]
+        for job in batch.jobs:
+            job.state = JobState.RUNNING
+        self._busy_until = now + batch.seconds
+        overdue += self._take_overdue(self._busy_until)
+        return Step(batch, tuple(overdue))
+
+    def settle(
+        self, batch: Batch, confidences: Sequence[float], seconds: float, now: float
+    ) -> list[tuple[Job, Reason]]:
+        """Take back a batch that has run.
+
+        Args:
+            batch: as `next_step` gave it.
+            confidences: calibrated, one a job.
+            seconds: how long it took.
+            now: the time.
+
+        Returns:
+            The jobs to answer from this exit, each with its reason. The others wait for the next
+            stage; cancelled jobs are gone.
+        """
+        self.costs.observe(batch.stage, len(batch.jobs), seconds)
+        self._busy_until = now
+        level = self.controller.update(self.predicted_wait(now), now)
+        answered = []
+        for job, confidence in zip(batch.jobs, confidences, strict=True):
+            if job.state is JobState.DONE:
+                continue
+            reason = self._verdict(job, batch.stage, confidence, level.thresholds)
+            self._learn(batch.stage, reason is not None)
+            if reason is None:
+                job.stage += 1
+                self._queue(job, now)
+            else:
+                job.state = JobState.DONE
+                answered.append((job, reason))
+        return answered
+
+    def settle_audit(self, batch: Batch) -> list[Job]:
+        """Take back an audit batch; returns the jobs that have now reached the last exit."""
+        for job in batch.jobs:
+            self.audit(job)
+        return [job for job in batch.jobs if batch.stage == self.exits]
+
+    def abandon(self, batch: Batch) -> None:
+        """Forget a batch whose run failed."""
+        for job in batch.jobs:
+            job.state = JobState.DONE
+
+    # --- what is known -----------------------------------------------------------------------
+
+    def queued(self, stage: int) -> int:
+        """How many jobs wait for a stage."""
+        return len(self._queues[stage])
+
+    def predicted_wait(self, now: float) -> float:
+        """Seconds until everything in the queues is expected to have been answered."""
+        wait = max(0.0, self._busy_until - now)
+        survivors = 0.0
+        for stage, queue in self._queues.items():
+            survivors += len(queue)
+            if survivors > 0:
+                wait += self._seconds_for(stage, survivors)
+            survivors *= 1 - self._leaving[stage]
+        return wait
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _queue(self, job: Job, now: float) -> None:
+        job.state = JobState.WAITING
+        job.queued = now
+        insort(self._queues[job.stage], job, key=lambda j: j.urgency)
+
+    def _seconds_for(self, stage: int, jobs: float) -> float:
+        full, rest = divmod(jobs, self.max_batch)
+        seconds = full * self.costs.seconds(stage, self.max_batch)
+        return seconds + (self.costs.seconds(stage, rest) if rest else 0.0)
+
+    def _first_exit_seconds(self, job: Job, now: float) -> float:
+        ahead = bisect_left(self._queues[1], job.urgency, key=lambda j: j.urgency)
+        return max(0.0, self._busy_until - now) + self._seconds_for(1, ahead + 1)
+
+    def _take_overdue(self, start: float) -> list[Job]:
+        """Take off the jobs that would be late if they started no sooner than `start`."""
+        overdue = []
+        for stage, queue in self._queues.items():
+            latest = start + self.costs.seconds(stage, 1)
+            late = bisect_left(queue, (latest, -1), key=lambda j: j.urgency)
+            overdue += queue[:late]
+            del queue[:late]
+        for job in overdue:
+            job.state = JobState.DONE
+        return overdue
+
+    def _choose(self, now: float) -> Batch | None:
+        batches = [self._best_batch(k, q, now) for k, q in self._queues.items() if q]
+        if not batches:
+            return None
+        best = max(batches, key=lambda b: self._index(b, now))
+        late = [b for b in batches if now + best.seconds + b.seconds > b.deadline]
+        others = [b for b in late if b is not best]
+        if not others or best.stage == 1:
+            return best
+        rival = min(others, key=lambda b: (b.stage > 1, b.deadline))
+        harmless = now + rival.seconds + best.seconds <= best.deadline
+        return rival if rival.stage == 1 or harmless else best
+
+    def _best_batch(self, stage: int, queue: list[Job], now: float) -> Batch:
+        """The most jobs a second, among the batches of all sizes that end in time."""
+        offers = (self._offer(stage, queue, size, now) for size in self._sizes(len(queue)))
+        return max(offers, key=lambda b: len(b.jobs) / b.seconds)
+
+    def _offer(self, stage: int, queue: list[Job], size: int, now: float) -> Batch:
+        end = now + self.costs.seconds(stage, size)
+        first = bisect_left(queue, (end, -1), key=lambda j: j.urgency)
+        jobs = tuple(queue[first : first + size]) or (queue[0],)
+        return Batch(stage, jobs, self.costs.seconds(stage, len(jobs)))
+
+    def _sizes(self, waiting: int) -> Iterable[int]:
+        most = min(waiting, self.max_batch)
+        size = 1
+        while size < most:
+            yield size
+            size *= 2
+        yield most
+
+    def _index(self, batch: Batch, now: float) -> float:
+        """Jobs that leave for each second of device time, at the best place to stop.
+
+        This is Gittins' index of a job that may need several stages (Gittins 1979), with batch
+        costs and the running share of jobs that leave at each exit.
+        """
+        survivors, left, seconds, best = float(len(batch.jobs)), 0.0, 0.0, 0.0
+        for stage in range(batch.stage, self.exits + 1):
+            seconds += self.costs.seconds(stage, survivors)
+            leaving = survivors * self._leaving[stage]
+            left, survivors = left + leaving, survivors - leaving
+            best = max(best, left / seconds)
+        waited = now - min(job.queued for job in batch.jobs)
+        return best * (1 + waited / PATIENCE_SECONDS)
+
+    def _verdict(
+        self, job: Job, exit: int, confidence: float, thresholds: Sequence[float]
+    ) -> Reason | None:
+        reason = job.rule.verdict(exit, confidence)
+        if reason or not (job.bends and self.controller.bent):
+            return reason
+        bent = Rule((*thresholds, 0.0), job.rule.min_exit, job.rule.max_exit)
+        return Reason.OVERLOAD if bent.verdict(exit, confidence) else None
+
+    def _learn(self, stage: int, left: bool) -> None:
+        self._leaving[stage] += LEAVING_RATE * (left - self._leaving[stage])
+        if stage == self.exits:
+            self._leaving[stage] = 1.0
+
+    def _next_audit(self) -> Batch | None:
+        if not self._audits:
+            return None
+        job = self._audits.popleft()
+        return Batch(job.stage, (job,), self.costs.seconds(job.stage, 1), audit=True)

@@ -138,9 +138,9 @@ def load_bundle(path: Path) -> Bundle:
             f"{path / POLICY} was made for other weights; "
             f"run: python -m training calibrate {path} --data DIR"
         )
-    if policy and len(policy.temperatures) != len(description.exits):
+    if policy and len(policy.calibrations) != len(description.exits):
         raise BundleError(
-            f"{path / POLICY} has {len(policy.temperatures)} exits, the network "
+            f"{path / POLICY} has {len(policy.calibrations)} exits, the network "
             f"{len(description.exits)}; run: python -m training calibrate {path} --data DIR"
         )
     return Bundle(path, description, _network(path, description, weights), policy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -24,6 +24,26 @@ class Reason(StrEnum):
     MAX_EXIT = "max_exit"
 
 
+def suffices(confidence: Any, threshold: float) -> Any:
+    """Whether to answer: a bool for a float, an array of them for an array of confidences."""
+    return confidence >= threshold
+
+
+class Measure(StrEnum):
+    """What an exit's confidence is computed from; `model.confidence` holds the formulas."""
+
+    PROBABILITY = "probability"
+    MARGIN = "margin"
+    ENTROPY = "entropy"
+    AGREEMENT = "agreement"
+    COMBINED = "combined"
+
+    @property
+    def scores(self) -> int:
+        """How many scores of an answer the measure combines, each with a coefficient."""
+        return 4 if self is Measure.COMBINED else 1
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What decides one job: a threshold for each exit, and the exits it may leave at."""
@@ -39,7 +59,7 @@ class Rule:
             return Reason.FINAL
         if exit == self.max_exit:
             return Reason.MAX_EXIT
-        if exit >= self.min_exit and confidence >= self.thresholds[exit - 1]:
+        if exit >= self.min_exit and suffices(confidence, self.thresholds[exit - 1]):
             return Reason.CONFIDENT
         return None
 
@@ -56,7 +76,7 @@ class OperatingPoint(BaseModel):
         description="calibrated confidence that suffices at each exit but the deepest"
     )
     certified: bool = Field(
-        description="whether the bound holds with the policy's probability, or is an estimate"
+        description="whether the bound holds with probability 1 - delta, or only in expectation"
     )
     measured_accuracy_loss: float = Field(
         description="accuracy lost on the calibration images; negative is a gain"
@@ -69,8 +89,28 @@ class OperatingPoint(BaseModel):
     )
 
 
+class Calibration(BaseModel):
+    """How one exit's logits become answer probabilities and a calibrated confidence.
+
+    With no carry, one coefficient of 1 and no offset, this is temperature scaling (Guo et al.,
+    "On Calibration of Modern Neural Networks", ICML 2017) and the confidence is the answer's
+    probability.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(gt=0, description="divides the exit's logits before the softmax")
+    carry: float = Field(
+        0.0, ge=0, description="weight of the shallower exits' log-probabilities; 0: exit alone"
+    )
+    coefficients: tuple[float, ...] = Field(
+        (1.0,), min_length=1, description="of the measure's scores, in the confidence's log-odds"
+    )
+    offset: float = Field(0.0, description="of the confidence's log-odds")
+
+
 class Policy(BaseModel):
-    """Temperatures and operating points, as `policy.json` holds them."""
+    """Calibrated confidences and operating points, as `policy.json` holds them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,9 +118,8 @@ class Policy(BaseModel):
     method: str = Field(description="how the operating points were chosen")
     delta: Probability = Field(description="probability that a certified bound fails")
     calibration_images: int = Field(ge=1)
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        description="divides each exit's logits before the softmax"
-    )
+    measure: Measure = Field(Measure.PROBABILITY, description="what a confidence is made from")
+    calibrations: tuple[Calibration, ...] = Field(min_length=1, description="one for each exit")
     operating_points: tuple[OperatingPoint, ...] = Field(
         min_length=1, description="from the smallest accuracy loss to the largest"
     )
@@ -91,14 +130,21 @@ class Policy(BaseModel):
         if losses != sorted(set(losses)):
             raise ValueError("operating points must rise in max_accuracy_loss")
         for point in self.operating_points:
-            if len(point.thresholds) != len(self.temperatures) - 1:
+            if len(point.thresholds) != self.exits - 1:
                 raise ValueError("each operating point needs a threshold for every exit but one")
+        if any(len(c.coefficients) != self.measure.scores for c in self.calibrations):
+            raise ValueError(f"{self.measure} takes {self.measure.scores} coefficients an exit")
         return self
 
     @property
     def exits(self) -> int:
         """How many exits the policy speaks of."""
-        return len(self.temperatures)
+        return len(self.calibrations)
+
+    @property
+    def ensemble(self) -> bool:
+        """Whether answers come from all exits passed so far, not from the last one alone."""
+        return any(c.carry for c in self.calibrations)
 
     def point_for(self, max_accuracy_loss: float) -> OperatingPoint:
         """The cheapest operating point that may lose no more than this share of accuracy.

@@ -6,11 +6,11 @@ import argparse
 import sys
 
 from model.bundle import BundleError
-from training import train
+from training import calibrate, train
 from training.data import DataError
 from training.loop import TrainingError
 
-COMMANDS = (train,)
+COMMANDS = (train, calibrate)
 
 
 def main(argv: list[str] | None = None) -> int:

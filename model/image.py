@@ -8,6 +8,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+Header = Image.Image
+"""An image whose header was read and whose pixels were not."""
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -53,7 +56,7 @@ def decode(data: bytes, size: int, max_pixels: int) -> Image.Image:
     return render(read_header(data, max_pixels), size)
 
 
-def read_header(data: bytes, max_pixels: int) -> Image.Image:
+def read_header(data: bytes, max_pixels: int) -> Header:
     """Identify an image without decoding its pixels. Arguments and errors as for `decode`."""
     if not data:
         raise UnsupportedImage("no image was sent")
@@ -76,7 +79,7 @@ def read_header(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def render(image: Image.Image, size: int) -> Image.Image:
+def render(image: Header, size: int) -> Image.Image:
     """Decode an opened image's pixels. Arguments and errors as for `decode`."""
     try:
         image.draft("RGB", (2 * size, 2 * size))

@@ -9,7 +9,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from model.policy import Reason, Rule
 from server.errors import DeadlineExceeded, OfframpError, Overloaded
 from server.metrics import EngineMetrics
+from server.overload import OverloadController
 from server.runner import Row, StageRunner
 from server.scheduler import Batch, Job, Refused, Scheduler
 
@@ -183,6 +184,14 @@ class Engine:
         if job is not None:
             self._inbox.put(lambda: self.scheduler.cancel(job))
 
+    def use(self, controller: OverloadController) -> None:
+        """Replace the ladder that overload moves along, and with it the level in force."""
+
+        def replace() -> None:
+            self.scheduler.controller = controller
+
+        self._inbox.put(replace)
+
     # --- the loop ----------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -195,6 +204,7 @@ class Engine:
         """One step; returns whether there was anything to run."""
         self._beat = now = self._clock()
         step = self.scheduler.next_step(now)
+        self._metrics.in_force(self.scheduler.controller.level)
         for job in step.overdue:
             self._answer_overdue(job)
         if step.batch is None or (self._stopping and step.batch.audit):
@@ -202,7 +212,9 @@ class Engine:
         try:
             self._run_batch(step.batch)
         except Exception:
-            log.exception("stage %d failed for a batch of %d", step.batch.stage, len(step.batch.jobs))
+            log.exception(
+                "stage %d failed for a batch of %d", step.batch.stage, len(step.batch.jobs)
+            )
             self._isolate(step.batch)
         return True
 
@@ -224,7 +236,7 @@ class Engine:
             self._show(batch.stage, job, ticket, ended)
         for job, reason in self.scheduler.settle(batch, output.confidences, ended - began, ended):
             self._answer(job, reason)
-        self._metrics.queued(self.scheduler)
+        self._metrics.queued(self.scheduler.queued())
 
     def _take_messages(self, wait: bool) -> None:
         try:
@@ -265,7 +277,7 @@ class Engine:
         if ticket.seen:
             self._finish(ticket, job, ticket.seen[-1].exit, Reason.DEADLINE)
         else:
-            self._metrics.missed()
+            self._metrics.deadline(met=False)
             ticket.settle(DeadlineExceeded())
 
     def _finish(self, ticket: Ticket, job: Job, exit: int, reason: Reason) -> None:
@@ -281,7 +293,9 @@ class Engine:
             waited,
             ticket.compute_seconds,
         )
-        self._metrics.answered(answer, now - job.arrived, job.deadline - now)
+        self._metrics.answered(exit, reason, now - job.arrived, waited)
+        if math.isfinite(job.deadline):
+            self._metrics.deadline(met=now <= job.deadline)
         ticket.settle(answer)
 
     def _settle_audit(self, batch: Batch) -> None:
@@ -292,12 +306,12 @@ class Engine:
             self._metrics.audited(said.exit, said.class_id == int(ticket.probabilities.argmax()))
 
     def _isolate(self, batch: Batch) -> None:
-        """After a failed batch, run its jobs one by one, so that only the guilty one fails."""
-        self.scheduler.abandon(batch)
+        """After a failed batch, run its jobs one by one, so that only the guilty ones fail."""
         for job in batch.jobs:
-            job.payload.settle(OfframpError())
-
-
-def batch_sizes(max_batch: int) -> Sequence[int]:
-    """The sizes that are warmed and measured: powers of two, and the largest."""
-    return sorted({*(2**i for i in range(max_batch.bit_length())), max_batch})
+            alone = Batch(batch.stage, (job,), batch.seconds, batch.audit)
+            try:
+                self._run_batch(alone)
+            except Exception:
+                log.exception("job %d failed at stage %d", job.number, batch.stage)
+                self.scheduler.abandon(alone)
+                job.payload.settle(OfframpError())

@@ -18,12 +18,13 @@ from prometheus_client import (
 )
 
 from model.policy import Reason
+from server.overload import Level
 
 VERSION = "0.1.0"
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 PHASES = ("decode", "queue", "encode")
 ROUTES = ("/classify", "/classify/batch")
-REQUEST_CODES = ("200", "400", "401", "403", "413", "422", "429", "500", "503", "504")
+REQUEST_CODES = ("200", "400", "401", "403", "413", "422", "429", "499", "500", "503", "504")
 REFUSALS = ("queue_full", "not_in_time")
 IMAGE_FAULTS = ("no_image", "unsupported_image", "broken_image", "image_too_large")
 CONFIDENCE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -56,6 +57,7 @@ class Metrics:
         labels: dict[str, str],
     ) -> None:
         self.model = model
+        prometheus_client.disable_created_metrics()  # a second series beside every counter
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -184,3 +186,79 @@ class Metrics:
     def render(self) -> bytes:
         """The exposition that Prometheus scrapes."""
         return prometheus_client.generate_latest(self.registry)
+
+
+class EngineMetrics:
+    """What the engine records, with every child looked up once.
+
+    Args:
+        metrics: the families.
+        macs: of the network up to each exit, shallow to deep.
+    """
+
+    def __init__(self, metrics: Metrics, macs: Sequence[int]) -> None:
+        model, exits = metrics.model, range(1, len(macs) + 1)
+        self._metrics = metrics
+        self._macs = macs
+        self._level: Level | None = None
+        self._spent = metrics.macs.labels(model, "spent")
+        self._full = metrics.macs.labels(model, "full")
+        self._queue = metrics.phase_seconds.labels("queue")
+        self._met = metrics.deadlines.labels("met")
+        self._missed = metrics.deadlines.labels("missed")
+        self._operating_point = metrics.operating_point.labels(model)
+        self._thresholds = [metrics.policy_threshold.labels(model, str(k)) for k in exits]
+        self._confidence = [metrics.confidence.labels(model, str(k)) for k in exits]
+        self._answer_seconds = [metrics.answer_seconds.labels(model, str(k)) for k in exits]
+        self._stage_seconds = [metrics.stage_seconds.labels(model, str(k)) for k in exits]
+        self._batch_size = [metrics.batch_size.labels(model, str(k)) for k in exits]
+        self._queue_jobs = [metrics.queue_jobs.labels(model, str(k)) for k in exits]
+        self._answers = {
+            (k, reason): metrics.answers.labels(model, str(k), reason.value)
+            for k in exits
+            for reason in Reason
+        }
+
+    def ran(self, stage: int, jobs: int, seconds: float) -> None:
+        """A stage batch ran."""
+        self._stage_seconds[stage - 1].observe(seconds)
+        self._batch_size[stage - 1].observe(jobs)
+
+    def saw(self, exit: int, confidence: float) -> None:
+        """A job passed an exit."""
+        self._confidence[exit - 1].observe(confidence)
+
+    def answered(self, exit: int, reason: Reason, seconds: float, queue_seconds: float) -> None:
+        """A job was answered, so many seconds after it arrived."""
+        self._answers[exit, reason].inc()
+        self._answer_seconds[exit - 1].observe(seconds)
+        self._queue.observe(queue_seconds)
+        self._spent.inc(self._macs[exit - 1])
+        self._full.inc(self._macs[-1])
+
+    def deadline(self, met: bool) -> None:
+        """A job with a deadline was answered or given up."""
+        (self._met if met else self._missed).inc()
+
+    def refused(self, reason: str) -> None:
+        """A job was refused for load."""
+        self._metrics.refused.labels(reason).inc()
+
+    def audited(self, exit: int, agreed: bool) -> None:
+        """An early answer was run to the last exit."""
+        labels = (self._metrics.model, str(exit), "true" if agreed else "false")
+        self._metrics.audited.labels(*labels).inc()
+
+    def queued(self, jobs: Sequence[int]) -> None:
+        """How many jobs wait for each stage."""
+        for gauge, waiting in zip(self._queue_jobs, jobs, strict=True):
+            gauge.set(waiting)
+
+    def in_force(self, level: Level) -> None:
+        """The operating point that answers are given under."""
+        if level is self._level:
+            return
+        self._level = level
+        self._operating_point.set(level.max_accuracy_loss)
+        for gauge, threshold in zip(self._thresholds, (*level.thresholds, 0.0), strict=True):
+            gauge.set(threshold)

@@ -61,11 +61,13 @@ class OverloadController:
     def update(self, predicted_wait_seconds: float, now: float) -> Level:
         """The level for this predicted wait; `now` is in seconds of the engine's clock."""
         wanted = self._wanted(predicted_wait_seconds)
-        pause = RECOVERY_SECONDS / max(1, len(self._ladder) - 1)
-        if wanted > self._index:
+        if wanted >= self._index:
             self._index, self._changed = wanted, now
-        elif wanted < self._index and now - self._changed >= pause:
-            self._index, self._changed = self._index - 1, now
+            return self.level
+        pause = RECOVERY_SECONDS / (len(self._ladder) - 1)
+        steps = int((now - self._changed) / pause)
+        if steps:
+            self._index, self._changed = max(wanted, self._index - steps), now
         return self.level
 
     def _wanted(self, wait: float) -> int:

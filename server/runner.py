@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle
+from model.confidence import judge
 
 WARM_UP_RUNS = 5
 
@@ -23,6 +24,8 @@ class Row:
 
     features: Tensor
     """The whole batch that the row came out of, `[N, C, H, W]`."""
+    passed: Tensor
+    """What the exit said to the next one, `[N, classes]` for the same batch."""
     index: int
 
 
@@ -64,7 +67,7 @@ class Runner:
         self._dtype = dtype
         net = bundle.net.eval().to(device=device, dtype=dtype)
         self._net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._temperatures = bundle.policy.temperatures
+        self._policy = bundle.policy
 
     @property
     def exits(self) -> int:
@@ -79,12 +82,13 @@ class Runner:
             stage: 1..exits.
             inputs: for stage 1 uint8 pixels `[H, W, 3]`, else the rows that the stage before gave.
         """
-        x = self._gather(inputs)
+        x, passed = self._gather(inputs)
         features, logits = self._net.run_stage(stage, x)
-        probabilities = (logits.float() / self._temperatures[stage - 1]).softmax(dim=1)
-        host = probabilities.cpu().numpy()
-        rows = [Row(features, i) for i in range(len(inputs))]
-        return StageOutput(host.max(axis=1).tolist(), host, rows)
+        calibration = self._policy.calibrations[stage - 1]
+        said = judge(logits, passed, calibration, self._policy.measure)
+        host = torch.cat([said.confidence[:, None], said.probabilities], dim=1).cpu().numpy()
+        rows = [Row(features, said.state, i) for i in range(len(inputs))]
+        return StageOutput(host[:, 0].tolist(), host[:, 1:], rows)
 
     def warm_up(
         self, sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
@@ -114,12 +118,18 @@ class Runner:
             taken.append(clock() - began)
         return output, statistics.median(taken)
 
-    def _gather(self, inputs: Sequence[np.ndarray | Row]) -> Tensor:
-        if isinstance(inputs[0], np.ndarray):
-            pixels = torch.from_numpy(np.stack([p for p in inputs if isinstance(p, np.ndarray)]))
-            return self._preprocess.normalise(pixels.to(self._device), self._dtype)
+    def _gather(self, inputs: Sequence[np.ndarray | Row]) -> tuple[Tensor, Tensor | None]:
         rows = [row for row in inputs if isinstance(row, Row)]
-        whole = rows[0].features
-        if all(r.features is whole and r.index == i for i, r in enumerate(rows)):
-            return whole[: len(rows)]
-        return torch.cat([r.features[r.index : r.index + 1] for r in rows])
+        if not rows:
+            pixels = torch.from_numpy(np.stack([p for p in inputs if isinstance(p, np.ndarray)]))
+            return self._preprocess.normalise(pixels.to(self._device), self._dtype), None
+        whole = rows[0]
+        if all(r.features is whole.features and r.index == i for i, r in enumerate(rows)):
+            return whole.features[: len(rows)], whole.passed[: len(rows)]
+        features = torch.cat([r.features[r.index : r.index + 1] for r in rows])
+        return features, torch.cat([r.passed[r.index : r.index + 1] for r in rows])
+
+
+def batch_sizes(max_batch: int) -> Sequence[int]:
+    """The sizes that are warmed and measured: powers of two, and the largest."""
+    return sorted({*(2**i for i in range(max_batch.bit_length())), max_batch})

@@ -154,6 +154,7 @@ class Scheduler:
 
     def next_step(self, now: float) -> Step:
         """Choose what to do now, and take those jobs off their queues."""
+        self.controller.update(self.predicted_wait(now), now)
         overdue = self._take_overdue(now)
         batch = self._choose(now)
         if batch is None:
@@ -184,12 +185,12 @@ class Scheduler:
         """
         self.costs.observe(batch.stage, len(batch.jobs), seconds)
         self._busy_until = now
-        level = self.controller.update(self.predicted_wait(now), now)
+        thresholds = self.controller.level.thresholds
         answered = []
         for job, confidence in zip(batch.jobs, confidences, strict=True):
             if job.state is JobState.DONE:
                 continue
-            reason = self._verdict(job, batch.stage, confidence, level.thresholds)
+            reason = self._verdict(job, batch.stage, confidence, thresholds)
             self._learn(batch.stage, reason is not None)
             if reason is None:
                 job.stage += 1
@@ -212,9 +213,9 @@ class Scheduler:
 
     # --- what is known -----------------------------------------------------------------------
 
-    def queued(self, stage: int) -> int:
-        """How many jobs wait for a stage."""
-        return len(self._queues[stage])
+    def queued(self) -> list[int]:
+        """How many jobs wait for each stage, shallow to deep."""
+        return [len(queue) for queue in self._queues.values()]
 
     def predicted_wait(self, now: float) -> float:
         """Seconds until everything in the queues is expected to have been answered."""

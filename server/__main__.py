@@ -1,0 +1,67 @@
+"""The command line: python -m server."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from model.bundle import BundleError
+from server.app import create_app
+from server.logs import configure
+from server.repository import Served
+from server.settings import Settings, SettingsError, load_settings
+
+log = logging.getLogger("offramp")
+
+
+class Server(uvicorn.Server):
+    """Tells the application that it is draining as soon as the signal comes."""
+
+    def __init__(self, config: uvicorn.Config, served: Served) -> None:
+        super().__init__(config)
+        self._served = served
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers if self.started else ():
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                log.info("listening on http://%s:%d", host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._served.draining = True
+        super().handle_exit(sig, frame)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until a signal; a start that cannot succeed is one sentence and exit status 2."""
+    try:
+        settings = load_settings(sys.argv[1:] if argv is None else argv)
+        configure(settings.log_format, settings.log_level)
+        served = Served(settings)
+    except (SettingsError, BundleError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    server = Server(_config(served, settings), served)
+    server.run()
+    return 0 if server.started else 1
+
+
+def _config(served: Served, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(served),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from server import routes
+from server.errors import BadRequest, InvalidParameter, MethodNotAllowed, NotFound, OfframpError
+from server.metrics import VERSION
+from server.middleware import Surroundings
+from server.protocol import error_body
+from server.repository import Served
+
+DESCRIPTION = "Image classification that answers from the shallowest sufficient exit."
+
+
+def create_app(served: Served) -> FastAPI:
+    """The application that serves one bundle; it warms up when its lifespan starts."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.ensure_future(asyncio.to_thread(served.warm_up))
+        try:
+            yield
+        finally:
+            served.draining = True
+            await warming
+            await asyncio.to_thread(served.close)
+
+    app = FastAPI(title="Offramp", version=VERSION, description=DESCRIPTION, lifespan=lifespan)
+    app.state.served = served
+    app.include_router(routes.public)
+    app.include_router(routes.protected)
+    if served.settings.admin_token is not None:
+        app.include_router(routes.admin)
+    app.add_exception_handler(OfframpError, _render)
+    app.add_exception_handler(HTTPException, _render_http)
+    app.add_exception_handler(RequestValidationError, _render_validation)
+    app.add_middleware(
+        Surroundings, metrics=served.metrics, max_body_bytes=served.settings.max_body_bytes
+    )
+    return app
+
+
+async def _render(request: Request, error: Exception) -> Response:
+    """The one place where an error becomes a response."""
+    assert isinstance(error, OfframpError)
+    context = routes.context_of(request)
+    context.fields["code"] = error.code
+    headers = dict(error.headers)
+    if error.status == 413:
+        headers["Connection"] = "close"  # the rest of the body is not read
+    return Response(
+        error_body(str(error), error.code, context.request_id),
+        error.status,
+        headers,
+        media_type="application/json",
+    )
+
+
+async def _render_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kinds: dict[int, type[OfframpError]] = {404: NotFound, 405: MethodNotAllowed}
+    kind = kinds.get(error.status_code, BadRequest if error.status_code < 500 else OfframpError)
+    response = await _render(request, kind())
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _render_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:]) or "request"
+    return await _render(request, InvalidParameter(f"{where}: {first['msg']}"))

@@ -1,0 +1,171 @@
+"""One image from bytes to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from model.policy import Rule
+from server.engine import Answer, Seen, Ticket
+from server.errors import InvalidParameter, OfframpError, Overloaded
+from server.middleware import Context
+from server.protocol import Parameters, answer_body
+from server.repository import Served
+
+RESERVE_SECONDS = 0.002
+"""Kept back from each deadline for encoding and sending the answer…"""
+RESERVE_SHARE = 0.1
+"""…but never more than this share of it."""
+
+
+def rule_for(parameters: Parameters, served: Served) -> Rule:
+    """The rule that these parameters ask for.
+
+    Raises:
+        InvalidParameter: an exit that the network does not have, or none left to answer.
+    """
+    exits = served.policy.exits
+    max_exit = parameters.max_exit or exits
+    for name, exit in (("min_exit", parameters.min_exit), ("max_exit", max_exit)):
+        if exit > exits:
+            raise InvalidParameter(f"{name}: there is no exit {exit}; the network has {exits}")
+    if parameters.min_exit > max_exit:
+        raise InvalidParameter("min_exit: must not be deeper than max_exit")
+    return served.policy.rule(
+        served.point, parameters.threshold, parameters.min_exit, parameters.max_exit
+    )
+
+
+def deadline_for(parameters: Parameters, served: Served, arrived: float) -> float:
+    """When the engine must have answered, on its clock."""
+    milliseconds = parameters.deadline_ms or served.settings.default_deadline_ms
+    if milliseconds is None:
+        return math.inf
+    seconds = milliseconds / 1e3
+    return arrived + seconds - min(RESERVE_SECONDS, RESERVE_SHARE * seconds)
+
+
+@contextmanager
+def place(served: Served) -> Iterator[None]:
+    """Hold a place in the server before any work is done for an image.
+
+    Raises:
+        Overloaded: every place is taken.
+    """
+    if served.in_flight >= served.settings.max_queue:
+        served.metrics.refused.labels("queue_full").inc()
+        raise Overloaded
+    served.in_flight += 1
+    served.metrics.in_flight.set(served.in_flight)
+    try:
+        yield
+    finally:
+        served.in_flight -= 1
+        served.metrics.in_flight.set(served.in_flight)
+
+
+async def classify(
+    data: bytes,
+    parameters: Parameters,
+    served: Served,
+    context: Context,
+    receive: Receive | None = None,
+    on_exit: Callable[[Seen], None] | None = None,
+) -> dict[str, Any]:
+    """Decode, schedule and answer one image.
+
+    Args:
+        receive: the request's, once its body is read; tells when the client goes away.
+        on_exit: called for each exit passed.
+
+    Returns:
+        The answer as it goes over the wire.
+
+    Raises:
+        OfframpError: any of its subclasses that concern one image.
+        ClientDisconnect: nobody waits for the answer any more.
+    """
+    engine = served.engine
+    rule = rule_for(parameters, served)
+    with place(served):
+        pixels, decode_seconds = await served.decoder(data)
+        ticket = engine.submit(
+            pixels,
+            rule,
+            context.arrived,
+            deadline_for(parameters, served, context.arrived),
+            bends=parameters.threshold is None,
+            on_exit=on_exit,
+        )
+        try:
+            answer = await _answer(ticket, receive)
+        except (ClientDisconnect, asyncio.CancelledError):
+            engine.cancel(ticket)
+            raise
+    return _body(answer, parameters, served, context, decode_seconds)
+
+
+async def classify_or_error(
+    data: bytes, parameters: Parameters, served: Served, context: Context
+) -> dict[str, Any]:
+    """Like `classify`, for one of several images: its failure is its own entry."""
+    try:
+        return await classify(data, parameters, served, context)
+    except OfframpError as error:
+        return {"error": str(error), "code": error.code, "request_id": context.request_id}
+
+
+async def _answer(ticket: Ticket, receive: Receive | None) -> Answer:
+    if receive is None:
+        return await ticket.future
+    gone: asyncio.Future[None] = asyncio.ensure_future(_gone(receive))
+    try:
+        waiting: set[asyncio.Future[Any]] = {ticket.future, gone}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not ticket.future.done():
+            raise ClientDisconnect
+        return ticket.future.result()
+    finally:
+        gone.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _body(
+    answer: Answer,
+    parameters: Parameters,
+    served: Served,
+    context: Context,
+    decode_seconds: float,
+) -> dict[str, Any]:
+    description = served.bundle.description
+    timing = {
+        "decode": round(1e3 * decode_seconds, 3),
+        "queue": round(1e3 * answer.queue_seconds, 3),
+        "compute": round(1e3 * answer.compute_seconds, 3),
+        "total": round(1e3 * (time.perf_counter() - context.arrived), 3),
+    }
+    context.server_timing = ", ".join(f"{name};dur={ms}" for name, ms in timing.items())
+    context.fields.update(exit=answer.exit, reason=answer.reason.value)
+    return answer_body(
+        answer,
+        parameters,
+        description.classes,
+        served.policy.exits,
+        {
+            "model": description.name,
+            "version": description.version,
+            "request_id": context.request_id,
+            "timing_ms": timing,
+        },
+    )

@@ -1,0 +1,147 @@
+"""What surrounds every request: its id, body limit, errors, metrics and log line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import BodyTooLarge, OfframpError
+from server.metrics import ROUTES, Metrics
+from server.protocol import error_body
+
+log = logging.getLogger("offramp.access")
+
+ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+CLIENT_CLOSED = 499
+"""What a request counts as whose client went away, as in nginx."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What a request carries along; `scope["state"]["context"]` holds it."""
+
+    request_id: str
+    arrived: float
+    """When its first byte came, on the engine's clock."""
+    status: int = CLIENT_CLOSED
+    fields: dict[str, object] = field(default_factory=dict)
+    """What the log line says beside the usual."""
+    server_timing: str = ""
+    started: bool = False
+
+
+class Surroundings:
+    """Pure ASGI middleware.
+
+    Args:
+        app: what it surrounds.
+        metrics: where requests are counted.
+        max_body_bytes: where a body is cut off, announced or not.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context = Context(_request_id(scope), time.perf_counter())
+        scope.setdefault("state", {})["context"] = context
+        sender = _sender(context, send)
+        try:
+            self._refuse_announced(scope)
+            await self._app(scope, self._limited(receive), sender)
+        except ClientDisconnect:
+            context.status = CLIENT_CLOSED
+        except OfframpError as error:
+            await send_error(sender, context, error)
+        except Exception:
+            log.exception("request %s failed", context.request_id)
+            await send_error(sender, context, OfframpError())
+        finally:
+            self._record(scope, context)
+
+    def _refuse_announced(self, scope: Scope) -> None:
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self._max_body_bytes:
+                raise self._too_large()
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is over {self._max_body_bytes} bytes")
+
+    def _limited(self, receive: Receive) -> Receive:
+        taken = 0
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _record(self, scope: Scope, context: Context) -> None:
+        seconds = time.perf_counter() - context.arrived
+        path = scope["path"]
+        if path in ROUTES:
+            self._metrics.requests.labels(path, str(context.status)).inc()
+            self._metrics.request_seconds.labels(path).observe(seconds)
+        level = logging.INFO if path in ROUTES or context.status >= 400 else logging.DEBUG
+        if log.isEnabledFor(level):
+            said: dict[str, object] = {
+                "method": scope["method"],
+                "path": path,
+                "status": context.status,
+                "milliseconds": round(1e3 * seconds, 2),
+                "request_id": context.request_id,
+                **context.fields,
+            }
+            log.log(level, "request", extra={"fields": said})
+
+
+async def send_error(send: Send, context: Context, error: OfframpError) -> None:
+    """Render an error, unless the response has already begun."""
+    context.fields.setdefault("code", error.code)
+    if context.started:
+        return
+    body = error_body(str(error), error.code, context.request_id)
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    if error.status == BodyTooLarge.status:
+        headers["connection"] = "close"  # the rest of the body is not read
+    raw = [(k.lower().encode(), v.encode()) for k, v in {**headers, **error.headers}.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _sender(context: Context, send: Send) -> Send:
+    async def sender(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            context.started = True
+            context.status = message["status"]
+            headers = [*message.get("headers", ()), (b"x-request-id", context.request_id.encode())]
+            if context.server_timing:
+                headers.append((b"server-timing", context.server_timing.encode()))
+            message["headers"] = headers
+        await send(message)
+
+    return sender
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and ACCEPTABLE_ID.fullmatch(value):
+            return str(value, "ascii")
+    return uuid4().hex

@@ -1,0 +1,205 @@
+"""What goes over the wire: parameters in, answers out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.policy import OperatingPoint, Reason
+from server.engine import Answer, Seen
+
+ROUNDING = 6
+"""Decimals of a probability on the wire."""
+
+
+class Parameters(BaseModel):
+    """Query parameters of /classify and /classify/batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top_k: int = Field(5, ge=1, le=10_000, description="how many labels to return, best first")
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="confidence that suffices at any exit, instead of the policy"
+    )
+    min_exit: int = Field(1, ge=1, description="the shallowest exit that may answer")
+    max_exit: int | None = Field(None, ge=1, description="the deepest exit to run")
+    deadline_ms: float | None = Field(
+        None, gt=0, le=3_600_000, description="milliseconds from the first byte to the answer"
+    )
+    explain: bool = Field(False, description="add `seen`: what every exit on the way said")
+
+
+class Label(BaseModel):
+    """One of the likeliest labels."""
+
+    label: str
+    class_id: int
+    probability: float = Field(ge=0, le=1)
+
+
+class SeenBody(BaseModel):
+    """What one exit said."""
+
+    exit: int = Field(ge=1, description="1 is the shallowest")
+    label: str
+    class_id: int
+    confidence: float = Field(ge=0, le=1)
+    elapsed_ms: float = Field(ge=0, description="milliseconds from the first byte")
+
+
+class Timing(BaseModel):
+    """Where the time went, in milliseconds."""
+
+    decode: float = Field(ge=0, description="decoding and preprocessing")
+    queue: float = Field(ge=0, description="waiting for stage batches")
+    compute: float = Field(ge=0, description="in stage batches")
+    total: float = Field(ge=0, description="from the first byte to this answer")
+
+
+class AnswerBody(BaseModel):
+    """One image's answer."""
+
+    label: str
+    class_id: int
+    confidence: float = Field(
+        ge=0, le=1, description="calibrated: of answers at 0.9, about 90 % are right"
+    )
+    exit: int = Field(ge=1, description="the exit that answered; 1 is the shallowest")
+    exits: int = Field(ge=1, description="how many exits the network has")
+    reason: Reason = Field(description="why this exit answered")
+    degraded: bool = Field(description="shallower than asked for, by load or deadline")
+    top_k: list[Label]
+    model: str
+    version: str
+    request_id: str
+    timing_ms: Timing
+    seen: list[SeenBody] | None = Field(None, description="only with `explain`")
+
+
+class ErrorBody(BaseModel):
+    """Any failure."""
+
+    error: str = Field(description="a sentence for people")
+    code: str = Field(description="a stable name for programs")
+    request_id: str
+
+
+class BatchBody(BaseModel):
+    """Answers and errors, in the order of the images."""
+
+    results: list[AnswerBody | ErrorBody]
+
+
+class ExitBody(BaseModel):
+    """One exit of the network."""
+
+    exit: int
+    macs: int = Field(description="multiply-accumulates to answer from here")
+    macs_share: float = Field(description="of the whole network")
+    parameters: int
+    accuracy: float | None = Field(description="top-1 on the test images, if measured")
+
+
+class ModelBody(BaseModel):
+    """The network that answers."""
+
+    name: str
+    version: str
+    architecture: str
+    weights_sha256: str
+    device: str
+    dtype: str
+    input_size: int = Field(description="side of the network's input, in pixels")
+    labels: list[str]
+    exits: list[ExitBody]
+
+
+class PolicyBody(BaseModel):
+    """The calibrated policy, and which of its operating points is in force."""
+
+    method: str
+    delta: float
+    calibration_images: int
+    operating_points: list[OperatingPoint]
+    in_force: OperatingPoint = Field(description="in peace; overload may bend it")
+    overloaded: bool = Field(description="whether overload bends it now")
+
+
+class PolicyChange(BaseModel):
+    """Which operating point to put in force."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_accuracy_loss: float = Field(ge=0, le=1, description="the most accuracy it may lose")
+
+
+def error_body(sentence: str, code: str, request_id: str) -> bytes:
+    """An error as JSON."""
+    return json.dumps({"error": sentence, "code": code, "request_id": request_id}).encode()
+
+
+def top_labels(probabilities: np.ndarray, labels: tuple[str, ...], k: int) -> list[dict[str, Any]]:
+    """The `k` likeliest labels, best first.
+
+    Args:
+        probabilities: float32 `[classes]`.
+        labels: by class id.
+    """
+    best = np.argsort(-probabilities, kind="stable")[:k]
+    return [
+        {
+            "label": labels[i],
+            "class_id": int(i),
+            "probability": round(float(probabilities[i]), ROUNDING),
+        }
+        for i in best
+    ]
+
+
+def seen_body(seen: Seen, labels: tuple[str, ...]) -> dict[str, Any]:
+    """One exit on the way, as `explain` and the event stream show it."""
+    return {
+        "exit": seen.exit,
+        "label": labels[seen.class_id],
+        "class_id": seen.class_id,
+        "confidence": round(seen.confidence, ROUNDING),
+        "elapsed_ms": round(seen.milliseconds, 3),
+    }
+
+
+def answer_body(
+    answer: Answer,
+    parameters: Parameters,
+    labels: tuple[str, ...],
+    exits: int,
+    context: Mapping[str, Any],
+) -> dict[str, Any]:
+    """An answer as it goes over the wire, in the order of the contract.
+
+    Args:
+        context: `model`, `version`, `request_id`, `timing_ms`.
+    """
+    best = top_labels(answer.probabilities, labels, parameters.top_k)
+    body = {
+        "label": best[0]["label"],
+        "class_id": best[0]["class_id"],
+        "confidence": round(answer.confidence, ROUNDING),
+        "exit": answer.exit,
+        "exits": exits,
+        "reason": answer.reason.value,
+        "degraded": answer.degraded,
+        "top_k": best,
+        **context,
+    }
+    if parameters.explain:
+        body["seen"] = [seen_body(seen, labels) for seen in answer.seen]
+    return body
+
+
+def event(name: str, data: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()

@@ -1,0 +1,168 @@
+"""From a bundle on disk to an engine that answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from model.bundle import Bundle, load_servable
+from model.policy import OperatingPoint, Policy
+from server.costs import CostTable
+from server.decode import Decoder
+from server.engine import Engine
+from server.errors import Draining, NotReady
+from server.metrics import EngineMetrics, Metrics
+from server.overload import Level, OverloadController
+from server.runner import Runner, batch_sizes
+from server.scheduler import Scheduler
+from server.settings import Settings
+
+log = logging.getLogger("offramp")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Served:
+    """One bundle being served: loaded at once, ready when warm, draining at the end.
+
+    Raises:
+        BundleError: the bundle cannot be served.
+        ValueError: no operating point is as careful as the settings ask.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.bundle: Bundle = load_servable(settings.bundle)
+        assert self.bundle.policy is not None
+        self.policy: Policy = self.bundle.policy
+        self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
+        self.device = _device(settings)
+        self.dtype = _dtype(settings, self.device)
+        self.metrics = _metrics(settings, self.bundle, self.device, self.dtype)
+        self.decoder = Decoder(
+            self.bundle.description.preprocess,
+            settings.max_pixels,
+            settings.decode_threads,
+            self.metrics,
+        )
+        self.in_flight = 0
+        self.draining = False
+        self._engine: Engine | None = None
+
+    def warm_up(self) -> None:
+        """Run every stage and batch size once and start the engine; takes seconds."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.settings.threads or os.cpu_count() or 1)
+        runner = Runner(self.bundle, self.device, self.dtype)
+        costs = CostTable(runner.warm_up(batch_sizes(self.settings.max_batch)))
+        scheduler = Scheduler(costs, self._controller(), self.settings.max_batch)
+        macs = [e.macs for e in self.bundle.description.exits]
+        engine = Engine(
+            scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate
+        )
+        engine.start()
+        self._engine = engine
+        full = 1e3 * sum(costs.seconds(k, 1) for k in range(1, costs.stages + 1))
+        log.info(
+            "ready: %s on %s in %s, one image takes %.1f ms to the first exit, %.1f to the last",
+            self.bundle.description.name,
+            self.device.type,
+            str(self.dtype).removeprefix("torch."),
+            1e3 * costs.seconds(1, 1),
+            full,
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """The running engine.
+
+        Raises:
+            NotReady: still warming up.
+            Draining: shutting down.
+        """
+        if self.draining:
+            raise Draining
+        if self._engine is None:
+            raise NotReady
+        return self._engine
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be taken."""
+        return self._engine is not None and self._engine.alive and not self.draining
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine loop turns, or has yet to start."""
+        return self._engine is None or self._engine.alive
+
+    @property
+    def bent(self) -> bool:
+        """Whether overload makes answers shallower now."""
+        return self._engine is not None and self._engine.scheduler.controller.bent
+
+    def use(self, point: OperatingPoint) -> None:
+        """Put another operating point in force."""
+        self.point = point
+        if self._engine:
+            self._engine.use(self._controller())
+
+    def close(self) -> None:
+        """End the engine once everything accepted has been answered."""
+        if self._engine:
+            self._engine.stop()
+        self.decoder.close()
+
+    def _controller(self) -> OverloadController:
+        deadline_ms = self.settings.default_deadline_ms
+        return OverloadController(
+            ladder(self.policy, self.point, self.settings), deadline_ms and deadline_ms / 1e3
+        )
+
+
+def ladder(policy: Policy, peace: OperatingPoint, settings: Settings) -> list[Level]:
+    """The levels that overload may move along, from peace to the most lossy one allowed."""
+    most = settings.overload_accuracy_loss
+    beyond = [
+        p for p in policy.operating_points if peace.max_accuracy_loss < p.max_accuracy_loss <= most
+    ]
+    levels = [Level(p.max_accuracy_loss, p.thresholds) for p in (peace, *beyond)]
+    if settings.overload_first_exit:
+        levels.append(Level(1.0, (0.0,) * (policy.exits - 1)))
+    return levels
+
+
+def _device(settings: Settings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("DEVICE is cuda, but torch finds no CUDA card")
+    return torch.device(settings.device)
+
+
+def _dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return DTYPES[settings.dtype]
+
+
+def _metrics(
+    settings: Settings, bundle: Bundle, device: torch.device, dtype: torch.dtype
+) -> Metrics:
+    description = bundle.description
+    deadline_ms = settings.default_deadline_ms
+    return Metrics(
+        description.name,
+        description.version,
+        len(description.exits),
+        settings.max_batch,
+        deadline_ms and deadline_ms / 1e3,
+        {
+            "architecture": description.architecture,
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "weights_sha256": description.weights_sha256[:12],
+        },
+    )

@@ -1,0 +1,33 @@
+import pytest
+
+from server.costs import CostTable
+
+
+@pytest.fixture
+def costs():
+    return CostTable({1: {1: 1.0, 4: 2.0, 8: 3.0}})
+
+
+def test_costs_are_linear_between_measured_sizes(costs):
+    assert costs.seconds(1, 4) == 2.0
+    assert costs.seconds(1, 6) == 2.5
+
+
+def test_a_batch_never_costs_less_than_one_image(costs):
+    assert costs.seconds(1, 0.2) == costs.seconds(1, 1)
+
+
+def test_costs_are_proportional_beyond_the_largest_measured_size(costs):
+    assert costs.seconds(1, 16) == 6.0
+
+
+def test_costs_follow_a_device_that_has_become_slower(costs):
+    for _ in range(100):
+        costs.observe(1, 4, 4.0)
+    assert costs.seconds(1, 4) == pytest.approx(4.0, rel=0.01)
+    assert costs.seconds(1, 8) == 3.0
+
+
+def test_one_outlier_moves_the_table_little(costs):
+    costs.observe(1, 1, 1000.0)
+    assert costs.seconds(1, 1) <= 1.2

@@ -1,0 +1,286 @@
+"""The scheduler's laws, with a fake clock and no torch."""
+
+import contextlib
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from deploy.simulator import Arrival, simulate
+from model.policy import Reason, Rule
+from server.costs import CostTable
+from server.overload import Level, OverloadController
+from server.scheduler import Job, JobState, Refused, Scheduler
+
+STAGES = 4
+RULE = Rule((0.8, 0.8, 0.8, 0.0), 1, STAGES)
+
+
+def make_scheduler(max_batch=8, base=1e-3, each=0.25e-3, deadline=1.0):
+    rows = {k: {n: base + each * n for n in (1, 2, 4, 8)} for k in range(1, STAGES + 1)}
+    ladder = [Level(0.01, RULE.thresholds[:-1]), Level(0.05, (0.5,) * 3), Level(1.0, (0.0,) * 3)]
+    return Scheduler(CostTable(rows), OverloadController(ladder, deadline), max_batch)
+
+
+def job(arrived=0.0, deadline=math.inf, rule=RULE):
+    return Job(rule, arrived, deadline)
+
+
+def run(scheduler, batch, confidences, now):
+    return scheduler.settle(batch, confidences, batch.seconds, now)
+
+
+def test_a_confident_job_is_answered_and_the_others_go_on():
+    scheduler = make_scheduler()
+    sure, unsure = job(), job()
+    scheduler.admit(sure, 0.0)
+    scheduler.admit(unsure, 0.0)
+    batch = scheduler.next_step(0.0).batch
+    assert batch.jobs == (sure, unsure)
+    assert run(scheduler, batch, [0.9, 0.1], 0.01) == [(sure, Reason.CONFIDENT)]
+    assert scheduler.next_step(0.01).batch.jobs == (unsure,)
+    assert unsure.stage == 2
+
+
+def test_survivors_join_other_jobs_at_their_stage():
+    scheduler = make_scheduler()
+    first, second = job(), job(deadline=0.0024)  # the second cannot wait for the first
+    for one in (first, second):
+        scheduler.admit(one, 0.0)
+        run(scheduler, scheduler.next_step(0.0).batch, [0.1], 0.0)
+        assert one.stage == 2
+    batch = scheduler.next_step(0.0).batch
+    assert (batch.stage, set(batch.jobs)) == (2, {first, second})
+
+
+def test_the_device_never_idles_while_a_job_waits():
+    scheduler = make_scheduler()
+    scheduler.admit(job(), 0.0)
+    assert scheduler.next_step(0.0).batch is not None
+
+
+def test_the_most_urgent_jobs_of_a_stage_go_first():
+    scheduler = make_scheduler(max_batch=2)
+    late, soon, middle = (job(deadline=d) for d in (3.0, 1.0, 2.0))
+    for one in (late, soon, middle):
+        scheduler.admit(one, 0.0)
+    assert scheduler.next_step(0.0).batch.jobs == (soon, middle)
+
+
+def test_a_job_that_cannot_be_in_time_is_refused_with_the_time_to_drain():
+    scheduler = make_scheduler()
+    for _ in range(80):
+        scheduler.admit(job(), 0.0)
+    with pytest.raises(Refused) as refused:
+        scheduler.admit(job(deadline=1e-4), 0.0)
+    assert refused.value.retry_after_seconds >= 80 / 8 * 3e-3
+
+
+def test_a_deadline_past_the_first_exit_answers_now_with_what_there_is():
+    scheduler = make_scheduler()
+    one = job(deadline=0.002)
+    scheduler.admit(one, 0.0)
+    run(scheduler, scheduler.next_step(0.0).batch, [0.1], 0.0015)
+    step = scheduler.next_step(0.0015)
+    assert (step.batch, step.overdue) == (None, (one,))
+    assert one.stage == 2
+
+
+def test_a_job_overdue_before_the_first_exit_is_never_started():
+    scheduler = make_scheduler()
+    one = job(deadline=0.01)
+    scheduler.admit(one, 0.0)
+    step = scheduler.next_step(0.0095)
+    assert (step.batch, step.overdue) == (None, (one,))
+
+
+def test_a_job_that_a_long_batch_would_make_late_is_answered_before_it():
+    scheduler = make_scheduler(base=1e-3, each=1e-3)
+    deep = job(deadline=0.0125)
+    scheduler.admit(deep, 0.0)
+    run(scheduler, scheduler.next_step(0.0).batch, [0.1], 0.002)
+    for _ in range(8):
+        scheduler.admit(job(deadline=0.012), 0.002)
+    step = scheduler.next_step(0.002)
+    assert step.batch.stage == 1
+    assert step.overdue == (deep,)
+
+
+def test_a_first_stage_job_at_risk_goes_before_a_better_batch():
+    scheduler = make_scheduler(base=1e-3, each=1e-3)
+    for _ in range(8):
+        scheduler.admit(job(), 0.0)
+    run(scheduler, scheduler.next_step(0.0).batch, [0.1] * 8, 0.009)
+    scheduler._leaving[2] = 1.0  # the deep batch is worth most a second
+    urgent = job(arrived=0.009, deadline=0.015)
+    scheduler.admit(urgent, 0.009)
+    assert scheduler.next_step(0.009).batch.jobs == (urgent,)
+
+
+def test_a_cancelled_job_leaves_its_queue_and_is_never_answered():
+    scheduler = make_scheduler()
+    waiting, running = job(), job()
+    scheduler.admit(waiting, 0.0)
+    scheduler.cancel(waiting)
+    assert scheduler.next_step(0.0).batch is None
+    scheduler.admit(running, 0.0)
+    batch = scheduler.next_step(0.0).batch
+    scheduler.cancel(running)
+    assert run(scheduler, batch, [0.99], 0.01) == []
+    assert scheduler.next_step(0.01).batch is None
+
+
+def test_cancelling_a_done_job_is_a_no_op():
+    scheduler = make_scheduler()
+    one = job()
+    scheduler.admit(one, 0.0)
+    run(scheduler, scheduler.next_step(0.0).batch, [0.99], 0.01)
+    scheduler.cancel(one)
+    assert one.state is JobState.DONE
+
+
+def overloaded_scheduler():
+    scheduler = make_scheduler()
+    scheduler.controller.update(100.0, now=0.0)
+    return scheduler
+
+
+def test_overload_answers_earlier_and_says_so():
+    scheduler = overloaded_scheduler()
+    one = job()
+    scheduler.admit(one, 0.0)
+    batch = scheduler.next_step(0.0).batch
+    assert run(scheduler, batch, [0.3], 0.001) == [(one, Reason.OVERLOAD)]
+
+
+def test_an_answer_that_needs_no_bending_is_not_called_overload():
+    scheduler = overloaded_scheduler()
+    one = job()
+    scheduler.admit(one, 0.0)
+    batch = scheduler.next_step(0.0).batch
+    assert run(scheduler, batch, [0.9], 0.001) == [(one, Reason.CONFIDENT)]
+
+
+def test_overload_respects_min_exit_and_requests_that_do_not_bend():
+    scheduler = overloaded_scheduler()
+    deep = job(rule=Rule(RULE.thresholds, 2, STAGES))
+    stiff = Job(RULE, 0.0, bends=False)
+    scheduler.admit(deep, 0.0)
+    scheduler.admit(stiff, 0.0)
+    assert run(scheduler, scheduler.next_step(0.0).batch, [0.3, 0.3], 0.001) == []
+
+
+def test_audits_run_only_when_nothing_else_is_to_do():
+    scheduler = make_scheduler()
+    audited, live = job(), job()
+    scheduler.admit(audited, 0.0)
+    run(scheduler, scheduler.next_step(0.0).batch, [0.99], 0.001)
+    scheduler.audit(audited)
+    scheduler.admit(live, 0.001)
+    batch = scheduler.next_step(0.001).batch
+    assert (batch.jobs, batch.audit) == ((live,), False)
+    run(scheduler, batch, [0.99], 0.002)
+    for stage in (2, 3, 4):
+        batch = scheduler.next_step(0.002).batch
+        assert (batch.jobs, batch.stage, batch.audit) == ((audited,), stage, True)
+        finished = scheduler.settle_audit(batch)
+        assert finished == ([audited] if stage == STAGES else [])
+    assert scheduler.next_step(0.002).batch is None
+
+
+def test_a_job_without_a_deadline_does_not_starve_under_a_flood_of_better_batches():
+    scheduler = make_scheduler(base=1e-4, each=1e-3)
+    deep = job()
+    scheduler.admit(deep, 0.0)
+    run(scheduler, scheduler.next_step(0.0).batch, [0.1], 0.001)
+    scheduler._leaving[1] = 0.9
+    now = 0.001
+    for _ in range(2000):
+        while scheduler.queued()[0] < 8:
+            scheduler.admit(job(arrived=now), now)
+        batch = scheduler.next_step(now).batch
+        now += batch.seconds
+        if deep in batch.jobs:
+            return
+        run(scheduler, batch, [0.9] * len(batch.jobs), now)
+    pytest.fail("the deep job was never run")
+
+
+confidences = st.tuples(*[st.sampled_from([0.1, 0.6, 0.95])] * STAGES)
+loads = st.lists(
+    st.builds(
+        Arrival,
+        st.floats(0, 0.1),
+        confidences,
+        st.sampled_from([0.001, 0.004, 0.01, 0.05, math.inf]),
+    ),
+    max_size=60,
+).map(lambda load: sorted(load, key=lambda a: a.time))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(load=loads, max_batch=st.sampled_from([1, 3, 8]))
+def test_every_job_is_settled_exactly_once_and_none_is_late(load, max_batch):
+    outcomes = simulate(make_scheduler(max_batch=max_batch), load, RULE)
+    assert sorted(id(o.arrival) for o in outcomes) == sorted(id(a) for a in load)
+    for outcome in outcomes:
+        if outcome.exit:
+            assert outcome.seconds <= outcome.arrival.deadline_seconds + 1e-9
+        if outcome.reason is Reason.CONFIDENT:
+            assert outcome.arrival.confidences[outcome.exit - 1] >= 0.8
+        if outcome.reason is Reason.FINAL:
+            assert outcome.exit == STAGES
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Admissions, cancellations, runs and failures in any order."""
+
+    def __init__(self):
+        super().__init__()
+        self.scheduler, self.now = make_scheduler(max_batch=4), 0.0
+        self.live, self.settled = [], []
+
+    @rule(seconds=st.sampled_from([0.002, 0.01, math.inf]))
+    def admit(self, seconds):
+        one = job(self.now, self.now + seconds)
+        with contextlib.suppress(Refused):
+            self.scheduler.admit(one, self.now)
+            self.live.append(one)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def cancel(self, data):
+        one = data.draw(st.sampled_from(self.live))
+        self.scheduler.cancel(one)
+        if one not in self.settled:
+            self.live.remove(one)
+
+    def step(self):
+        step = self.scheduler.next_step(self.now)
+        self.settled += step.overdue
+        self.now += step.batch.seconds if step.batch else 0.0
+        return step.batch
+
+    @rule(said=st.lists(st.sampled_from([0.1, 0.9]), min_size=4, max_size=4))
+    def run(self, said):
+        if batch := self.step():
+            answered = run(self.scheduler, batch, said[: len(batch.jobs)], self.now)
+            self.settled += [one for one, _ in answered]
+
+    @rule()
+    def fail(self):
+        if batch := self.step():
+            self.scheduler.abandon(batch)
+            self.settled += batch.jobs
+
+    def teardown(self):
+        while any(self.scheduler.queued()):
+            self.run([1.0] * 4)
+        assert len(self.settled) == len(set(self.settled)), "a job was answered twice"
+        assert set(self.live) == set(self.settled), "a job was lost"
+
+
+TestAnyHistory = AnyHistory.TestCase
+TestAnyHistory.settings = settings(max_examples=300, deadline=None)

@@ -1,0 +1,120 @@
+"""The command line: python -m deploy.loadtest URL [URL …] --images DIR."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from deploy.loadtest import schedules
+from deploy.loadtest.client import Client
+from deploy.loadtest.headroom import own_rate
+from deploy.loadtest.load import Result, closed_loop, open_loop
+from deploy.loadtest.plot import plot
+from deploy.loadtest.samples import Sample, read_samples
+from deploy.loadtest.summary import summarise
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load each server in turn with the same load, print one table."""
+    arguments = _parser().parse_args(argv)
+    try:
+        samples = read_samples(arguments.images)
+        summaries = asyncio.run(_run(arguments, samples))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(_table(summaries))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(summaries, indent=2) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.loadtest",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("urls", nargs="+", metavar="URL", help="where images are posted")
+    parser.add_argument("--images", type=Path, required=True, help="folder CLASS/* or plain")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--rate", type=float, default=50.0, help="Poisson requests a second")
+    load.add_argument("--bursts", type=float, metavar="RATE", help="bursts around this mean rate")
+    load.add_argument("--trace", type=Path, help="file of send times in seconds, one a line")
+    load.add_argument("--clients", type=int, help="closed loop with so many clients instead")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the load")
+    parser.add_argument("--deadline-ms", type=float, default=50.0, help="what counts as in time")
+    parser.add_argument("--seed", type=int, default=0, help="of send times and images")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--plot", type=Path, help="write the latency picture here (PNG)")
+    return parser
+
+
+async def _run(arguments: argparse.Namespace, samples: list[Sample]) -> dict[str, Any]:
+    possible = await own_rate(samples[0])
+    results: dict[str, list[Result]] = {}
+    for url in arguments.urls:
+        client = Client(url)
+        results[url] = await _load(arguments, client, samples)
+        await client.close()
+    deadline = arguments.deadline_ms / 1e3
+    if arguments.plot:
+        plot(results, deadline, arguments.plot)
+    summaries = {url: summarise(of_server, deadline) for url, of_server in results.items()}
+    for summary in summaries.values():
+        summary["tester_headroom"] = possible / max(summary.get("offered_per_second", 0), 1e-9)
+    return summaries
+
+
+async def _load(
+    arguments: argparse.Namespace, client: Client, samples: list[Sample]
+) -> list[Result]:
+    if arguments.clients:
+        return await closed_loop(
+            client, samples, arguments.clients, arguments.seconds, arguments.seed
+        )
+    if arguments.trace:
+        times = schedules.recorded(arguments.trace)
+    elif arguments.bursts:
+        times = schedules.bursts(arguments.bursts, arguments.seconds, seed=arguments.seed)
+    else:
+        times = schedules.poisson(arguments.rate, arguments.seconds, arguments.seed)
+    return await open_loop(client, samples, times, arguments.seed)
+
+
+def _table(summaries: dict[str, Any]) -> str:
+    rows = [("", *summaries)]
+    columns = list(summaries.values())
+
+    def add(name: str, *path: str, form: str = "{:.1f}") -> None:
+        cells = []
+        for value in columns:
+            for key in path:
+                value = (value or {}).get(key)
+            cells.append("-" if value is None else form.format(value))
+        rows.append((name, *cells))
+
+    add("offered / s", "offered_per_second")
+    add("answered / s", "answered_per_second")
+    add("goodput / s (in time)", "goodput_per_second")
+    add("in time", "in_time_share", form="{:.1%}")
+    add("accuracy of answers", "accuracy_of_answers", form="{:.1%}")
+    add("effective accuracy", "effective_accuracy", form="{:.1%}")
+    for p in ("p50", "p95", "p99"):
+        add(f"latency {p}, ms", "latency_ms", p)
+    for name in ("status", "exits", "reasons"):
+        add(name, name, form="{}")
+    add("tester could send, times this", "tester_headroom")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Sends a load and notes what came of every request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deploy.loadtest.client import Client
+from deploy.loadtest.samples import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of one request."""
+
+    intended: float
+    """When it should have been sent, in seconds from the start."""
+    sent: float
+    finished: float
+    status: int
+    """0 where no response came."""
+    right: bool | None
+    """Whether the label was right; None where none is known."""
+    exit: int = 0
+    reason: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """From when it should have been sent, so that a stalled sender hides nothing."""
+        return self.finished - self.intended
+
+
+async def open_loop(
+    client: Client, samples: Sequence[Sample], times: Sequence[float], seed: int = 0
+) -> list[Result]:
+    """Send at these times, whatever has been answered by then."""
+    chance, began = random.Random(seed), time.perf_counter()
+    tasks = []
+    for at in times:
+        delay = at - (time.perf_counter() - began)
+        if delay > 0:
+            await asyncio.sleep(delay)
+        sample = chance.choice(samples)
+        tasks.append(asyncio.create_task(_send(client, sample, began, at)))
+    return list(await asyncio.gather(*tasks))
+
+
+async def closed_loop(
+    client: Client, samples: Sequence[Sample], clients: int, seconds: float, seed: int = 0
+) -> list[Result]:
+    """So many clients, each sending its next request when the last was answered."""
+    began = time.perf_counter()
+
+    async def one(number: int) -> list[Result]:
+        chance, results = random.Random(seed + number), []
+        while (now := time.perf_counter() - began) < seconds:
+            results.append(await _send(client, chance.choice(samples), began, now))
+        return results
+
+    return [r for rs in await asyncio.gather(*map(one, range(clients))) for r in rs]
+
+
+async def _send(client: Client, sample: Sample, began: float, intended: float) -> Result:
+    sent = time.perf_counter() - began
+    status, body = await client.post(sample.data)
+    finished = time.perf_counter() - began
+    if status != 200:
+        return Result(intended, sent, finished, status, None if sample.label is None else False)
+    answer = json.loads(body)
+    right = None if sample.label is None else answer.get("label") == sample.label
+    return Result(
+        intended, sent, finished, 200, right, answer.get("exit", 0), answer.get("reason", "")
+    )

@@ -1,0 +1,48 @@
+"""When requests are sent."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+BURST_SECONDS = 1.0
+"""Length of a burst, and of the calm after it."""
+
+
+def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
+    """Send times of a Poisson process of `rate` requests a second."""
+    return list(_poisson(random.Random(seed), rate, 0.0, seconds))
+
+
+def bursts(rate: float, seconds: float, peak: float = 3.0, seed: int = 0) -> list[float]:
+    """Poisson sends whose rate swings between `peak` and 2 - `peak` (at least 0) times `rate`."""
+    chance, start, high = random.Random(seed), 0.0, False
+    times: list[float] = []
+    while start < seconds:
+        end = min(seconds, start + BURST_SECONDS)
+        factor = peak if high else max(0.0, 2 - peak)
+        times += _poisson(chance, factor * rate, start, end)
+        start, high = end, not high
+    return times
+
+
+def recorded(file: Path) -> list[float]:
+    """Send times from a file with one a line, in seconds; shifted to start at zero.
+
+    Raises:
+        ValueError: a line is not a number, or there is none.
+    """
+    times = sorted(float(line) for line in file.read_text().split())
+    if not times:
+        raise ValueError(f"{file} has no send time")
+    return [t - times[0] for t in times]
+
+
+def _poisson(chance: random.Random, rate: float, start: float, end: float) -> Iterator[float]:
+    time = start
+    while rate > 0:
+        time += chance.expovariate(rate)
+        if time >= end:
+            return
+        yield time

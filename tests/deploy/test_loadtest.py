@@ -1,0 +1,112 @@
+"""The load tester against a small server whose behaviour is known."""
+
+import asyncio
+import json
+import math
+
+import pytest
+
+from deploy.loadtest import schedules
+from deploy.loadtest.client import Client
+from deploy.loadtest.headroom import own_rate
+from deploy.loadtest.load import Result, closed_loop, open_loop
+from deploy.loadtest.samples import Sample, read_samples
+from deploy.loadtest.summary import summarise
+
+OTTER = Sample(b"otter", "otter")
+BEAR = Sample(b"bear", "bear")
+
+
+async def answer(reader, writer):
+    """Says otter to everything; closes the connection on `bear`; 429 for `busy`."""
+    try:
+        while True:
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+            body = await reader.readexactly(length)
+            status = b"429 Too Many Requests" if body == b"busy" else b"200 OK"
+            said = json.dumps({"label": "otter", "exit": 1, "reason": "confident"}).encode()
+            closing = b"Connection: close\r\n" if body == b"bear" else b""
+            writer.write(b"HTTP/1.1 " + status + b"\r\n" + closing)
+            writer.write(b"Content-Length: %d\r\n\r\n" % len(said) + said)
+            if closing:
+                break
+    except asyncio.IncompleteReadError:
+        pass
+    finally:
+        writer.close()
+
+
+def against_server(load):
+    async def run():
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        client = Client(f"http://127.0.0.1:{port}/classify?top_k=1")
+        try:
+            return await load(client)
+        finally:
+            await client.close()
+            server.close()
+
+    return asyncio.run(run())
+
+
+def test_every_request_is_accounted_for_with_its_label_exit_and_reason():
+    times = [0.0, 0.001, 0.002, 0.003]
+    results = against_server(lambda c: open_loop(c, [OTTER, BEAR], times))
+    assert len(results) == 4
+    assert {(r.status, r.exit, r.reason) for r in results} == {(200, 1, "confident")}
+    assert {r.right for r in results} <= {True, False}
+
+
+def test_a_refusal_counts_as_wrong_and_as_not_answered():
+    results = against_server(lambda c: open_loop(c, [Sample(b"busy", "otter")], [0.0]))
+    summary = summarise(results, math.inf)
+    assert summary["status"] == {"429": 1}
+    assert (summary["effective_accuracy"], summary["accuracy_of_answers"]) == (0.0, None)
+
+
+def test_a_server_that_is_gone_is_counted_not_raised():
+    results = asyncio.run(open_loop(Client("http://127.0.0.1:9/"), [OTTER], [0.0]))
+    assert results[0].status == 0
+
+
+def test_a_closed_loop_sends_the_next_when_the_last_was_answered():
+    results = against_server(lambda c: closed_loop(c, [OTTER], clients=2, seconds=0.05))
+    assert len(results) >= 4
+    assert all(r.status == 200 for r in results)
+
+
+def test_latency_counts_from_when_a_request_should_have_been_sent():
+    late = Result(intended=1.0, sent=3.0, finished=3.5, status=200, right=True)
+    assert late.seconds == 2.5
+    assert summarise([late], 1.0)["effective_accuracy"] == 0.0
+
+
+def test_poisson_sends_at_the_asked_rate():
+    times = schedules.poisson(1000, 10, seed=1)
+    assert len(times) == pytest.approx(10_000, rel=0.05)
+    assert times == sorted(times)
+    assert times[-1] < 10
+
+
+def test_bursts_keep_the_mean_rate_and_swing_around_it():
+    times = schedules.bursts(1000, 10, peak=2.0, seed=1)
+    assert len(times) == pytest.approx(10_000, rel=0.05)
+    calm = sum(t % 2 < 1 for t in times)
+    assert calm == 0
+
+
+def test_a_recorded_trace_starts_at_zero(tmp_path):
+    trace = tmp_path / "trace.txt"
+    trace.write_text("12.5\n12.0\n13\n")
+    assert schedules.recorded(trace) == [0.0, 0.5, 1.0]
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no image"):
+        read_samples(tmp_path)
+
+
+def test_the_tester_knows_its_own_rate():
+    assert asyncio.run(own_rate(OTTER)) > 0

@@ -130,6 +130,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._beat = clock()
         self._stopping = False
+        metrics.in_force(scheduler.controller.level)
 
     # --- called from other threads -----------------------------------------------------------
 

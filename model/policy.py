@@ -103,6 +103,9 @@ class Calibration(BaseModel):
     carry: float = Field(
         0.0, ge=0, description="weight of the shallower exits' log-probabilities; 0: exit alone"
     )
+    alone: float | None = Field(
+        None, gt=0, description="temperature where the network is cut at this exit, with no carry"
+    )
     coefficients: tuple[float, ...] = Field(
         (1.0,), min_length=1, description="of the measure's scores, in the confidence's log-odds"
     )

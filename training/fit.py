@@ -35,15 +35,17 @@ def fit_calibrations(
     passed: Tensor | None = None
     for exit in range(logits.shape[1]):
         carried = passed if ensemble else None
-        answer = _fit_answer(logits[:, exit], carried, class_ids, measure)
+        temperature, carry = _fit_answer(logits[:, exit], carried, class_ids)
+        alone = temperature if carried is None else _fit_answer(logits[:, exit], None, class_ids)[0]
+        answer = Calibration(
+            temperature=temperature, carry=carry, alone=alone, coefficients=_prior(measure)
+        )
         calibrations.append(_fit_confidence(logits[:, exit], passed, class_ids, answer, measure))
         passed = judge(logits[:, exit], passed, calibrations[-1], measure).state
     return calibrations
 
 
-def _fit_answer(
-    logits: Tensor, passed: Tensor | None, class_ids: Tensor, measure: Measure
-) -> Calibration:
+def _fit_answer(logits: Tensor, passed: Tensor | None, class_ids: Tensor) -> tuple[float, float]:
     """Temperature and carry that give the labels the highest likelihood: a convex problem."""
 
     def loss(w: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def _fit_answer(
     start, bounds = [1.0, 0.5], [(1e-3, None), (0.0, None)]
     parts = 1 if passed is None else 2
     found = _minimise(loss, np.array(start[:parts]), bounds[:parts])
-    return Calibration(temperature=1 / found[0], carry=sum(found[1:]), coefficients=_prior(measure))
+    return 1 / found[0], sum(found[1:])
 
 
 def _fit_confidence(

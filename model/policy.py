@@ -24,8 +24,8 @@ class Reason(StrEnum):
     MAX_EXIT = "max_exit"
 
 
-def suffices(confidence: Any, threshold: float) -> Any:
-    """Whether to answer: a bool for a float, an array of them for an array of confidences."""
+def suffices(confidence: Any, threshold: Any) -> Any:
+    """Whether to answer: a bool for numbers, elementwise for arrays of either."""
     return confidence >= threshold
 
 

@@ -36,12 +36,6 @@ class Measure(StrEnum):
     MARGIN = "margin"
     ENTROPY = "entropy"
     AGREEMENT = "agreement"
-    COMBINED = "combined"
-
-    @property
-    def scores(self) -> int:
-        """How many scores of an answer the measure combines, each with a coefficient."""
-        return 4 if self is Measure.COMBINED else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +86,8 @@ class OperatingPoint(BaseModel):
 class Calibration(BaseModel):
     """How one exit's logits become answer probabilities and a calibrated confidence.
 
-    With no carry, one coefficient of 1 and no offset, this is temperature scaling (Guo et al.,
-    "On Calibration of Modern Neural Networks", ICML 2017) and the confidence is the answer's
-    probability.
+    With nothing but a temperature, on the measure `probability`, this is temperature scaling (Guo
+    et al., "On Calibration of Modern Neural Networks", ICML 2017).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -106,10 +99,8 @@ class Calibration(BaseModel):
     alone: float | None = Field(
         None, gt=0, description="temperature where the network is cut at this exit, with no carry"
     )
-    coefficients: tuple[float, ...] = Field(
-        (1.0,), min_length=1, description="of the measure's scores, in the confidence's log-odds"
-    )
-    offset: float = Field(0.0, description="of the confidence's log-odds")
+    slope: float = Field(1.0, gt=0, description="of the measure's score, in the log-odds of right")
+    offset: float = Field(0.0, description="of the log-odds of right")
 
 
 class Policy(BaseModel):
@@ -135,8 +126,6 @@ class Policy(BaseModel):
         for point in self.operating_points:
             if len(point.thresholds) != self.exits - 1:
                 raise ValueError("each operating point needs a threshold for every exit but one")
-        if any(len(c.coefficients) != self.measure.scores for c in self.calibrations):
-            raise ValueError(f"{self.measure} takes {self.measure.scores} coefficients an exit")
         return self
 
     @property

@@ -82,7 +82,10 @@ def add_command(commands: Any) -> None:
 def add_numerics(command: argparse.ArgumentParser) -> None:
     """Options of every command that runs a bundle over a folder of images."""
     command.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="as it will serve"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="as it will serve",
     )
     command.add_argument("--cache", type=Path, help="folder for logits; by default beside BUNDLE")
 

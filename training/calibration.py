@@ -24,11 +24,11 @@ LEAST_IMAGES = 100
 class Options:
     """What decides a calibration, besides bundle and images."""
 
-    measure: Measure = Measure.PROBABILITY
+    measure: Measure = Measure.MARGIN
     ensemble: bool = True
     method: Method = Method.PAIRED
     delta: float = 0.1
-    search_share: float = 0.4
+    search_share: float = 0.25
     mean_macs: float | None = None
     seed: int = 0
 

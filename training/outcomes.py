@@ -55,7 +55,8 @@ class Outcomes:
 
     def against_full_network(self) -> Outcomes:
         """The same, with the full network's answer in the place of the truth: needs no labels."""
-        return replace(self, right=self.answers == self.answers[:, -1:])
+        same = self.answers == self.answers[:, -1:]
+        return replace(self, right=same, belief=same.astype(float))
 
 
 def outcomes_of(

@@ -28,6 +28,14 @@ class Backbone(nn.Module):
         """The blocks of each stage, shallow to deep."""
         raise NotImplementedError
 
+    def drop_stages(self, kept: int) -> None:
+        """Delete the blocks of every stage after the first `kept`; other names stay."""
+        dropped = {id(block) for stage in self.stages[kept:] for block in stage}
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if id(child) in dropped:
+                    delattr(parent, name)
+
     def stem(self, x: Tensor) -> Tensor:
         """Normalised images `[N, 3, H, W]` to the first stage's input."""
         raise NotImplementedError

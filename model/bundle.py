@@ -38,7 +38,8 @@ class Exit(BaseModel):
     exit: int = Field(ge=1, description="1 is the shallowest")
     macs: int = Field(ge=0, description="multiply-accumulates an image")
     parameters: int = Field(ge=0, description="parameters that such an image uses")
-    accuracy: float | None = Field(None, ge=0, le=1, description="top-1, on the test images")
+    accuracy: float | None = Field(None, ge=0, le=1, description="top-1 as served, on test images")
+    alone: float | None = Field(None, ge=0, le=1, description="top-1 of this exit by itself")
 
 
 class Description(BaseModel):

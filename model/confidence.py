@@ -45,53 +45,36 @@ def judge(
         combined = combined + calibration.carry * passed
     state = F.log_softmax(combined, dim=1)
     probabilities = state.exp()
-    score = scores(measure, probabilities, passed)
-    return Judgement(odds_of(score, calibration).sigmoid(), probabilities, state)
+    odds = calibration.slope * score(measure, probabilities, passed) + calibration.offset
+    return Judgement(odds.sigmoid(), probabilities, state)
 
 
-def odds_of(score: Tensor, calibration: Calibration) -> Tensor:
-    """Log-odds `[N]` that answers with these scores `[N, S]` are right."""
-    weighted = [c * score[:, i] for i, c in enumerate(calibration.coefficients)]
-    return torch.stack(weighted).sum(dim=0) + calibration.offset
-
-
-def scores(measure: Measure, probabilities: Tensor, passed: Tensor | None) -> Tensor:
-    """The measure's scores of the answers, larger for surer ones, on the scale of log-odds.
+def score(measure: Measure, probabilities: Tensor, passed: Tensor | None) -> Tensor:
+    """How sure the answers are by one measure, on the scale of log-odds.
 
     Args:
-        measure: which scores.
+        measure: which.
         probabilities: `[N, classes]` of this exit.
         passed: log-probabilities `[N, classes]` of the exit before, or None.
 
     Returns:
-        `[N, measure.scores]`, all finite where the probabilities are.
+        fp32 `[N]`, finite where the probabilities are.
     """
-    two, classes = probabilities.topk(min(2, probabilities.shape[1]), dim=1)
     match measure:
         case Measure.PROBABILITY:
-            columns = [_probability(two)]
+            return _log_odds(probabilities.amax(dim=1))
         case Measure.MARGIN:
-            columns = [_margin(two)]
+            return _margin(probabilities)
         case Measure.ENTROPY:
-            columns = [_entropy(probabilities)]
+            return _entropy(probabilities)
         case Measure.AGREEMENT:
-            columns = [_agreement(two, classes, passed)]
-        case Measure.COMBINED:
-            columns = [
-                _probability(two),
-                _margin(two),
-                _entropy(probabilities),
-                _agreement(two, classes, passed),
-            ]
-    return torch.stack(columns, dim=1)
+            return _agreement(probabilities, passed)
 
 
-def _probability(two: Tensor) -> Tensor:
-    return _log_odds(two[:, 0])
-
-
-def _margin(two: Tensor) -> Tensor:
-    return (two[:, 0].clamp(min=EPSILON) / two[:, -1].clamp(min=EPSILON)).log()
+def _margin(probabilities: Tensor) -> Tensor:
+    """The logarithm of how many times likelier the answer is than the runner-up."""
+    two = probabilities.topk(min(2, probabilities.shape[1]), dim=1).values.clamp(min=EPSILON)
+    return (two[:, 0] / two[:, -1]).log()
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -100,12 +83,12 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return _log_odds(1 - entropy / math.log(max(2, probabilities.shape[1])))
 
 
-def _agreement(two: Tensor, classes: Tensor, passed: Tensor | None) -> Tensor:
+def _agreement(probabilities: Tensor, passed: Tensor | None) -> Tensor:
     """The answer's probability, averaged over this exit and the one before it."""
-    now = two[:, 0]
+    now, answer = probabilities.max(dim=1)
     if passed is None:
         return _log_odds(now)
-    before = passed.gather(1, classes[:, :1]).squeeze(1).exp()
+    before = passed.gather(1, answer[:, None]).squeeze(1).exp()
     return _log_odds((now + before) / 2)
 
 

@@ -81,9 +81,8 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _trunk_parameters(net: MultiExitNet, k: int) -> int:
-    stages = net.backbone.stages
-    own = sum(_parameters(block) for block in stages[k - 1])
+    own = sum(_parameters(block) for block in net.blocks(k))
     if k > 1:
         return own
-    in_stages = sum(_parameters(block) for stage in stages for block in stage)
-    return own + _parameters(net.backbone) - in_stages
+    in_blocks = sum(_parameters(b) for j in range(1, net.exits + 1) for b in net.blocks(j))
+    return own + _parameters(net.backbone) - in_blocks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -41,14 +41,35 @@ class MultiExitNet(nn.Module):
 
     Stages and exits are numbered 1..E from shallow to deep. The whole network is all stages in
     turn, so serving may stop between any two.
+
+    Args:
+        backbone: a stem plus stages.
+        classes: number of classes.
+        attention: whether heads have attention gates.
+        keep: the exits to keep, rising; what is deeper than the last is dropped, and stages up to
+            a kept exit are run as one. All by default. The weights' names stay the same.
+
+    Raises:
+        ValueError: `keep` is empty, does not rise or names no exit.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, attention: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: int,
+        attention: bool = True,
+        keep: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
         channels = backbone.stage_channels
-        self.heads = nn.ModuleList(
-            ExitHead(channels[k:], classes, attention) for k in range(len(channels))
+        everything = range(1, len(channels) + 1)
+        self.kept = tuple(everything if keep is None else keep)
+        if not self.kept or sorted(set(self.kept) & set(everything)) != list(self.kept):
+            raise ValueError(f"kept exits must rise within 1..{len(channels)}, not {self.kept}")
+        backbone.drop_stages(self.kept[-1])
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(
+            {str(k - 1): ExitHead(channels[k - 1 :], classes, attention) for k in self.kept}
         )
 
     @property
@@ -58,13 +79,18 @@ class MultiExitNet(nn.Module):
 
     def head(self, k: int) -> ExitHead:
         """The head of exit `k`, 1..exits."""
-        return cast(ExitHead, self.heads[k - 1])
+        return cast(ExitHead, self.heads[str(self.kept[k - 1] - 1)])
+
+    def blocks(self, k: int) -> list[nn.Module]:
+        """The trunk's blocks between exit k-1 and exit `k`, the stem aside."""
+        first = self.kept[k - 2] if k > 1 else 0
+        return [b for stage in self.backbone.stages[first : self.kept[k - 1]] for b in stage]
 
     def features(self, k: int, x: Tensor) -> Tensor:
         """Run the trunk of stage `k`: images (k = 1) or stage k-1's features to features."""
         if k == 1:
             x = self.backbone.stem(x)
-        for block in self.backbone.stages[k - 1]:
+        for block in self.blocks(k):
             x = block(x)
         return x
 
@@ -104,7 +130,7 @@ def build(architecture: str, classes: int, **arguments: Any) -> MultiExitNet:
     Args:
         architecture: a key of `ARCHITECTURES`.
         classes: number of classes.
-        arguments: `width`, `stem` (backbone) and `attention` (heads).
+        arguments: `width`, `stem` (backbone), `attention` and `keep` (heads).
 
     Raises:
         ValueError: an unknown architecture or argument.
@@ -112,12 +138,12 @@ def build(architecture: str, classes: int, **arguments: Any) -> MultiExitNet:
     if architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ValueError(f"unknown architecture {architecture!r}; known are {known}")
-    unknown = arguments.keys() - {"width", "stem", "attention"}
+    unknown = arguments.keys() - {"width", "stem", "attention", "keep"}
     if unknown:
         raise ValueError(f"unknown architecture argument {', '.join(sorted(unknown))}")
     if arguments.get("stem", 32) not in STEMS:
         raise ValueError(f"stem must be one of {STEMS}")
-    head = {k: arguments.pop(k) for k in ("attention",) if k in arguments}
+    head = {k: arguments.pop(k) for k in ("attention", "keep") if k in arguments}
     return MultiExitNet(ARCHITECTURES[architecture](**arguments), classes, **head)
 
 

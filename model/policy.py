@@ -24,8 +24,8 @@ class Reason(StrEnum):
     MAX_EXIT = "max_exit"
 
 
-def suffices(confidence: Any, threshold: float) -> Any:
-    """Whether to answer: a bool for a float, an array of them for an array of confidences."""
+def suffices(confidence: Any, threshold: Any) -> Any:
+    """Whether to answer: a bool for numbers, elementwise for arrays of either."""
     return confidence >= threshold
 
 
@@ -36,12 +36,6 @@ class Measure(StrEnum):
     MARGIN = "margin"
     ENTROPY = "entropy"
     AGREEMENT = "agreement"
-    COMBINED = "combined"
-
-    @property
-    def scores(self) -> int:
-        """How many scores of an answer the measure combines, each with a coefficient."""
-        return 4 if self is Measure.COMBINED else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +86,8 @@ class OperatingPoint(BaseModel):
 class Calibration(BaseModel):
     """How one exit's logits become answer probabilities and a calibrated confidence.
 
-    With no carry, one coefficient of 1 and no offset, this is temperature scaling (Guo et al.,
-    "On Calibration of Modern Neural Networks", ICML 2017) and the confidence is the answer's
-    probability.
+    With nothing but a temperature, on the measure `probability`, this is temperature scaling (Guo
+    et al., "On Calibration of Modern Neural Networks", ICML 2017).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -103,10 +96,11 @@ class Calibration(BaseModel):
     carry: float = Field(
         0.0, ge=0, description="weight of the shallower exits' log-probabilities; 0: exit alone"
     )
-    coefficients: tuple[float, ...] = Field(
-        (1.0,), min_length=1, description="of the measure's scores, in the confidence's log-odds"
+    alone: float | None = Field(
+        None, gt=0, description="temperature where the network is cut at this exit, with no carry"
     )
-    offset: float = Field(0.0, description="of the confidence's log-odds")
+    slope: float = Field(1.0, gt=0, description="of the measure's score, in the log-odds of right")
+    offset: float = Field(0.0, description="of the log-odds of right")
 
 
 class Policy(BaseModel):
@@ -132,8 +126,6 @@ class Policy(BaseModel):
         for point in self.operating_points:
             if len(point.thresholds) != self.exits - 1:
                 raise ValueError("each operating point needs a threshold for every exit but one")
-        if any(len(c.coefficients) != self.measure.scores for c in self.calibrations):
-            raise ValueError(f"{self.measure} takes {self.measure.scores} coefficients an exit")
         return self
 
     @property

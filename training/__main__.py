@@ -6,11 +6,11 @@ import argparse
 import sys
 
 from model.bundle import BundleError
-from training import calibrate, train
+from training import calibrate, evaluate, export, train
 from training.data import DataError
 from training.loop import TrainingError
 
-COMMANDS = (train, calibrate)
+COMMANDS = (train, calibrate, evaluate, export)
 
 
 def main(argv: list[str] | None = None) -> int:

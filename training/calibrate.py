@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from model.bundle import Bundle, load_bundle, save_policy
+from model.bundle import REPORT, Bundle, load_bundle, save_policy, write_atomically
 from model.policy import Measure, OperatingPoint, Policy
 from training import data as folders
-from training.data import DataError
-from training.fit import fit_calibrations
-from training.ladder import Certifier, Method, ladder, uncertifiable
+from training.calibration import Calibrated, Options, calibrate
+from training.compare import compare_measures
+from training.data import SUFFIXES, DataError, Listing
+from training.ladder import Method, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
-from training.search import nested_path
+from training.reliability import exit_errors
+from training.timing import stage_seconds
 
 HELD_OUT = 0.1
 """Share of each class of train/ that training leaves out; `training.train` holds out the same."""
-LEAST_IMAGES = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What decides a calibration, besides bundle and images."""
-
-    measure: Measure = Measure.PROBABILITY
-    ensemble: bool = True
-    method: Method = Method.PAIRED
-    delta: float = 0.1
-    search_share: float = 0.4
-    seed: int = 0
+RECORD = "calibration.json"
+SHOWN_LOSS = 0.01
 
 
 def add_command(commands: Any) -> None:
@@ -46,97 +37,178 @@ def add_command(commands: Any) -> None:
         help="choose thresholds with a guarantee, on images the network never saw",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    defaults = Options()
     command.add_argument("bundle", type=Path, help="folder that train wrote")
     command.add_argument(
         "--data",
         type=Path,
         required=True,
-        help="folder with CLASS/*.png, or with train/CLASS/*.png, whose held-out part is taken",
+        help="folder with CLASS/*.png; or with train/CLASS/*.png, whose held-out part is taken; "
+        "or with images alone, for --method disagreement",
     )
-    command.add_argument("--delta", type=float, default=0.1, help="chance that a bound fails")
+    command.add_argument("--delta", type=_share, default=defaults.delta, help="chance of failing")
+    command.add_argument(
+        "--method", type=Method, choices=list(Method), default=defaults.method, help="what to prove"
+    )
+    command.add_argument(
+        "--measure",
+        type=Measure,
+        choices=list(Measure),
+        default=defaults.measure,
+        help="what confidences are made from",
+    )
+    command.add_argument(
+        "--ensemble",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.ensemble,
+        help="answer from all exits passed so far",
+    )
+    command.add_argument("--mean-macs", type=_share, help="add the best point at this cost")
+    command.add_argument(
+        "--cost", choices=["macs", "measured"], default="macs", help="what the search saves"
+    )
+    command.add_argument(
+        "--search-share",
+        type=_share,
+        default=defaults.search_share,
+        help="share of the images that thresholds are chosen on; the rest certifies them",
+    )
+    command.add_argument("--compare", action="store_true", help="print all measures side by side")
+    command.add_argument("--seed", type=int, default=defaults.seed, help="of the images' split")
+    add_numerics(command)
     command.set_defaults(run=_calibrate)
+
+
+def add_numerics(command: argparse.ArgumentParser) -> None:
+    """Options of every command that runs a bundle over a folder of images."""
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="as it will serve",
+    )
+    command.add_argument("--cache", type=Path, help="folder for logits; by default beside BUNDLE")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     bundle = load_bundle(arguments.bundle)
-    images = folders.load(calibration_listing(arguments.data), bundle.description.preprocess)
-    check_classes(bundle, images.classes)
-    cache = arguments.bundle.parent / ".cache"
-    logits = cached_logits(bundle, images, torch.float32, cache)
-    options = Options(delta=arguments.delta)
-    policy, certifier = calibrate(bundle, logits, images.class_ids, options)
-    save_policy(arguments.bundle, policy)
-    print(table(policy.operating_points))
-    for point, needed in uncertifiable(certifier, policy.operating_points):
-        print(f"{point.max_accuracy_loss:.2%} cannot be certified; needs {needed} test images")
+    listing, labelled = calibration_listing(arguments.data)
+    if labelled:
+        check_classes(bundle, listing.classes)
+    dtype = getattr(torch, arguments.dtype)
+    images = load_images(bundle, listing)
+    logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
+    class_ids = images.class_ids if labelled else None
+    names = ("measure", "ensemble", "method", "delta", "search_share", "mean_macs", "seed")
+    options = Options(**{name: getattr(arguments, name) for name in names})
+    costs = stage_seconds(bundle, dtype) if arguments.cost == "measured" else None
+    if arguments.compare and class_ids is not None:
+        print(compare_measures(bundle, logits, class_ids, options))
+    result = calibrate(bundle, logits, class_ids, options, costs)
+    save_policy(bundle.path, result.policy)
+    save_record(bundle.path, result)
+    for line in summary(result):
+        print(line)
+    if class_ids is not None:
+        tested = result.tested
+        for line in reliability_lines(result.policy, logits[tested], class_ids[tested]):
+            print(line)
 
 
-def calibration_listing(root: Path) -> folders.Listing:
-    """The images to calibrate on: `root` itself, or what training held out of `root/train`."""
+def calibration_listing(root: Path) -> tuple[Listing, bool]:
+    """The images to calibrate on, with whether they are labelled.
+
+    That is what training held out of `root/train`; without one, all of `root/CLASS`; without any
+    class, the images in `root` itself.
+    """
     if (root / "train").is_dir():
-        return folders.split_by_hash(folders.list_folder(root / "train"), HELD_OUT)[1]
-    return folders.list_folder(root)
+        return folders.split_by_hash(folders.list_folder(root / "train"), HELD_OUT)[1], True
+    if root.is_dir():
+        files = tuple(sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES))
+        if files:
+            return Listing((), files, (0,) * len(files)), False
+    return folders.list_folder(root), True
+
+
+def load_images(bundle: Bundle, listing: Listing) -> folders.ImageSet:
+    """Read images through the bundle's preprocess, saying which cannot be read."""
+    images = folders.load(listing, bundle.description.preprocess)
+    if images.unreadable:
+        tqdm.write(f"skipped {len(images.unreadable)} files; the first: {images.unreadable[0]}")
+    return images
 
 
 def check_classes(bundle: Bundle, classes: Sequence[str]) -> None:
-    """Raise DataError unless the data's classes are the bundle's, in its order."""
+    """Raise DataError unless the data's classes are the bundle's, in its order, and several."""
     expected = bundle.description.classes
     if tuple(classes) != expected:
         odd = sorted(set(classes) ^ set(expected))[:3]
         raise DataError(
             f"the data has {len(classes)} classes, the bundle {len(expected)}, and they differ "
-            f"(in {', '.join(odd)}); calibrate on images of the classes it was trained on"
+            f"(in {', '.join(odd)}); take images of the classes it was trained on"
+        )
+    if len(expected) == 1:
+        raise DataError("there is one class only, so every answer is right; nothing to calibrate")
+
+
+def cache_folder(arguments: argparse.Namespace) -> Path:
+    """Where logits are kept."""
+    return arguments.cache or arguments.bundle.resolve().parent / ".cache"
+
+
+def save_record(path: Path, result: Calibrated) -> None:
+    """Write what evaluation wants to know of a calibration to the bundle's report."""
+    record = {
+        "weights_sha256": result.policy.weights_sha256,
+        "certified_on_images": len(result.certifier.outcomes),
+        "path": result.path,
+        "budgeted": result.budgeted,
+    }
+    (path / REPORT).mkdir(exist_ok=True)
+    write_atomically(path / REPORT / RECORD, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def summary(result: Calibrated) -> Iterator[str]:
+    """The calibration in lines for people."""
+    policy, certifier = result.policy, result.certifier
+    n = len(certifier.outcomes)
+    yield (
+        f"{policy.calibration_images} images: thresholds chosen on "
+        f"{policy.calibration_images - n}, certified on {n} "
+        f"({policy.method}, delta {policy.delta:g})"
+    )
+    yield from table(policy.operating_points)
+    for point, needed in uncertifiable(certifier, policy.operating_points):
+        loss = f"a loss of {point.max_accuracy_loss:.2%}"
+        yield f"{loss} cannot be certified, so the full network runs; " + (
+            f"it takes at least {needed} images to certify on"
+            if needed and needed > n
+            else "the boldest thresholds that would pass were too unsure on these images"
         )
 
 
-def calibrate(
-    bundle: Bundle, logits: Tensor, class_ids: Tensor, options: Options
-) -> tuple[Policy, Certifier]:
-    """Fit and search on one part of the images, certify on the other.
-
-    Args:
-        bundle: what the logits came from.
-        logits: fp32 `[N, exits, classes]`.
-        class_ids: int64 `[N]`.
-        options: what to calibrate.
-
-    Raises:
-        DataError: too few images.
-    """
-    n = len(class_ids)
-    if n < LEAST_IMAGES:
-        raise DataError(f"{n} images are too few to calibrate on; take at least {LEAST_IMAGES}")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(options.seed))
-    found, tested = order.split(
-        [round(options.search_share * n), n - round(options.search_share * n)]
-    )
-    calibrations = fit_calibrations(
-        logits[found], class_ids[found], options.measure, options.ensemble
-    )
-    everything = outcomes_of(logits, class_ids, calibrations, options.measure)
-    macs = np.array([e.macs for e in bundle.description.exits], dtype=float)
-    macs /= macs[-1]
-    path = nested_path(everything.pick(found.numpy()), macs)
-    certifier = Certifier(everything.pick(tested.numpy()), options.delta, options.method)
-    policy = Policy(
-        weights_sha256=bundle.description.weights_sha256,
-        method=options.method,
-        delta=options.delta,
-        calibration_images=n,
-        measure=options.measure,
-        calibrations=tuple(calibrations),
-        operating_points=ladder(certifier, path, everything, macs),
-    )
-    return policy, certifier
+def reliability_lines(policy: Policy, logits: Tensor, class_ids: Tensor) -> Iterator[str]:
+    """Calibration errors of every exit, at the operating point for a loss of one point."""
+    outcomes = outcomes_of(logits, class_ids, policy.calibrations, policy.measure)
+    taken = outcomes.taken(policy.point_for(SHOWN_LOSS).thresholds)
+    for k, e in enumerate(exit_errors(outcomes, logits, class_ids, taken), start=1):
+        leaving = "" if e.leaving is None else f", {e.leaving:.2%} among those that leave there"
+        yield f"exit {k}: calibration error {e.before:.2%} as trained, {e.after:.2%} now{leaving}"
 
 
-def table(points: Sequence[OperatingPoint]) -> str:
-    """The operating points for people."""
-    lines = ["loss at most   measured   mean MACs   leaving at each exit"]
+def table(points: Sequence[OperatingPoint]) -> Iterator[str]:
+    """Operating points for people."""
+    yield "loss at most   measured   mean MACs   leaving at each exit"
     for p in points:
         leaving = " ".join(f"{s:6.1%}" for s in p.exit_shares)
-        lines.append(
+        yield (
             f"{p.max_accuracy_loss:12.2%} {p.measured_accuracy_loss:10.2%} "
             f"{p.mean_macs:11.1%}   {leaving}"
         )
-    return "\n".join(lines)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.confidence import judge, scores
+from model.confidence import judge, score
 from model.policy import Calibration, Measure
 
 MOST_IMAGES = 20_000
@@ -34,16 +34,22 @@ def fit_calibrations(
     calibrations: list[Calibration] = []
     passed: Tensor | None = None
     for exit in range(logits.shape[1]):
-        carried = passed if ensemble else None
-        answer = _fit_answer(logits[:, exit], carried, class_ids, measure)
-        calibrations.append(_fit_confidence(logits[:, exit], passed, class_ids, answer, measure))
-        passed = judge(logits[:, exit], passed, calibrations[-1], measure).state
+        own = logits[:, exit]
+        temperature, carry = _fit_answer(own, passed if ensemble else None, class_ids)
+        alone = _fit_answer(own, None, class_ids)[0] if carry else temperature
+        answer = Calibration(temperature=temperature, carry=carry, alone=alone)
+        judgement = judge(own, passed, answer, measure)
+        if measure is not Measure.PROBABILITY:  # which is calibrated by its temperature
+            right = judgement.probabilities.argmax(dim=1) == class_ids
+            sureness = score(measure, judgement.probabilities, passed)
+            slope, offset = _fit_confidence(sureness, right.float())
+            answer = answer.model_copy(update={"slope": slope, "offset": offset})
+        calibrations.append(answer)
+        passed = judgement.state
     return calibrations
 
 
-def _fit_answer(
-    logits: Tensor, passed: Tensor | None, class_ids: Tensor, measure: Measure
-) -> Calibration:
+def _fit_answer(logits: Tensor, passed: Tensor | None, class_ids: Tensor) -> tuple[float, float]:
     """Temperature and carry that give the labels the highest likelihood: a convex problem."""
 
     def loss(w: Tensor) -> Tensor:
@@ -52,42 +58,26 @@ def _fit_answer(
 
     start, bounds = [1.0, 0.5], [(1e-3, None), (0.0, None)]
     parts = 1 if passed is None else 2
-    found = _minimise(loss, np.array(start[:parts]), bounds[:parts])
-    return Calibration(temperature=1 / found[0], carry=sum(found[1:]), coefficients=_prior(measure))
+    found = _minimise(loss, start[:parts], bounds[:parts])
+    return 1 / found[0], sum(found[1:])
 
 
-def _fit_confidence(
-    logits: Tensor,
-    passed: Tensor | None,
-    class_ids: Tensor,
-    answer: Calibration,
-    measure: Measure,
-) -> Calibration:
-    """Logistic regression of "the answer is right" on the measure's scores (Platt 1999)."""
-    if measure is Measure.PROBABILITY:
-        return answer
-    judgement = judge(logits, passed, answer, measure)
-    right = (judgement.probabilities.argmax(dim=1) == class_ids).float()
-    score = scores(measure, judgement.probabilities, passed)
-    design = torch.cat([score, torch.ones(len(score), 1)], dim=1)
-    prior = torch.tensor([*_prior(measure), 0.0])
+def _fit_confidence(sureness: Tensor, right: Tensor) -> tuple[float, float]:
+    """Slope and offset of the log-odds of being right (Platt 1999), both fp32 `[N]`."""
+    prior = torch.tensor([1.0, 0.0])
 
     def loss(w: Tensor) -> Tensor:
-        likelihood = F.binary_cross_entropy_with_logits(design @ w, right)
+        likelihood = F.binary_cross_entropy_with_logits(w[0] * sureness + w[1], right)
         return likelihood + RIDGE * (w - prior).square().sum() / len(right)
 
-    *coefficients, offset = _minimise(loss, prior.numpy())
-    return answer.model_copy(update={"coefficients": tuple(coefficients), "offset": offset})
-
-
-def _prior(measure: Measure) -> tuple[float, ...]:
-    return (1.0,) + (0.0,) * (measure.scores - 1)
+    slope, offset = _minimise(loss, prior.tolist(), [(1e-3, None), (None, None)])
+    return slope, offset
 
 
 def _minimise(
     loss: Callable[[Tensor], Tensor],
-    start: np.ndarray,
-    bounds: Sequence[tuple[float, None]] | None = None,
+    start: Sequence[float],
+    bounds: Sequence[tuple[float | None, float | None]],
 ) -> list[float]:
     def value_and_gradient(w: np.ndarray) -> tuple[float, np.ndarray]:
         leaf = torch.tensor(w, dtype=torch.float32, requires_grad=True)
@@ -96,5 +86,7 @@ def _minimise(
         assert leaf.grad is not None
         return value.item(), leaf.grad.double().numpy()
 
-    found = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    found = minimize(
+        value_and_gradient, np.array(start), jac=True, method="L-BFGS-B", bounds=bounds
+    )
     return [float(w) for w in found.x]

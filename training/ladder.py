@@ -35,11 +35,19 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Certifier:
-    """Tests threshold vectors on images that had no part in choosing them."""
+    """Tests threshold vectors on images that had no part in choosing them.
+
+    For `Method.DISAGREEMENT`, the outcomes must be those against the full network.
+    """
 
     outcomes: Outcomes
     delta: float
     method: Method
+
+    @property
+    def in_probability(self) -> bool:
+        """Whether bounds hold with probability 1 - delta rather than in expectation."""
+        return self.method is not Method.EXPECTATION
 
     def certified(self, path: Sequence[Thresholds], bound: float) -> int:
         """The last index on a nested path that may lose at most `bound`; 0 is the full network."""
@@ -59,9 +67,6 @@ class Certifier:
             case Method.PAIRED:
                 nuisance = risk.NUISANCE_SHARE * self.delta
                 return risk.paired_p_value(losses, gains, n, bound, nuisance)
-            case Method.DISAGREEMENT:
-                different = int(self.outcomes.disagreements(taken).sum())
-                return risk.binomial_p_value(different, n, bound)
             case Method.HOEFFDING_BENTKUS:
                 return risk.hoeffding_bentkus_p_value(losses / n, n, bound)
             case _:
@@ -72,10 +77,18 @@ class Certifier:
 
         def p_value(n: int) -> float:
             nothing = np.zeros((n, 1), dtype=np.int64)
-            spotless = Outcomes(nothing.astype(float), nothing, nothing == 0)
+            spotless = Outcomes(nothing, nothing, nothing == 0, nothing)
             return Certifier(spotless, self.delta, self.method).p_value(nothing[:, 0] + 1, bound)
 
         return risk.images_needed(p_value, self.delta, 10**7) if bound else None
+
+    def upper_bound(self, thresholds: Thresholds) -> float:
+        """What one threshold vector loses at most, by this method."""
+        taken = self.outcomes.taken(thresholds)
+        if self.method is Method.EXPECTATION:
+            lost = (self.outcomes.differences(taken) > 0).sum()
+            return float(lost + 1) / (len(self.outcomes) + 1)
+        return risk.upper_bound(lambda bound: self.p_value(taken, bound), self.delta)
 
 
 def ladder(
@@ -95,7 +108,7 @@ def ladder(
             path[certifier.certified(path, bound) if bound else 0],
             everything,
             macs,
-            certified=certifier.method is not Method.EXPECTATION,
+            certifier.in_probability,
         )
         for bound in LOSSES
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from model.confidence import judge
@@ -22,6 +23,8 @@ class Outcomes:
     """int64 `[N, E]`: class ids."""
     right: np.ndarray
     """bool `[N, E]`: whether the answer is the image's class."""
+    belief: np.ndarray
+    """float64 `[N, E]` in 0..1: the full network's probability of each exit's answer."""
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -32,7 +35,8 @@ class Outcomes:
 
     def pick(self, indices: np.ndarray) -> Outcomes:
         """The outcomes of these images alone."""
-        return Outcomes(self.confidence[indices], self.answers[indices], self.right[indices])
+        kept = (getattr(self, field.name)[indices] for field in fields(self))
+        return Outcomes(*kept)
 
     def taken(self, thresholds: Sequence[float]) -> np.ndarray:
         """The exit, 1..E, that each image leaves at under these thresholds: int64 `[N]`."""
@@ -49,9 +53,10 @@ class Outcomes:
         """+1 where only the full network is right, -1 where only the early answer is: `[N]`."""
         return self.right[:, -1].astype(np.int64) - self.right_at(taken)
 
-    def disagreements(self, taken: np.ndarray) -> np.ndarray:
-        """Whether the early answer differs from the full network's, right or wrong: bool `[N]`."""
-        return self.answers[np.arange(len(self)), taken - 1] != self.answers[:, -1]
+    def against_full_network(self) -> Outcomes:
+        """The same, with the full network's answer in the place of the truth: needs no labels."""
+        same = self.answers == self.answers[:, -1:]
+        return replace(self, right=same, belief=same.astype(float))
 
 
 def outcomes_of(
@@ -66,7 +71,8 @@ def outcomes_of(
         passed = judgement.state
     stacked = np.stack(answers, axis=1)
     right = stacked == class_ids.numpy()[:, None]
-    return Outcomes(np.stack(confidences, axis=1), stacked, right)
+    belief = judgement.probabilities.gather(1, torch.from_numpy(stacked)).double().numpy()
+    return Outcomes(np.stack(confidences, axis=1), stacked, right, belief)
 
 
 def shares(taken: np.ndarray, exits: int) -> np.ndarray:

@@ -50,19 +50,21 @@ def paired_p_value(losses: int, gains: int, n: int, bound: float, nuisance: floa
        unimodal with a mode above its mean minus one (Darroch 1964), so P(s' <= s) rises in v as
        long as s <= (n - 1) bound - 2; beyond that we return 1. Its maximum is therefore at V.
     4. A larger p+ - p- only makes small s rarer. Hence p = P(s' <= s at V) + nuisance is valid.
+       (Since v >= |p+ - p-|, V is raised to -bound where that is larger.)
 
     Args:
         losses, gains: counts among the `n` images.
         n: how many images.
-        bound: accuracy lost under the hypothesis, in 0..1.
+        bound: accuracy lost under the hypothesis, in -1..1.
         nuisance: probability spent on step 1; the p-value is never below it.
     """
     s = losses - gains
     most = clopper_pearson_upper(losses + gains, n, nuisance)
-    if most > 0.5 or s > (n - 1) * bound - 2:
+    if max(most, -bound) > 0.5 or s > (n - 1) * bound - 2:
         return 1.0
     if most <= bound:  # answers that differ so rarely cannot lose as much
         return nuisance
+    most = max(most, -bound)
     root = math.sqrt(1 + bound * bound - 2 * most)
     high, low = (1 + bound + root) / 2, (1 + bound - root) / 2
     ones = np.arange(n + 1)
@@ -75,18 +77,18 @@ def clopper_pearson_upper(successes: int, n: int, delta: float) -> float:
     return 1.0 if successes >= n else float(stats.beta.ppf(1 - delta, successes + 1, n - successes))
 
 
-def paired_upper_bound(losses: int, gains: int, n: int, delta: float) -> float:
-    """The accuracy lost is at most this, with probability at least 1 - `delta`.
+def upper_bound(p_value: Callable[[float], float], delta: float, low: float = 0.0) -> float:
+    """The risk is at most this, with probability at least 1 - `delta`.
 
-    Inverts `paired_p_value` by bisection to 1e-5; 1 where nothing can be said.
+    Args:
+        p_value: of "the risk exceeds this bound", falling in the bound.
+        delta: the level at which bounds are rejected, by bisection to 1e-5.
+        low: the least that the risk can be.
     """
-    low, high = max(0.0, (losses - gains) / n), 1.0
+    high = 1.0
     while high - low > 1e-5:
         middle = (low + high) / 2
-        if paired_p_value(losses, gains, n, middle, NUISANCE_SHARE * delta) <= delta:
-            high = middle
-        else:
-            low = middle
+        low, high = (low, middle) if p_value(middle) <= delta else (middle, high)
     return high
 
 

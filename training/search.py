@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
-from model.policy import NEVER
+from model.policy import NEVER, suffices
 from training.outcomes import Outcomes
 
-PRICES = np.geomspace(300, 0.3, 120)
+PRICES = np.geomspace(100, 0.3, 600)
 """What one lost answer is worth, in whole passes through the network."""
 SWEEPS = 8
+BETWEEN = 5
 
 
 def nested_path(outcomes: Outcomes, costs: np.ndarray) -> list[tuple[float, ...]]:
@@ -26,32 +28,81 @@ def nested_path(outcomes: Outcomes, costs: np.ndarray) -> list[tuple[float, ...]
     Args:
         outcomes: of the images set aside for the search.
         costs: float64 `[exits]`: cost of leaving at each exit, 1 at the deepest.
+
+    Returns:
+        The full network's thresholds, then one vector for each price.
     """
     loss = expected_loss(outcomes)
+    order = np.argsort(-outcomes.confidence, axis=0, kind="stable")
     thresholds = np.full(outcomes.exits - 1, NEVER)
     path = [tuple(thresholds.tolist())]
     for price in tqdm(PRICES, "searching", leave=False):
-        found = _descend(outcomes.confidence, costs + price * loss, thresholds)
+        found = _descend(outcomes.confidence, order, costs + price * loss, thresholds)
         thresholds = np.minimum(thresholds, found)
-        if tuple(thresholds.tolist()) != path[-1]:
-            path.append(tuple(thresholds.tolist()))
+        path.append(tuple(thresholds.tolist()))
     return path
 
 
+def fill(path: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Put interpolated thresholds between those that differ, so that bounds are met closely.
+
+    With finitely many images, ever lower prices move the best thresholds in jumps.
+    """
+    filled = path[:1]
+    for careful, bold in itertools.pairwise(dict.fromkeys(path)):
+        reached = np.not_equal(bold, NEVER)
+        start = np.where(reached, np.minimum(careful, 1.0), NEVER)  # no confidence is above 1
+        steps = np.linspace(start, bold, BETWEEN + 1)[1:]
+        filled += [tuple(step.tolist()) for step in steps]
+    return filled
+
+
+def budgeted_path(outcomes: Outcomes) -> list[tuple[float, ...]]:
+    """Thresholds of the classical budgeted curve, from bold to careful.
+
+    A share proportional to q**(k - 1) of the images is meant to leave at exit k, for a range of q,
+    each exit taking the surest of those that reach it (Huang et al., "Multi-Scale Dense Networks",
+    ICLR 2018, section 4). No loss is looked at.
+    """
+    path = []
+    for q in np.geomspace(0.05, 20, 40):
+        wanted = q ** np.arange(outcomes.exits)
+        path.append(_quantiles(outcomes.confidence, wanted / wanted.sum()))
+    return path
+
+
+def _quantiles(confidence: np.ndarray, wanted: np.ndarray) -> tuple[float, ...]:
+    thresholds: list[float] = []
+    left = np.ones(len(confidence), dtype=bool)
+    for k, share in enumerate(wanted[:-1]):
+        reaching = np.sort(confidence[left, k])
+        count = min(round(share * len(confidence)), len(reaching))
+        thresholds.append(float(reaching[-count]) if count else NEVER)
+        left &= ~suffices(confidence[:, k], thresholds[-1])
+    return tuple(thresholds)
+
+
 def expected_loss(outcomes: Outcomes) -> np.ndarray:
-    """Expected accuracy lost by each image at each exit: float64 `[N, exits]`."""
-    return outcomes.right[:, -1:].astype(float) - outcomes.right
+    """Expected accuracy lost by each image at each exit: float64 `[N, exits]`.
+
+    By the full network's calibrated probabilities rather than by the labels: the same mean with
+    less noise, so that fewer images suffice for the search.
+    """
+    return outcomes.belief[:, -1:] - outcomes.belief
 
 
-def _descend(confidence: np.ndarray, values: np.ndarray, start: np.ndarray) -> np.ndarray:
+def _descend(
+    confidence: np.ndarray, order: np.ndarray, values: np.ndarray, start: np.ndarray
+) -> np.ndarray:
     """Coordinate descent over thresholds until a sweep changes nothing."""
     thresholds = start.copy()
     for _ in range(SWEEPS):
         before = thresholds.copy()
         for k, staying in _downstream(confidence, values, thresholds):
-            reached = (confidence[:, :k] < thresholds[:k]).all(axis=1)
-            regret = values[reached, k] - staying[reached]
-            thresholds[k] = _best_cut(confidence[reached, k], regret)
+            reached = ~suffices(confidence[:, :k], thresholds[:k]).any(axis=1)
+            ranked = order[reached[order[:, k]], k]
+            regret = values[ranked, k] - staying[ranked]
+            thresholds[k] = _best_cut(confidence[ranked, k], regret)
         if (thresholds == before).all():
             break
     return thresholds
@@ -64,15 +115,14 @@ def _downstream(
     staying = values[:, -1]
     for k in range(len(thresholds) - 1, -1, -1):
         yield k, staying
-        staying = np.where(confidence[:, k] >= thresholds[k], values[:, k], staying)
+        staying = np.where(suffices(confidence[:, k], thresholds[k]), values[:, k], staying)
 
 
-def _best_cut(confidence: np.ndarray, regret: np.ndarray) -> float:
-    """The threshold above which the regrets `[N]` of leaving sum to the least."""
-    if len(confidence) == 0:
+def _best_cut(ranked: np.ndarray, regret: np.ndarray) -> float:
+    """The threshold above which regrets of leaving sum to the least; surest first, both `[N]`."""
+    if len(ranked) == 0:
         return NEVER
-    order = np.argsort(-confidence, kind="stable")
-    ranked, total = confidence[order], np.cumsum(regret[order])
+    total = np.cumsum(regret)
     ends = np.append(ranked[1:] < ranked[:-1], True)  # equal confidences leave together
     total[~ends] = np.inf
     best = int(np.argmin(total))

@@ -1,0 +1,165 @@
+"""Calibration: fit and search on one part of the images, certify on the other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.bundle import Bundle
+from model.policy import Calibration, Measure, OperatingPoint, Policy
+from training.data import DataError
+from training.fit import fit_calibrations
+from training.ladder import Certifier, Method, Thresholds, ladder, operating_point
+from training.outcomes import Outcomes, outcomes_of, shares
+from training.search import budgeted_path, fill, nested_path
+
+LEAST_IMAGES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What decides a calibration, besides bundle and images."""
+
+    measure: Measure = Measure.MARGIN
+    ensemble: bool = True
+    method: Method = Method.PAIRED
+    delta: float = 0.1
+    search_share: float = 0.25
+    mean_macs: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A policy with what led to it."""
+
+    policy: Policy
+    certifier: Certifier
+    tested: np.ndarray
+    """Indices of the images that had no part in choosing anything."""
+    path: list[Thresholds]
+    """The nested thresholds that were tested, full network first."""
+    budgeted: list[Thresholds]
+    """Thresholds of the classical budgeted curve, for comparison."""
+
+
+def calibrate(
+    bundle: Bundle,
+    logits: Tensor,
+    class_ids: Tensor | None,
+    options: Options,
+    costs: np.ndarray | None = None,
+) -> Calibrated:
+    """Make a policy.
+
+    Args:
+        bundle: what the logits came from; without labels, its policy gives the confidences.
+        logits: fp32 `[N, exits, classes]`.
+        class_ids: int64 `[N]`, or None where there are no labels.
+        options: what to calibrate.
+        costs: `[exits]`, what the search saves; MACs by default.
+
+    Raises:
+        DataError: too few images, or a label-free calibration that is impossible.
+    """
+    n = len(logits)
+    if n < LEAST_IMAGES:
+        raise DataError(f"{n} images are too few to calibrate on; take at least {LEAST_IMAGES}")
+    found = search_part(n, options)
+    tested = np.setdiff1d(np.arange(n), found)
+    calibrations, measure = _confidences(bundle, logits, class_ids, found, options)
+    outcomes = _outcomes(logits, class_ids, calibrations, measure, options)
+    macs = relative_macs(bundle)
+    searched = outcomes.pick(found)
+    path = nested_path(searched, macs if costs is None else costs / costs[-1])
+    path = fill(path)
+    certifier = Certifier(outcomes.pick(tested), options.delta, options.method)
+    points = {p.max_accuracy_loss: p for p in ladder(certifier, path, outcomes, macs)}
+    if options.mean_macs is not None:
+        thresholds = within_budget(searched, path, macs, options.mean_macs)
+        point = budget_point(certifier, thresholds, outcomes, macs)
+        points[point.max_accuracy_loss] = point
+    policy = Policy(
+        weights_sha256=bundle.description.weights_sha256,
+        method=options.method,
+        delta=options.delta,
+        calibration_images=n,
+        measure=measure,
+        calibrations=tuple(calibrations),
+        operating_points=tuple(points[bound] for bound in sorted(points)),
+    )
+    return Calibrated(policy, certifier, tested, path, budgeted_path(searched))
+
+
+def relative_macs(bundle: Bundle) -> np.ndarray:
+    """MACs to leave at each exit, as shares of the full network's: float64 `[exits]`."""
+    macs = np.array([e.macs for e in bundle.description.exits], dtype=float)
+    return macs / macs[-1]
+
+
+def search_part(n: int, options: Options) -> np.ndarray:
+    """Which of `n` images everything is chosen on; all others certify it."""
+    order = np.random.default_rng(options.seed).permutation(n)
+    return np.sort(order[: round(options.search_share * n)])
+
+
+def within_budget(
+    outcomes: Outcomes, path: list[Thresholds], macs: np.ndarray, budget: float
+) -> Thresholds:
+    """The most careful thresholds on the path whose mean MACs are at most this share.
+
+    Raises:
+        DataError: even the boldest cost more.
+    """
+    for thresholds in path:
+        cost = shares(outcomes.taken(thresholds), outcomes.exits) @ macs
+        if cost <= budget:
+            return thresholds
+    raise DataError(f"mean MACs of {budget:g} are out of reach; {cost:.3f} is the least")
+
+
+def budget_point(
+    certifier: Certifier, thresholds: Thresholds, outcomes: Outcomes, macs: np.ndarray
+) -> OperatingPoint:
+    """Thresholds fixed by their cost, with the smallest loss that can be certified for them."""
+    bound = math.ceil(1e4 * certifier.upper_bound(thresholds)) / 1e4
+    return operating_point(bound, thresholds, outcomes, macs, certifier.in_probability)
+
+
+def _outcomes(
+    logits: Tensor,
+    class_ids: Tensor | None,
+    calibrations: list[Calibration],
+    measure: Measure,
+    options: Options,
+) -> Outcomes:
+    labels = torch.zeros(len(logits), dtype=torch.int64) if class_ids is None else class_ids
+    outcomes = outcomes_of(logits, labels, calibrations, measure)
+    by_agreement = options.method is Method.DISAGREEMENT
+    return outcomes.against_full_network() if by_agreement else outcomes
+
+
+def _confidences(
+    bundle: Bundle,
+    logits: Tensor,
+    class_ids: Tensor | None,
+    found: np.ndarray,
+    options: Options,
+) -> tuple[list[Calibration], Measure]:
+    if class_ids is not None:
+        fitted = fit_calibrations(
+            logits[found], class_ids[found], options.measure, options.ensemble
+        )
+        return fitted, options.measure
+    if options.method is not Method.DISAGREEMENT:
+        raise DataError("images without labels can only be calibrated with --method disagreement")
+    if bundle.policy is None:
+        raise DataError(
+            f"{bundle.path} has no policy to take confidences from; calibrate it on labelled "
+            "images once, then on images without labels"
+        )
+    return list(bundle.policy.calibrations), bundle.policy.measure

@@ -1,0 +1,141 @@
+"""The evaluate command: what early exit buys, measured on test images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.bundle import REPORT, Bundle, load_servable, save_description, write_atomically
+from training import evaluation, markdown, plots, sheets
+from training.calibrate import (
+    RECORD,
+    SHOWN_LOSS,
+    add_numerics,
+    cache_folder,
+    check_classes,
+    load_images,
+)
+from training.data import DataError, ImageSet, list_folder
+from training.evaluation import Measured, Report
+from training.logits import cached_logits
+from training.outcomes import outcomes_of
+from training.timing import stage_seconds
+
+
+def add_command(commands: Any) -> None:
+    """Add `evaluate` to the command line."""
+    command = commands.add_parser(
+        "evaluate",
+        help="measure a calibrated bundle on test images and write its report",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("bundle", type=Path, help="a calibrated bundle")
+    command.add_argument(
+        "--data", type=Path, required=True, help="folder with test/CLASS/*.png, or CLASS/*.png"
+    )
+    command.add_argument("--out", type=Path, help="folder to write; by default BUNDLE/report")
+    add_numerics(command)
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    bundle = load_servable(arguments.bundle)
+    test = arguments.data / "test"
+    listing = list_folder(test if test.is_dir() else arguments.data)
+    check_classes(bundle, listing.classes)
+    images = load_images(bundle, listing)
+    dtype = getattr(torch, arguments.dtype)
+    logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
+    measured = measure(bundle, images, logits, dtype)
+    report = make_report(measured)
+    out = arguments.out or arguments.bundle / REPORT
+    write_report(report, measured, images, out)
+    record_accuracy(bundle, report)
+    print(markdown.headline(report), markdown.exit_table(report), sep="\n\n", end="\n\n")
+    print(markdown.point_table(report), f"wrote {out / 'report.md'}", sep="\n\n")
+
+
+def measure(bundle: Bundle, images: ImageSet, logits: torch.Tensor, dtype: torch.dtype) -> Measured:
+    """Judge the logits `[N, exits, classes]` of test images, and time the stages."""
+    policy = bundle.policy
+    assert policy is not None
+    return Measured(
+        bundle=bundle,
+        policy=policy,
+        outcomes=outcomes_of(logits, images.class_ids, policy.calibrations, policy.measure),
+        logits=logits,
+        class_ids=images.class_ids,
+        seconds=stage_seconds(bundle, dtype),
+        shown=policy.point_for(SHOWN_LOSS),
+    )
+
+
+def make_report(m: Measured) -> Report:
+    """Compute all of report.json."""
+    description, policy = m.bundle.description, m.policy
+    record = calibration_record(m.bundle)
+    return Report(
+        bundle=description.name,
+        version=description.version,
+        weights_sha256=description.weights_sha256,
+        images=len(m.outcomes),
+        device=device_name(),
+        method=policy.method,
+        delta=policy.delta,
+        measure=policy.measure,
+        ensemble=policy.ensemble,
+        calibration_images=policy.calibration_images,
+        shown_loss=SHOWN_LOSS,
+        exits=evaluation.exit_results(m),
+        operating_points=evaluation.point_results(m),
+        path=evaluation.curve(m, record["path"]),
+        budgeted=evaluation.curve(m, record["budgeted"]),
+        class_shares=evaluation.class_shares(m),
+    )
+
+
+def calibration_record(bundle: Bundle) -> dict[str, list[tuple[float, ...]]]:
+    """The curves that calibration left beside the policy; empty where it left none."""
+    empty: dict[str, list[tuple[float, ...]]] = {"path": [], "budgeted": []}
+    try:
+        record = json.loads((bundle.path / REPORT / RECORD).read_text())
+    except FileNotFoundError:
+        return empty
+    except json.JSONDecodeError as error:
+        raise DataError(f"{bundle.path / REPORT / RECORD} is not JSON: {error}") from error
+    return record if record["weights_sha256"] == bundle.description.weights_sha256 else empty
+
+
+def device_name() -> str:
+    """The device that times were measured on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def write_report(report: Report, m: Measured, images: ImageSet, out: Path) -> None:
+    """Write report.json, report.md, plots and contact sheets."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = plots.draw_all(report, _is_cifar100(images), out)
+    files += sheets.draw_all(m, images, out)
+    write_atomically(out / "report.json", report.model_dump_json(indent=1).encode() + b"\n")
+    write_atomically(out / "report.md", markdown.render(report, files).encode())
+
+
+def record_accuracy(bundle: Bundle, report: Report) -> None:
+    """Write each exit's measured accuracy into bundle.json."""
+    exits = tuple(
+        described.model_copy(update={"accuracy": measured.accuracy, "alone": measured.alone})
+        for described, measured in zip(bundle.description.exits, report.exits, strict=True)
+    )
+    save_description(bundle.path, bundle.description.model_copy(update={"exits": exits}))
+
+
+def _is_cifar100(images: ImageSet) -> bool:
+    return len(images.classes) == 100 and {"aquarium_fish", "sweet_pepper"} <= set(images.classes)

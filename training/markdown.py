@@ -1,0 +1,104 @@
+"""The report in words and tables, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from training.evaluation import Report
+
+CAPTIONS = {
+    "accuracy_over_cost.png": "Accuracy over cost.",
+    "exit_shares.png": "Where images leave at each operating point.",
+    "reliability.png": "Of answers at a confidence, how many are right; calibration error as "
+    "trained → as served.",
+    "class_shares.png": "The classes that leave earliest and latest.",
+    "leave_first.png": "Images that leave at the first exit.",
+    "need_last.png": "Images that need the whole network.",
+    "lost.png": "What early exit costs: the full network would have been right.",
+    "gained.png": "What early exit gains: the full network would have been wrong.",
+}
+
+
+def render(report: Report, files: Sequence[str]) -> str:
+    """The whole of report.md, with these files shown in it."""
+    parts = [
+        f"# {report.bundle} {report.version}: what early exit buys",
+        headline(report),
+        "## Exits",
+        "If every image left at one exit; *alone*, answered without the exits before it. *Error* "
+        "is the expected calibration error as trained, *served* the calibrated one, *leaving* that "
+        "among the images that leave there at the operating point for a loss of at most "
+        f"{report.shown_loss:.0%}. *Only full* and *only here* count the images that only the full "
+        "network, or only this exit, gets right.",
+        exit_table(report),
+        "## Operating points",
+        f"Bounds hold with probability {1 - report.delta:.0%} over calibration sets (method: "
+        f"{report.method}, {report.calibration_images} images); intervals are exact, two-sided, "
+        f"90 %. Speed is measured on {report.device}, one image at a time, eager.",
+        point_table(report),
+    ]
+    parts += [f"![{CAPTIONS[f]}]({f})\n\n{CAPTIONS[f]}" for f in files]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(report: Report) -> str:
+    """The one sentence to remember."""
+    allowed = [p for p in report.operating_points if p.max_accuracy_loss <= report.shown_loss]
+    p, full = allowed[-1], report.exits[-1]
+    return (
+        f"On {report.images} test images the full network is right on {full.accuracy:.2%}. "
+        f"Leaving as soon as an exit is sure enough, at a guaranteed loss of at most "
+        f"{p.max_accuracy_loss:.2%}, it is right on {p.accuracy:.2%} with {p.mean_macs:.0%} of the "
+        f"multiply-accumulates: {p.speedup_macs:.2f} times fewer, {p.speedup_measured:.2f} times "
+        f"faster here; {p.exit_shares[0]:.0%} of the images leave at the first exit."
+    )
+
+
+def exit_table(report: Report) -> str:
+    """One row for each exit."""
+    head = "exit|accuracy|alone|MACs, M|parameters, M|ms|error|served|leaving|only full|only here"
+    rows = [
+        [
+            str(e.exit),
+            f"{e.accuracy:.2%}",
+            f"{e.alone:.2%}",
+            f"{e.macs / 1e6:.1f}",
+            f"{e.parameters / 1e6:.2f}",
+            f"{e.milliseconds:.2f}",
+            f"{e.error_before:.2%}",
+            f"{e.error_after:.2%}",
+            "" if e.error_leaving is None else f"{e.error_leaving:.2%}",
+            str(e.only_full_network_right),
+            str(e.only_this_exit_right),
+        ]
+        for e in report.exits
+    ]
+    return _table(head.split("|"), rows)
+
+
+def point_table(report: Report) -> str:
+    """One row for each operating point."""
+    head = "loss at most|accuracy|loss|interval|mean MACs|fewer MACs|faster|leaving at each exit"
+    rows = [
+        [
+            f"{p.max_accuracy_loss:.2%}" + ("" if p.certified else " on average"),
+            f"{p.accuracy:.2%}",
+            f"{p.loss:.2%}",
+            f"{p.loss_interval[0]:.2%} to {p.loss_interval[1]:.2%}",
+            f"{p.mean_macs:.1%}",
+            f"{p.speedup_macs:.2f}x",
+            f"{p.speedup_measured:.2f}x",
+            " ".join(f"{share:.0%}" for share in p.exit_shares),
+        ]
+        for p in report.operating_points
+    ]
+    return _table(head.split("|"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [head, ["-" * (w - 1) + ":" for w in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )

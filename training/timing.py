@@ -1,0 +1,36 @@
+"""Stage times measured on this device."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.bundle import Bundle
+
+WARM_UP = 5
+REPETITIONS = 40
+
+
+@torch.inference_mode()
+def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndarray:
+    """Seconds to leave at each exit, earlier stages included: float64 `[exits]`.
+
+    The median of repeated eager passes over one batch, through the serving preprocess.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = bundle.net.to(device, dtype)
+    size = bundle.description.preprocess.size
+    pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
+    passes = []
+    for _ in tqdm(range(WARM_UP + REPETITIONS), "timing stages", leave=False):
+        x, times = bundle.description.preprocess.normalise(pixels, dtype), []
+        for k in range(1, net.exits + 1):
+            began = time.perf_counter()
+            x, logits = net.run_stage(k, x)
+            logits.sum().item()  # waits for the device
+            times.append(time.perf_counter() - began)
+        passes.append(times)
+    return np.cumsum(np.median(passes[WARM_UP:], axis=0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from model.network import MultiExitNet
@@ -21,7 +21,7 @@ class Stage(nn.Module):
         return self.net.run_stage(self.k, x)
 
 
-def fold_stages(net: MultiExitNet) -> list[fx.GraphModule]:
+def fold_stages(net: MultiExitNet) -> list[nn.Module]:
     """Copies of all stages, shallow to deep, that compute the same with fewer operations.
 
     Args:

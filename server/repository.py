@@ -47,6 +47,7 @@ class Served:
             settings.decode_threads,
             self.metrics,
         )
+        self.encode_seconds = self.metrics.phase_seconds.labels("encode")
         self.in_flight = 0
         self.draining = False
         self._engine: Engine | None = None

@@ -145,7 +145,7 @@ async def post_classify(
     With `Accept: text/event-stream` the response is a stream: one event `exit` for each exit
     reached, then one event `answer`, or `error`.
     """
-    rule_for(parameters, served)  # a wrong parameter is said before the body is read
+    _ = served.engine, rule_for(parameters, served)  # say no before the body is read
     data = await uploads.read_image(request)
     if "text/event-stream" in request.headers.get("accept", ""):
         events = _events(data, parameters, served, context, request)
@@ -153,7 +153,7 @@ async def post_classify(
             events, media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
     body = await classify(data, parameters, served, context, request.receive)
-    return Response(json.dumps(body), media_type="application/json")
+    return _encoded(body, served)
 
 
 @protected.post(
@@ -167,15 +167,19 @@ async def post_batch(
     request: Request, parameters: Query_, served: Served_, context: Context_
 ) -> Response:
     """The body is `multipart/form-data` with one part `files` for each image."""
-    rule_for(parameters, served)
+    _ = served.engine, rule_for(parameters, served)
     images = await uploads.read_images(request, MAX_BATCH_IMAGES)
-    _ = served.engine  # one 503 for all, rather than one each
     results = await asyncio.gather(
         *(classify_or_error(data, parameters, served, context) for data in images)
     )
     context.server_timing = ""
     context.fields = {"images": len(images)}
-    return Response(json.dumps({"results": results}), media_type="application/json")
+    return _encoded({"results": results}, served)
+
+
+def _encoded(body: dict[str, Any], served: Served) -> Response:
+    with served.encode_seconds.time():
+        return Response(json.dumps(body), media_type="application/json")
 
 
 async def _events(

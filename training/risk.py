@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from scipy import stats
 
-NUISANCE_SHARE = 0.1
+NUISANCE_SHARE = 0.05
 """Share of delta spent on bounding how often the two answers differ in being right."""
 NEGLIGIBLE = 1e-13
 """Probability of the terms that a sum may leave out at either end; it is added back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,8 @@ from server.middleware import Surroundings
 from server.protocol import error_body
 from server.repository import Served
 
+log = logging.getLogger("offramp")
+
 DESCRIPTION = "Image classification that answers from the shallowest sufficient exit."
 
 
@@ -25,7 +28,7 @@ def create_app(served: Served) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        warming = asyncio.ensure_future(asyncio.to_thread(served.warm_up))
+        warming = asyncio.ensure_future(_warm_up(served))
         try:
             yield
         finally:
@@ -46,6 +49,14 @@ def create_app(served: Served) -> FastAPI:
         Surroundings, metrics=served.metrics, max_body_bytes=served.settings.max_body_bytes
     )
     return app
+
+
+async def _warm_up(served: Served) -> None:
+    try:
+        await asyncio.to_thread(served.warm_up)
+    except Exception:
+        log.exception("the network cannot run here")
+        served.failed = True
 
 
 async def _render(request: Request, error: Exception) -> Response:

@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from model.policy import Rule
-from server.engine import Answer, Seen, Ticket
+from server.engine import Answer, Engine, Seen, Ticket
 from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
 from server.protocol import Parameters, answer_body
@@ -23,6 +24,25 @@ RESERVE_SECONDS = 0.002
 """Kept back from each deadline for encoding and sending the answer…"""
 RESERVE_SHARE = 0.1
 """…but never more than this share of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a request is let in with before its body is read, so that a drain still answers it."""
+
+    parameters: Parameters
+    rule: Rule
+    engine: Engine
+
+
+def admit(parameters: Parameters, served: Served) -> Admission:
+    """Let a request in.
+
+    Raises:
+        InvalidParameter: it asks for what the network does not have.
+        Unavailable: the server is warming up or draining.
+    """
+    return Admission(parameters, rule_for(parameters, served), served.engine)
 
 
 def rule_for(parameters: Parameters, served: Served) -> Rule:
@@ -73,7 +93,7 @@ def place(served: Served) -> Iterator[None]:
 
 async def classify(
     data: bytes,
-    parameters: Parameters,
+    admission: Admission,
     served: Served,
     context: Context,
     receive: Receive | None = None,
@@ -92,13 +112,12 @@ async def classify(
         OfframpError: any of its subclasses that concern one image.
         ClientDisconnect: nobody waits for the answer any more.
     """
-    engine = served.engine
-    rule = rule_for(parameters, served)
+    parameters, engine = admission.parameters, admission.engine
     with place(served):
         pixels, decode_seconds = await served.decoder(data)
         ticket = engine.submit(
             pixels,
-            rule,
+            admission.rule,
             context.arrived,
             deadline_for(parameters, served, context.arrived),
             bends=parameters.threshold is None,
@@ -113,11 +132,11 @@ async def classify(
 
 
 async def classify_or_error(
-    data: bytes, parameters: Parameters, served: Served, context: Context
+    data: bytes, admission: Admission, served: Served, context: Context
 ) -> dict[str, Any]:
     """Like `classify`, for one of several images: its failure is its own entry."""
     try:
-        return await classify(data, parameters, served, context)
+        return await classify(data, admission, served, context)
     except OfframpError as error:
         return {"error": str(error), "code": error.code, "request_id": context.request_id}
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from server import uploads
-from server.classify import classify, classify_or_error, rule_for
+from server.classify import Admission, admit, classify, classify_or_error
 from server.engine import Seen
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
 from server.metrics import CONTENT_TYPE
@@ -145,14 +145,14 @@ async def post_classify(
     With `Accept: text/event-stream` the response is a stream: one event `exit` for each exit
     reached, then one event `answer`, or `error`.
     """
-    _ = served.engine, rule_for(parameters, served)  # say no before the body is read
+    admission = admit(parameters, served)  # say no before the body is read
     data = await uploads.read_image(request)
     if "text/event-stream" in request.headers.get("accept", ""):
-        events = _events(data, parameters, served, context, request)
+        events = _events(data, admission, served, context, request)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
-    body = await classify(data, parameters, served, context, request.receive)
+    body = await classify(data, admission, served, context, request.receive)
     return _encoded(body, served)
 
 
@@ -167,10 +167,10 @@ async def post_batch(
     request: Request, parameters: Query_, served: Served_, context: Context_
 ) -> Response:
     """The body is `multipart/form-data` with one part `files` for each image."""
-    _ = served.engine, rule_for(parameters, served)
+    admission = admit(parameters, served)
     images = await uploads.read_images(request, MAX_BATCH_IMAGES)
     results = await asyncio.gather(
-        *(classify_or_error(data, parameters, served, context) for data in images)
+        *(classify_or_error(data, admission, served, context) for data in images)
     )
     context.server_timing = ""
     context.fields = {"images": len(images)}
@@ -183,12 +183,12 @@ def _encoded(body: dict[str, Any], served: Served) -> Response:
 
 
 async def _events(
-    data: bytes, parameters: Parameters, served: Served, context: Context, request: Request
+    data: bytes, admission: Admission, served: Served, context: Context, request: Request
 ) -> AsyncIterator[bytes]:
     labels = served.bundle.description.classes
     passed: asyncio.Queue[Seen | None] = asyncio.Queue()
     work = asyncio.ensure_future(
-        classify(data, parameters, served, context, request.receive, passed.put_nowait)
+        classify(data, admission, served, context, request.receive, passed.put_nowait)
     )
     work.add_done_callback(lambda _: passed.put_nowait(None))
     try:

@@ -161,6 +161,11 @@ def shown(*samples: str) -> dict[str, Any]:
     return {"x-codeSamples": [{"lang": "sh", "source": source} for source in samples]}
 
 
+def good(description: str) -> dict[str, Any]:
+    """A response with status 200."""
+    return {"description": description, "headers": REQUEST_ID}
+
+
 def failures(*kinds: type[OfframpError]) -> Responses:
     """The error responses of an operation, by status, each with an example for every code."""
     by_status: dict[int, list[type[OfframpError]]] = {}

@@ -200,7 +200,7 @@ async def _events(
 @protected.get(
     "/model",
     response_model=ModelBody,
-    responses={200: {"headers": openapi.REQUEST_ID}},
+    responses={200: openapi.good("The network that answers")},
     summary="Labels, exits, costs, accuracy",
     openapi_extra=openapi.shown("curl localhost:8000/model"),
 )
@@ -233,7 +233,7 @@ async def get_model(served: Served_) -> ModelBody:
 @protected.get(
     "/policy",
     response_model=PolicyBody,
-    responses={200: {"headers": openapi.REQUEST_ID}},
+    responses={200: openapi.good("The policy as it is now")},
     summary="Operating points",
     openapi_extra=openapi.shown("curl localhost:8000/policy"),
 )
@@ -253,7 +253,10 @@ async def get_policy(served: Served_) -> PolicyBody:
 @admin.put(
     "/policy",
     response_model=PolicyBody,
-    responses=openapi.failures(InvalidParameter),
+    responses={
+        200: openapi.good("The policy from now on"),
+        **openapi.failures(InvalidParameter),
+    },
     openapi_extra=openapi.shown(
         "curl -X PUT -H 'Authorization: Bearer TOKEN' -H 'Content-Type: application/json' "
         "-d '{\"max_accuracy_loss\": 0.02}' localhost:8000/policy"

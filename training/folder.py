@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -101,8 +102,8 @@ def open_folder(
     def images(listing: Listing, memory: bool) -> Images:
         if memory:
             return _on_device(load(listing, draft), processes.device)
-        share = min(workers, len(listing) // IMAGES_A_WORKER)
-        return Stream(listing, draft, share, recipe.crop_area, recipe.seed)
+        enough = min(workers, _cpus(), len(listing) // IMAGES_A_WORKER)
+        return Stream(listing, draft, enough, recipe.crop_area, recipe.seed)
 
     training, validation = images(parts.training, in_memory), images(parts.held_out, in_memory)
     _check_classes(training)
@@ -139,6 +140,13 @@ def _in_memory(storage: Storage, wanted: int, recipe: Recipe) -> bool:
     if storage is Storage.AUTO:
         return recipe.crop_area >= 1 and fits_in_memory(wanted, available)
     return storage is Storage.MEMORY
+
+
+def _cpus() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _on_device(images: ImageSet, device: torch.device) -> ImageSet:

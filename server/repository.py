@@ -48,6 +48,7 @@ class Served:
             self.metrics,
         )
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
+        self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0
         self.draining = False
         self._engine: Engine | None = None

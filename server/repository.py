@@ -51,6 +51,7 @@ class Served:
         self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0
         self.draining = False
+        self.failed = False
         self._engine: Engine | None = None
 
     def warm_up(self) -> None:
@@ -98,7 +99,7 @@ class Served:
     @property
     def alive(self) -> bool:
         """Whether the engine loop turns, or has yet to start."""
-        return self._engine is None or self._engine.alive
+        return not self.failed and (self._engine is None or self._engine.alive)
 
     @property
     def bent(self) -> bool:

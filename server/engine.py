@@ -254,8 +254,12 @@ class Engine:
     # --- what happens to a job ---------------------------------------------------------------
 
     def _admit(self, job: Job, ticket: Ticket) -> None:
+        now = self._clock()
+        if job.deadline <= now:
+            self._answer_overdue(job)
+            return
         try:
-            self.scheduler.admit(job, self._clock())
+            self.scheduler.admit(job, now)
         except Refused as refused:
             self._metrics.refused("not_in_time")
             ticket.settle(Overloaded(refused.retry_after_seconds))

@@ -50,6 +50,7 @@ class Served:
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
         self.in_flight = 0
         self.draining = False
+        self.failed = False
         self._engine: Engine | None = None
 
     def warm_up(self) -> None:
@@ -97,7 +98,7 @@ class Served:
     @property
     def alive(self) -> bool:
         """Whether the engine loop turns, or has yet to start."""
-        return self._engine is None or self._engine.alive
+        return not self.failed and (self._engine is None or self._engine.alive)
 
     @property
     def bent(self) -> bool:

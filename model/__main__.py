@@ -56,7 +56,7 @@ def _default_head(architecture: str) -> str:
 def main() -> int:
     """Print the tables of `docs/architectures.md`."""
     for stem, classes in CLASSES.items():
-        print(f"### {stem}×{stem}, {classes} classes\n")
+        print(f"### {stem} x {stem}, {classes} classes\n")
         print("\n".join(table(stem)), end="\n\n")
     return 0
 

@@ -104,8 +104,20 @@ BOTTLENECKS.remove("shufflenetv2")  # so light that even these heads cost a sixt
 @pytest.mark.parametrize("architecture", quick_or_slow(BOTTLENECKS))
 def test_all_heads_of_a_bottleneck_backbone_cost_less_than_8_percent_of_it(architecture, stem):
     costs = counted(architecture, stem, classes=1000 if stem == 224 else 100, stem=stem)
-    trunk, heads = sum(c.trunk_macs for c in costs), sum(c.head_macs for c in costs)
-    assert heads < 0.08 * trunk
+    assert head_share(costs) < 0.08
+
+
+def test_the_share_of_compact_heads_hardly_depends_on_the_width():
+    assert head_share(counted("resnet50", 32, width=16)) == pytest.approx(0.063, abs=5e-4)
+
+
+def test_the_papers_heads_are_dear_on_bottlenecks():
+    assert head_share(counted("resnet50", 32, head="paper")) > 0.3
+
+
+def head_share(costs):
+    """What all heads cost together, as a share of the backbone."""
+    return sum(c.head_macs for c in costs) / sum(c.trunk_macs for c in costs)
 
 
 def test_parameters_at_the_last_exit_are_all_of_the_networks():

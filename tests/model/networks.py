@@ -34,11 +34,11 @@ def quick_or_slow(architectures):
     return [pytest.param(a, marks=[] if a in QUICK else slow) for a in architectures]
 
 
-def rows(quick_stems=(32, 224)):
-    """Every architecture with every stem."""
+def rows(quick=QUICK, quick_stems=(32,)):
+    """Every architecture with every stem, most of them marked as slow."""
     slow = [pytest.mark.slow]
     return [
-        pytest.param(a, stem, marks=[] if a in QUICK and stem in quick_stems else slow)
+        pytest.param(a, stem, marks=[] if a in quick and stem in quick_stems else slow)
         for a in ARCHITECTURES
         for stem in SIZES
     ]

@@ -100,7 +100,7 @@ with torch.device("meta"):
 BOTTLENECKS.remove("shufflenetv2")  # so light that even these heads cost a sixth of it
 
 
-@pytest.mark.parametrize("stem", [32, 224])
+@pytest.mark.parametrize("stem", [32, pytest.param(224, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", quick_or_slow(BOTTLENECKS))
 def test_all_heads_of_a_bottleneck_backbone_cost_less_than_8_percent_of_it(architecture, stem):
     costs = counted(architecture, stem, classes=1000 if stem == 224 else 100, stem=stem)

@@ -23,7 +23,7 @@ def by_stages(net, x):
     return logits
 
 
-@EVERY
+@pytest.mark.parametrize(("architecture", "stem"), rows(quick_stems=(32, 224)))
 @torch.inference_mode()
 def test_stage_by_stage_equals_the_whole_forward(architecture, stem):
     net, x = tiny(architecture, stem), images(stem, 2)
@@ -41,7 +41,7 @@ def test_a_batch_equals_its_images_one_by_one(architecture, stem):
         assert (batched[0] - batched[1]).abs().max() > 1e-3  # images are told apart
 
 
-@pytest.mark.parametrize(("architecture", "stem"), rows(quick_stems=(32,)))
+@EVERY
 @torch.inference_mode()
 def test_folded_stages_equal_the_network(architecture, stem):
     net, x = exact(architecture, stem), images(stem, 2).double()

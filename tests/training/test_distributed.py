@@ -18,7 +18,7 @@ from training.log import read_log
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two processes computed, told of each other as torchrun does, with their folder."""
+    """What two processes, told of each other as torchrun does, computed, with their folder."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,7 +75,18 @@ def test_one_process_writes_for_both(ranks):
 def test_torchrun_trains_one_bundle(folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "training", "train", "--data", str(folder), "--out", str(tmp_path / "run")]
-    command += ["--architecture", "resnet10", "--width", "4", "--size", "16", "--batch-size", "16", "--epochs", "1"]
+    command += [
+        "--architecture",
+        "resnet10",
+        "--width",
+        "4",
+        "--size",
+        "16",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wrote ") == 1

@@ -119,8 +119,12 @@ def load_servable(path: Path) -> Bundle:
     return bundle
 
 
-def load_bundle(path: Path) -> Bundle:
+def load_bundle(path: Path, with_policy: bool = True) -> Bundle:
     """Load and verify a bundle, calibrated or not. The network is in eval mode and fp32.
+
+    Args:
+        path: its folder.
+        with_policy: whether to look at the policy, which calibration is about to replace.
 
     Raises:
         BundleError: a file is missing or malformed, or digests disagree.
@@ -133,7 +137,8 @@ def load_bundle(path: Path) -> Bundle:
             f"{path / WEIGHTS} is not the file that {DESCRIPTION} describes (its SHA-256 differs); "
             "copy the bundle again, or run: python -m training train"
         )
-    policy = _parse(path, POLICY, Policy) if (path / POLICY).exists() else None
+    calibrated = with_policy and (path / POLICY).exists()
+    policy = _parse(path, POLICY, Policy) if calibrated else None
     if policy and policy.weights_sha256 != digest:
         raise BundleError(
             f"{path / POLICY} was made for other weights; "

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +16,8 @@ from server import routes
 from server.errors import BadRequest, InvalidParameter, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
 from server.middleware import Surroundings
+from server.openapi import document
+from server.page import page_router
 from server.protocol import error_body
 from server.repository import Served
 
@@ -36,12 +39,23 @@ def create_app(served: Served) -> FastAPI:
             await warming
             await asyncio.to_thread(served.close)
 
-    app = FastAPI(title="Offramp", version=VERSION, description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="Offramp",
+        version=VERSION,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.served = served
-    app.include_router(routes.public)
+    keys = bool(served.settings.api_keys)
+    app.openapi = cache(lambda: document(app, keys))  # type: ignore[method-assign]
+    app.include_router(page_router())
     app.include_router(routes.protected)
     if served.settings.admin_token is not None:
         app.include_router(routes.admin)
+    app.include_router(routes.public)
     app.add_exception_handler(OfframpError, _render)
     app.add_exception_handler(HTTPException, _render_http)
     app.add_exception_handler(RequestValidationError, _render_validation)

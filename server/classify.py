@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from model.policy import Rule
+from model.policy import OperatingPoint, Rule
 from server.engine import Answer, Engine, Seen, Ticket
 from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
@@ -49,7 +49,8 @@ def rule_for(parameters: Parameters, served: Served) -> Rule:
     """The rule that these parameters ask for.
 
     Raises:
-        InvalidParameter: an exit that the network does not have, or none left to answer.
+        InvalidParameter: an exit that the network does not have, or none left to answer; an
+            operating point that the policy does not have, or a threshold beside it.
     """
     exits = served.policy.exits
     max_exit = parameters.max_exit or exits
@@ -58,9 +59,19 @@ def rule_for(parameters: Parameters, served: Served) -> Rule:
             raise InvalidParameter(f"{name}: there is no exit {exit}; the network has {exits}")
     if parameters.min_exit > max_exit:
         raise InvalidParameter("min_exit: must not be deeper than max_exit")
-    return served.policy.rule(
-        served.point, parameters.threshold, parameters.min_exit, parameters.max_exit
-    )
+    point = _point_for(parameters, served)
+    return served.policy.rule(point, parameters.threshold, parameters.min_exit, parameters.max_exit)
+
+
+def _point_for(parameters: Parameters, served: Served) -> OperatingPoint:
+    if parameters.max_accuracy_loss is None:
+        return served.point
+    if parameters.threshold is not None:
+        raise InvalidParameter("threshold: send it or max_accuracy_loss, not both")
+    try:
+        return served.policy.point_for(parameters.max_accuracy_loss)
+    except ValueError as error:
+        raise InvalidParameter(f"max_accuracy_loss: {error}") from None
 
 
 def deadline_for(parameters: Parameters, served: Served, arrived: float) -> float:
@@ -120,7 +131,7 @@ async def classify(
             admission.rule,
             context.arrived,
             deadline_for(parameters, served, context.arrived),
-            bends=parameters.threshold is None,
+            bends=parameters.bends,
             on_exit=on_exit,
         )
         try:

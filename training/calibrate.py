@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,19 @@ def add_numerics(command: argparse.ArgumentParser) -> None:
     """Options of every command that runs a bundle over a folder of images."""
     command.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="as it will serve",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="numerics, as it will serve; auto is what the server's auto is",
     )
     command.add_argument("--cache", type=Path, help="folder for logits; by default beside BUNDLE")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    bundle = load_bundle(arguments.bundle)
     listing, labelled = calibration_listing(arguments.data)
+    bundle = load_bundle(arguments.bundle, with_policy=not labelled)
     if labelled:
         check_classes(bundle, listing.classes)
-    dtype = getattr(torch, arguments.dtype)
+    dtype = chosen_dtype(arguments.dtype)
     images = load_images(bundle, listing)
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
     class_ids = images.class_ids if labelled else None
@@ -105,7 +106,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.compare and class_ids is not None:
         print(compare_measures(bundle, logits, class_ids, options))
     result = calibrate(bundle, logits, class_ids, options, costs)
-    save_policy(bundle.path, result.policy)
+    policy = result.policy.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    save_policy(bundle.path, policy)
     save_record(bundle.path, result)
     for line in summary(result):
         print(line)
@@ -113,6 +115,13 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         tested = result.tested
         for line in reliability_lines(result.policy, logits[tested], class_ids[tested]):
             print(line)
+
+
+def chosen_dtype(name: str) -> torch.dtype:
+    """The numerics of this name; `auto` takes what the server takes on this device."""
+    if name == "auto":
+        return torch.float16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, name)
 
 
 def calibration_listing(root: Path) -> tuple[Listing, bool]:
@@ -141,14 +150,17 @@ def load_images(bundle: Bundle, listing: Listing) -> folders.ImageSet:
 def check_classes(bundle: Bundle, classes: Sequence[str]) -> None:
     """Raise DataError unless the data's classes are the bundle's, in its order, and several."""
     expected = bundle.description.classes
+    if len(classes) == 1:
+        raise DataError(
+            f"there is one class only, {classes[0]}, so nothing can be told of answers; "
+            f"take images of all {len(expected)} classes of the bundle"
+        )
     if tuple(classes) != expected:
         odd = sorted(set(classes) ^ set(expected))[:3]
         raise DataError(
             f"the data has {len(classes)} classes, the bundle {len(expected)}, and they differ "
-            f"(in {', '.join(odd)}); take images of the classes it was trained on"
+            f"(in {', '.join(odd) or 'order'}); take images of the classes it was trained on"
         )
-    if len(expected) == 1:
-        raise DataError("there is one class only, so every answer is right; nothing to calibrate")
 
 
 def cache_folder(arguments: argparse.Namespace) -> Path:
@@ -178,12 +190,12 @@ def summary(result: Calibrated) -> Iterator[str]:
         f"({policy.method}, delta {policy.delta:g})"
     )
     yield from table(policy.operating_points)
-    for point, needed in uncertifiable(certifier, policy.operating_points):
-        loss = f"a loss of {point.max_accuracy_loss:.2%}"
-        yield f"{loss} cannot be certified, so the full network runs; " + (
-            f"it takes at least {needed} images to certify on"
-            if needed and needed > n
-            else "the boldest thresholds that would pass were too unsure on these images"
+    for bound, needed in uncertifiable(certifier, policy.operating_points):
+        in_all = math.ceil(needed * policy.calibration_images / n)
+        yield f"a loss of {bound:.2%} cannot be certified, so the full network runs: " + (
+            f"it takes at least {in_all} images, {needed} of them to certify on"
+            if needed > n
+            else f"even the most careful thresholds lost too much on these {n} images"
         )
 
 

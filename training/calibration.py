@@ -18,6 +18,8 @@ from training.outcomes import Outcomes, outcomes_of, shares
 from training.search import budgeted_path, fill, nested_path
 
 LEAST_IMAGES = 100
+MOST_SEARCHED = 20_000
+"""Thresholds hardly improve beyond; the images serve the certificate better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,7 @@ def calibrate(
     outcomes = _outcomes(logits, class_ids, calibrations, measure, options)
     macs = relative_macs(bundle)
     searched = outcomes.pick(found)
-    path = nested_path(searched, macs if costs is None else costs / costs[-1])
-    path = fill(path)
+    path = fill(nested_path(searched, macs if costs is None else costs / costs[-1]))
     certifier = Certifier(outcomes.pick(tested), options.delta, options.method)
     points = {p.max_accuracy_loss: p for p in ladder(certifier, path, outcomes, macs)}
     if options.mean_macs is not None:
@@ -104,7 +105,7 @@ def relative_macs(bundle: Bundle) -> np.ndarray:
 def search_part(n: int, options: Options) -> np.ndarray:
     """Which of `n` images everything is chosen on; all others certify it."""
     order = np.random.default_rng(options.seed).permutation(n)
-    return np.sort(order[: round(options.search_share * n)])
+    return np.sort(order[: min(round(options.search_share * n), MOST_SEARCHED)])
 
 
 def within_budget(

@@ -17,6 +17,7 @@ from training.calibrate import (
     add_numerics,
     cache_folder,
     check_classes,
+    chosen_dtype,
     load_images,
 )
 from training.data import DataError, ImageSet, list_folder
@@ -48,7 +49,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     listing = list_folder(test if test.is_dir() else arguments.data)
     check_classes(bundle, listing.classes)
     images = load_images(bundle, listing)
-    dtype = getattr(torch, arguments.dtype)
+    assert bundle.policy is not None
+    calibrated_in = bundle.policy.dtype if arguments.dtype == "auto" else None
+    dtype = chosen_dtype(calibrated_in or arguments.dtype)
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
     measured = measure(bundle, images, logits, dtype)
     report = make_report(measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +12,7 @@ import numpy as np
 from model.policy import NEVER, OperatingPoint
 from training import risk
 from training.outcomes import Outcomes, shares
+from training.tally import Tally, tally
 
 LOSSES = (0.0, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05)
 """The ladder's accuracy losses, as shares."""
@@ -49,46 +51,50 @@ class Certifier:
         """Whether bounds hold with probability 1 - delta rather than in expectation."""
         return self.method is not Method.EXPECTATION
 
-    def certified(self, path: Sequence[Thresholds], bound: float) -> int:
-        """The last index on a nested path that may lose at most `bound`; 0 is the full network."""
-        steps = [self.outcomes.taken(t) for t in path[1:]]
+    def certified(self, counts: Tally, bound: float) -> int:
+        """The last step of a nested path that may lose at most `bound`; 0 is the full network.
+
+        Args:
+            counts: of this certifier's outcomes along the path.
+            bound: accuracy lost, as a share. The full network alone loses nothing for certain, so
+                where that is demanded nothing is tested.
+        """
+        if bound == 0:
+            return 0
         if self.method is Method.EXPECTATION:
-            lost = [self.outcomes.differences(taken) > 0 for taken in steps]
-            return risk.conformal_risk_control(np.stack(lost, axis=1), bound) if lost else 0
-        p_values = (self.p_value(taken, bound) for taken in steps)
+            return risk.conformal_risk_control(counts.ever_lost, len(self.outcomes), bound)
+        pairs = zip(counts.losses[1:].tolist(), counts.gains[1:].tolist(), strict=True)
+        p_values = (self.p_value(losses, gains, bound) for losses, gains in pairs)
         return risk.fixed_sequence(p_values, self.delta)
 
-    def p_value(self, taken: np.ndarray, bound: float) -> float:
-        """P-value of "leaving at these exits loses more than `bound`"."""
-        n = len(self.outcomes)
-        difference = self.outcomes.differences(taken)
-        losses, gains = int((difference > 0).sum()), int((difference < 0).sum())
-        match self.method:
-            case Method.PAIRED:
-                nuisance = risk.NUISANCE_SHARE * self.delta
-                return risk.paired_p_value(losses, gains, n, bound, nuisance)
-            case Method.HOEFFDING_BENTKUS:
-                return risk.hoeffding_bentkus_p_value(losses / n, n, bound)
-            case _:
-                return risk.binomial_p_value(losses, n, bound)
-
-    def images_needed(self, bound: float) -> int | None:
-        """The fewest test images that could certify anything at `bound`; None if none could."""
-
-        def p_value(n: int) -> float:
-            nothing = np.zeros((n, 1), dtype=np.int64)
-            spotless = Outcomes(nothing, nothing, nothing == 0, nothing)
-            return Certifier(spotless, self.delta, self.method).p_value(nothing[:, 0] + 1, bound)
-
-        return risk.images_needed(p_value, self.delta, 10**7) if bound else None
+    def p_value(self, losses: int, gains: int, bound: float) -> float:
+        """P-value of "more than `bound` is lost" after these counts."""
+        return _p_value(self.method, self.delta, losses, gains, len(self.outcomes), bound)
 
     def upper_bound(self, thresholds: Thresholds) -> float:
         """What one threshold vector loses at most, by this method."""
-        taken = self.outcomes.taken(thresholds)
+        differences = self.outcomes.differences(self.outcomes.taken(thresholds))
+        losses, gains = int((differences > 0).sum()), int((differences < 0).sum())
         if self.method is Method.EXPECTATION:
-            lost = (self.outcomes.differences(taken) > 0).sum()
-            return float(lost + 1) / (len(self.outcomes) + 1)
-        return risk.upper_bound(lambda bound: self.p_value(taken, bound), self.delta)
+            return (losses + 1) / (len(self.outcomes) + 1)
+        return risk.upper_bound(lambda bound: self.p_value(losses, gains, bound), self.delta)
+
+
+def _p_value(method: Method, delta: float, losses: int, gains: int, n: int, bound: float) -> float:
+    match method:
+        case Method.PAIRED:
+            return risk.paired_p_value(losses, gains, n, bound, risk.NUISANCE_SHARE * delta)
+        case Method.HOEFFDING_BENTKUS:
+            return risk.hoeffding_bentkus_p_value(losses / n, n, bound)
+        case _:
+            return risk.binomial_p_value(losses, n, bound)
+
+
+def images_needed(method: Method, delta: float, bound: float) -> int:
+    """The fewest test images that certify `bound` for a policy that never loses one."""
+    if method is Method.EXPECTATION:
+        return math.ceil(1 / bound) - 1
+    return risk.images_needed(lambda n: _p_value(method, delta, 0, 0, n, bound), delta)
 
 
 def ladder(
@@ -102,10 +108,11 @@ def ladder(
         everything: all calibration images, for the expected cost.
         macs: float64 `[exits]` as shares of the full network's.
     """
+    counts = tally(certifier.outcomes, path)
     return tuple(
         operating_point(
             bound,
-            path[certifier.certified(path, bound) if bound else 0],
+            path[certifier.certified(counts, bound)],
             everything,
             macs,
             certifier.in_probability,
@@ -132,8 +139,9 @@ def operating_point(
 
 def uncertifiable(
     certifier: Certifier, points: Sequence[OperatingPoint]
-) -> Iterator[tuple[OperatingPoint, int | None]]:
-    """Points that fell back to the full network, with the test images one would need at least."""
+) -> Iterator[tuple[float, int]]:
+    """Losses that fell back to the full network, with the test images one would need at least."""
     for point in points:
-        if point.max_accuracy_loss and all(t == NEVER for t in point.thresholds):
-            yield point, certifier.images_needed(point.max_accuracy_loss)
+        bound = point.max_accuracy_loss
+        if bound and all(t == NEVER for t in point.thresholds):
+            yield bound, images_needed(certifier.method, certifier.delta, bound)

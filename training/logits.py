@@ -6,11 +6,11 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from model.bundle import Bundle
+from model.bundle import Bundle, write_atomically
 from training.data import DataError, ImageSet
 
 BATCH = 250
@@ -33,7 +33,7 @@ def cached_logits(bundle: Bundle, images: ImageSet, dtype: torch.dtype, folder: 
         return load_file(file)["logits"]
     logits = compute_logits(bundle, images, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"logits": logits}, file)
+    write_atomically(file, save({"logits": logits}))
     return logits
 
 
@@ -60,6 +60,7 @@ def compute_logits(bundle: Bundle, images: ImageSet, dtype: torch.dtype) -> Tens
 def _digest(bundle: Bundle, images: ImageSet, dtype: torch.dtype) -> str:
     digest = hashlib.sha256(bundle.description.weights_sha256.encode())
     digest.update(bundle.description.preprocess.model_dump_json().encode())
-    digest.update(f"{dtype} {tuple(images.pixels.shape)}".encode())
+    numerics = (dtype, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu")
+    digest.update(f"{numerics} {tuple(images.pixels.shape)}".encode())
     digest.update(images.pixels.contiguous().numpy().data)
     return digest.hexdigest()[:24]

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from scipy import stats
 
-NUISANCE_SHARE = 0.1
+NUISANCE_SHARE = 0.05
 """Share of delta spent on bounding how often the two answers differ in being right."""
+NEGLIGIBLE = 1e-13
+"""Probability of the terms that a sum may leave out at either end; it is added back."""
 
 
 def binomial_p_value(failures: int, n: int, bound: float) -> float:
@@ -29,10 +31,10 @@ def hoeffding_bentkus_p_value(mean: float, n: int, bound: float) -> float:
     The smaller of Hoeffding's bound in its relative-entropy form and Bentkus' (2004) bound, after
     Bates et al., "Distribution-Free, Risk-Controlling Prediction Sets" (JACM 2021), section 3.1.
     """
-    if mean >= bound:
-        return 1.0
+    if bound >= 1 or mean >= bound:
+        return float(bound < 1)
     entropy = _entropy_term(mean, bound) + _entropy_term(1 - mean, 1 - bound)
-    bentkus = math.e * stats.binom.cdf(math.ceil(n * mean), n, bound)
+    bentkus = math.e * stats.binom.cdf(math.ceil(n * mean - 1e-9), n, bound)
     return float(min(1.0, math.exp(-n * entropy), bentkus))
 
 
@@ -67,9 +69,10 @@ def paired_p_value(losses: int, gains: int, n: int, bound: float, nuisance: floa
     most = max(most, -bound)
     root = math.sqrt(1 + bound * bound - 2 * most)
     high, low = (1 + bound + root) / 2, (1 + bound - root) / 2
-    ones = np.arange(n + 1)
+    first, last = stats.binom.ppf(NEGLIGIBLE, n, low), stats.binom.isf(NEGLIGIBLE, n, low)
+    ones = np.arange(first, last + 1)
     tail = stats.binom.pmf(ones, n, low) @ stats.binom.cdf(n + s - ones, n, high)
-    return min(1.0, float(tail) + nuisance)
+    return min(1.0, float(tail) + 2 * NEGLIGIBLE + nuisance)
 
 
 def clopper_pearson_upper(successes: int, n: int, delta: float) -> float:
@@ -106,35 +109,38 @@ def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
     return rejected
 
 
-def conformal_risk_control(losses: np.ndarray, bound: float) -> int:
-    """How many steps of a nested sequence keep the *expected* loss at or under `bound`.
+def conformal_risk_control(ever_lost: np.ndarray, n: int, bound: float) -> int:
+    """The last step of a nested sequence that keeps the *expected* loss at or under `bound`.
 
-    Losses are first made monotone along the sequence, as the theorem demands (Angelopoulos et al.,
-    "Conformal Risk Control", ICLR 2024). The expectation is over calibration sets as well, so this
-    is weaker than, and not to be confused with, a statement that holds with probability 1 - delta.
+    The theorem demands a loss that never falls along the sequence (Angelopoulos et al., "Conformal
+    Risk Control", ICLR 2024), so an image counts from the first step that loses it, even where a
+    bolder step would answer it right; what is really lost is at most that. The expectation is over
+    calibration sets as well, so this is weaker than, and not to be confused with, a statement that
+    holds with probability 1 - delta.
 
     Args:
-        losses: `[n, steps]` in 0..1, from the safest step to the boldest.
+        ever_lost: `[steps]`, how many images a step or a safer one lost; step 0 is the full
+            network and loses none.
+        n: how many images.
         bound: on the expected loss, in 0..1.
+
+    Returns:
+        0 where no step can be allowed.
     """
-    n = len(losses)
-    monotone = np.maximum.accumulate(losses, axis=1).sum(axis=0)
-    return int(np.count_nonzero((monotone + 1) / (n + 1) <= bound))
+    allowed = np.count_nonzero((ever_lost + 1) / (n + 1) <= bound)
+    return max(0, int(allowed) - 1)
 
 
-def images_needed(p_value: Callable[[int], float], delta: float, limit: int = 10**8) -> int | None:
+def images_needed(p_value: Callable[[int], float], delta: float) -> int:
     """The fewest images at which a policy that never lost one would be certified.
 
     Args:
-        p_value: of such a policy, by number of images; falling.
+        p_value: of such a policy, by number of images; falling to 0.
         delta: the level.
-        limit: give up beyond, returning None.
     """
     high = 1
     while p_value(high) > delta:
         high *= 2
-        if high > limit:
-            return None
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2

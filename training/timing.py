@@ -9,16 +9,21 @@ import torch
 from tqdm import tqdm
 
 from model.bundle import Bundle
+from model.confidence import judge
+from model.policy import Calibration, Measure
 
 WARM_UP = 5
 REPETITIONS = 40
+CALIBRATION = Calibration(temperature=1.0, carry=0.5)
+"""Any with a carry takes equally long."""
 
 
 @torch.inference_mode()
 def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndarray:
     """Seconds to leave at each exit, earlier stages included: float64 `[exits]`.
 
-    The median of repeated eager passes over one batch, through the serving preprocess.
+    The median of repeated eager passes over one batch, each stage with its confidence, as a server
+    needs them before it may go on.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = bundle.net.to(device, dtype)
@@ -26,11 +31,14 @@ def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndar
     pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
     passes = []
     for _ in tqdm(range(WARM_UP + REPETITIONS), "timing stages", leave=False):
-        x, times = bundle.description.preprocess.normalise(pixels, dtype), []
+        x, passed = bundle.description.preprocess.normalise(pixels, dtype), None
+        times = []
         for k in range(1, net.exits + 1):
             began = time.perf_counter()
             x, logits = net.run_stage(k, x)
-            logits.sum().item()  # waits for the device
+            judgement = judge(logits, passed, CALIBRATION, Measure.MARGIN)
+            passed = judgement.state
+            judgement.confidence.tolist()  # waits for the device
             times.append(time.perf_counter() - began)
         passes.append(times)
     return np.cumsum(np.median(passes[WARM_UP:], axis=0))

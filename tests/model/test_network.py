@@ -7,7 +7,7 @@ import torch
 
 from model.backbone import STEMS
 from model.network import ARCHITECTURES, build, build_from
-from tests.model.networks import CLASSES, images, tiny
+from tests.model.networks import CLASSES, exact, images, tiny
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's own fusion imports what torch has deprecated
@@ -37,23 +37,23 @@ def test_stage_by_stage_equals_the_whole_forward(architecture, stem):
 @EVERY
 @torch.inference_mode()
 def test_a_batch_equals_its_images_one_by_one(architecture, stem):
-    net, x = tiny(architecture, stem), images(stem, 3)
+    net, x = exact(architecture, stem), images(stem, 3).double()
     singles = zip(*(net(one) for one in x.split(1)), strict=True)
     for batched, single in zip(net(x), singles, strict=True):
-        torch.testing.assert_close(batched, torch.cat(single), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(batched, torch.cat(single), rtol=1e-6, atol=1e-6)
         assert (batched[0] - batched[1]).abs().max() > 1e-3  # images are told apart
 
 
 @EVERY
 @torch.inference_mode()
 def test_folded_stages_equal_the_network(architecture, stem):
-    net, x = tiny(architecture, stem), images(stem, 2)
+    net, x = exact(architecture, stem), images(stem, 2).double()
     whole, logits = net(x), []
     for stage in fold_stages(net):
         x, out = stage(x)
         logits.append(out)
     for folded, eager in zip(logits, whole, strict=True):
-        torch.testing.assert_close(folded, eager, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(folded, eager, rtol=1e-6, atol=1e-6)
 
 
 @EVERY

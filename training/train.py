@@ -21,7 +21,7 @@ from training.pretrained import load_pretrained
 from training.recipe import PLAIN, Recipe
 from training.room import check_disk
 from training.run import start
-from training.shapes import build_net
+from training.shapes import build_net, whole_backbone
 from training.teacher import load_teacher
 
 
@@ -95,7 +95,8 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
     classes, plain = data.training.classes, recipe.method == PLAIN
     net, described = build_net(shape, len(classes), data.preprocess.size, plain)
     if arguments.pretrained:
-        load_pretrained(net, arguments.pretrained)
+        whole = whole_backbone(shape.architecture, len(classes), described)
+        load_pretrained(net, whole, arguments.pretrained)
     check_disk(out, net, recipe.ema > 0)
     run = start(net, recipe, mine.device)
     origin = {"architecture": shape.architecture, "arguments": described, "files": data.digest}

@@ -227,7 +227,7 @@ def test_a_plain_backbone_is_where_training_starts(tmp_path, form):
         wrapped = {f"module.{k}": v for k, v in state.items()}
         torch.save({"state_dict": wrapped, "epoch": 3}, file)
     net = tiny_net(1)
-    load_pretrained(net, file)
+    load_pretrained(net, tiny_net().backbone, file)
     for name, value in published.state_dict().items():
         assert torch.equal(net.backbone.state_dict()[name], value)
 
@@ -236,7 +236,7 @@ def test_a_shorter_network_starts_from_the_front_of_a_whole_backbone(tmp_path):
     published = build("resnet10", 3, width=4).backbone
     torch.save(published.state_dict(), tmp_path / "w.pth")
     net = tiny_net(1, keep=[1, 2])
-    load_pretrained(net, tmp_path / "w.pth")
+    load_pretrained(net, tiny_net().backbone, tmp_path / "w.pth")
     assert torch.equal(net.backbone.conv1.weight, published.conv1.weight)
 
 
@@ -251,9 +251,9 @@ def test_a_shorter_network_starts_from_the_front_of_a_whole_backbone(tmp_path):
 def test_weights_that_cannot_be_used_say_why(tmp_path, content, message):
     torch.save(content(), tmp_path / "w.pth")
     with pytest.raises(TrainingError, match=message):
-        load_pretrained(tiny_net(), tmp_path / "w.pth")
+        load_pretrained(tiny_net(), tiny_net().backbone, tmp_path / "w.pth")
 
 
 def test_missing_weights_are_said(tmp_path):
     with pytest.raises(TrainingError, match="cannot read"):
-        load_pretrained(tiny_net(), tmp_path / "none.pth")
+        load_pretrained(tiny_net(), tiny_net().backbone, tmp_path / "none.pth")

@@ -16,6 +16,9 @@ from training.accuracy import evaluate
 from training.log import read_log
 
 
+pytestmark = pytest.mark.slow  # each process imports torch anew
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two processes, told of each other as torchrun does, computed, with their folder."""
@@ -71,7 +74,6 @@ def test_one_process_writes_for_both(ranks):
     assert len(list((folder / "tensorboard").iterdir())) == 1
 
 
-@pytest.mark.slow
 def test_torchrun_trains_one_bundle(folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "training", "train", "--data", str(folder), "--out", str(tmp_path / "run")]

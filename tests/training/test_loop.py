@@ -69,7 +69,12 @@ def test_another_seed_is_another_run(make_work, tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "options"),
-    [(1, {}), (2, {}), (0, EVERYTHING), (4, EVERYTHING)],
+    [
+        (1, {}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(0, EVERYTHING, marks=pytest.mark.slow),
+        (4, EVERYTHING),
+    ],
     ids=["plainly", "after an epoch", "everything", "in the second epoch"],
 )
 def test_a_resumed_run_equals_one_that_was_never_stopped(make_work, tmp_path, step, options):
@@ -225,8 +230,8 @@ def test_parts_of_a_batch_add_up_to_its_gradient(make_work, make_student):
         torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_every_precision_trains(make_work, precision):
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_a_short_precision_trains_weights_in_fp32(make_work, precision):
     run, work = make_work(epochs=1, precision=precision)
     fit(run, work)
     assert run.net.backbone.conv1.weight.dtype == torch.float32
@@ -255,6 +260,7 @@ def test_the_log_has_a_line_an_epoch_for_machines_and_scalars_for_people(make_wo
     assert (work.folder / LOG).read_text().endswith("}\n")
 
 
+@pytest.mark.slow
 def test_training_learns_what_can_be_learnt(make_work):
     accuracy = fit(*make_work(epochs=8))
     assert min(accuracy.exits[1:]) > 0.6

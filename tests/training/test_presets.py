@@ -22,6 +22,7 @@ from training.recipe import Recipe
 from training.report import published_at
 from training.shapes import build_net
 
+MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
 TINY = ["--architecture", "resnet10", "--width", "4", "--size", "16", "--batch-size", "16"]
 
 
@@ -126,7 +127,9 @@ def test_a_plain_network_has_no_heads_but_its_own_classifier():
     assert [n for n, _ in net.heads.named_parameters()] == ["3.fc.weight", "3.fc.bias"]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", ["paper", "best", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_PRESETS)]
+)
 def test_every_preset_takes_two_steps_to_a_bundle(folder, tmp_path, name, capsys):
     out = tmp_path / "run"
     assert train("--data", folder, "--out", out, "--preset", name, *TINY, "--epochs", 1) == 0

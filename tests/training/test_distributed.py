@@ -15,7 +15,6 @@ from tests.training.distributed_run import gradients
 from training.accuracy import evaluate
 from training.log import read_log
 
-
 pytestmark = pytest.mark.slow  # each process imports torch anew
 
 

@@ -63,7 +63,10 @@ def create_app(served: Served) -> FastAPI:
     app.add_exception_handler(HTTPException, _render_http)
     app.add_exception_handler(RequestValidationError, _render_validation)
     app.add_middleware(
-        Surroundings, metrics=served.metrics, max_body_bytes=served.settings.max_body_bytes
+        Surroundings,
+        metrics=served.metrics,
+        max_body_bytes=served.settings.max_body_bytes,
+        tracer=served.tracer,
     )
     return app
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.backbone import STEMS, Backbone
-from model.exits import ExitHead
-from model.resnet import ResNet
+from model.architectures import ARCHITECTURES as ARCHITECTURES
+from model.backbone import PUBLISHED_WIDTH, STEMS, Backbone, Block
+from model.exits import HEADS, ExitHead
 
-ARCHITECTURES: dict[str, Callable[..., Backbone]] = {
-    "resnet10": partial(ResNet, depths=(1, 1, 1, 1)),
-    "resnet18": partial(ResNet, depths=(2, 2, 2, 2)),
-    "resnet18-lite": partial(
-        ResNet, depths=(2, 2, 2, 2), growth=(1, 2, 4, 4), strides=(2, 2, 2, 1)
-    ),
-    "resnet34": partial(ResNet, depths=(3, 4, 6, 3)),
-}
-"""Every backbone by name; a variant states only what differs from its family.
-
-All take `width` (channels of the first stage) and `stem` (32 or 224, the image size it is for).
-"""
+ARGUMENTS = ("width", "stem", "attention", "keep", "head", "exits")
+PLACES = ("stages", "blocks")
 
 
 class Outputs(NamedTuple):
@@ -33,14 +22,14 @@ class Outputs(NamedTuple):
     logits: list[Tensor]
     """Each `[N, classes]`."""
     pooled: list[Tensor]
-    """Each `[N, C_last]`: the head's features before its classifier."""
+    """Each `[N, C]`, with the `in_features` of its head's classifier."""
 
 
 class MultiExitNet(nn.Module):
-    """A backbone with an exit after each stage.
+    """A backbone with an exit after each stage, or after each block.
 
-    Stages and exits are numbered 1..E from shallow to deep. The whole network is all stages in
-    turn, so serving may stop between any two.
+    Stages and exits are numbered 1..E from shallow to deep, and stage k is what runs between exit
+    k-1 and exit k. The whole network is all stages in turn, so serving may stop between any two.
 
     Args:
         backbone: a stem plus stages.
@@ -48,6 +37,8 @@ class MultiExitNet(nn.Module):
         attention: whether heads have attention gates.
         keep: the exits to keep, rising; what is deeper than the last is dropped, and stages up to
             a kept exit are run as one. All by default. The weights' names stay the same.
+        head: the kind of head, a key of `HEADS`; by default what the backbone's family has.
+        exits: where they are, one of `PLACES`.
 
     Raises:
         ValueError: `keep` is empty, does not rise or names no exit.
@@ -59,18 +50,40 @@ class MultiExitNet(nn.Module):
         classes: int,
         attention: bool = True,
         keep: Sequence[int] | None = None,
+        head: str | None = None,
+        exits: str = "stages",
     ) -> None:
         super().__init__()
-        channels = backbone.stage_channels
-        everything = range(1, len(channels) + 1)
+        self.backbone = backbone
+        self.places = exits
+        paths = self._paths
+        everything = range(1, len(paths) + 1)
         self.kept = tuple(everything if keep is None else keep)
         if not self.kept or sorted(set(self.kept) & set(everything)) != list(self.kept):
-            raise ValueError(f"kept exits must rise within 1..{len(channels)}, not {self.kept}")
-        backbone.drop_stages(self.kept[-1])
-        self.backbone = backbone
+            raise ValueError(f"kept exits must rise within 1..{len(paths)}, not {self.kept}")
+        backbone.drop(b for section in self._sections[self.kept[-1] :] for b in section)
+        make = HEADS[head or backbone.default_head]
         self.heads = nn.ModuleDict(
-            {str(k - 1): ExitHead(channels[k - 1 :], classes, attention) for k in self.kept}
+            {str(k - 1): make(paths[k - 1], classes, attention) for k in self.kept}
         )
+
+    @property
+    def _sections(self) -> list[list[Block]]:
+        """The trunk's blocks between one place for an exit and the next, whichever are kept."""
+        stages = self.backbone.stages
+        if self.places == "blocks":
+            return [[block] for stage in stages for block in stage]
+        return [list(stage) for stage in stages]
+
+    @property
+    def _paths(self) -> list[list[int]]:
+        """For each place, the channels there and at the end of every later stage."""
+        ends = self.backbone.stage_channels
+        return [
+            [block.channels, *ends[i + 1 :]]
+            for i, stage in enumerate(self.backbone.stages)
+            for block in (stage if self.places == "blocks" else stage[-1:])
+        ]
 
     @property
     def exits(self) -> int:
@@ -82,9 +95,10 @@ class MultiExitNet(nn.Module):
         return cast(ExitHead, self.heads[str(self.kept[k - 1] - 1)])
 
     def blocks(self, k: int) -> list[nn.Module]:
-        """The trunk's blocks between exit k-1 and exit `k`, the stem aside."""
+        """The trunk's modules between exit k-1 and exit `k`, the stem aside."""
         first = self.kept[k - 2] if k > 1 else 0
-        return [b for stage in self.backbone.stages[first : self.kept[k - 1]] for b in stage]
+        sections = self._sections[first : self.kept[k - 1]]
+        return [module for section in sections for block in section for module in block.modules]
 
     def features(self, k: int, x: Tensor) -> Tensor:
         """Run the trunk of stage `k`: images (k = 1) or stage k-1's features to features."""
@@ -130,21 +144,31 @@ def build(architecture: str, classes: int, **arguments: Any) -> MultiExitNet:
     Args:
         architecture: a key of `ARCHITECTURES`.
         classes: number of classes.
-        arguments: `width`, `stem` (backbone), `attention` and `keep` (heads).
+        arguments: `width`, `stem` (of the backbone), `attention`, `keep`, `head`, `exits` (of the
+            network).
 
     Raises:
-        ValueError: an unknown architecture or argument.
+        ValueError: an unknown architecture or argument, or a value that means nothing.
     """
     if architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ValueError(f"unknown architecture {architecture!r}; known are {known}")
-    unknown = arguments.keys() - {"width", "stem", "attention", "keep"}
+    unknown = arguments.keys() - set(ARGUMENTS)
     if unknown:
         raise ValueError(f"unknown architecture argument {', '.join(sorted(unknown))}")
-    if arguments.get("stem", 32) not in STEMS:
-        raise ValueError(f"stem must be one of {STEMS}")
-    head = {k: arguments.pop(k) for k in ("attention", "keep") if k in arguments}
-    return MultiExitNet(ARCHITECTURES[architecture](**arguments), classes, **head)
+    if arguments.get("width", PUBLISHED_WIDTH) < 1:
+        raise ValueError("width must be at least 1")
+    _one_of("stem", arguments.get("stem", STEMS[0]), STEMS)
+    _one_of("head", arguments.get("head"), (None, *HEADS))
+    _one_of("exits", arguments.get("exits", PLACES[0]), PLACES)
+    backbone = {k: arguments.pop(k) for k in ("width", "stem") if k in arguments}
+    return MultiExitNet(ARCHITECTURES[architecture](**backbone), classes, **arguments)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        shown = ", ".join(str(a) for a in allowed if a is not None)
+        raise ValueError(f"{name} must be one of {shown}, not {value}")
 
 
 def build_from(

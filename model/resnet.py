@@ -1,16 +1,24 @@
-"""ResNets after He et al. (2016), with the parameter names of torchvision's."""
+"""ResNets after He et al. (2016), with the parameter names of torchvision's.
+
+ResNeXt (Xie et al., 2017) groups the bottleneck's 3x3 convolution, WideResNet-50-2 (Zagoruyko
+and Komodakis, 2016) widens it; both are rows of the registry.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from model.backbone import Backbone
-
-
-def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+from model.backbone import (
+    PUBLISHED_WIDTH,
+    Backbone,
+    Block,
+    conv1x1,
+    conv3x3,
+    stem_conv,
+    stem_pool,
+)
 
 
 def projection(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
@@ -18,18 +26,35 @@ def projection(channels_in: int, channels_out: int, stride: int) -> nn.Module | 
     if stride == 1 and channels_in == channels_out:
         return None
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+        conv1x1(channels_in, channels_out, stride),
         nn.BatchNorm2d(channels_out),
     )
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut."""
+class ResidualBlock(nn.Module):
+    """Adds what `residual` makes of the features to a shortcut of them."""
 
-    expansion = 1
+    relu: nn.ReLU
+    downsample: nn.Module | None
+    channels: int
+    """Of the output."""
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Features `[N, C_in, H, W]` to what is added to their shortcut."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.residual(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(out + shortcut)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions with a shortcut."""
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
         super().__init__()
+        self.channels = width
         self.conv1 = conv3x3(channels_in, width, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -37,55 +62,86 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = projection(channels_in, width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def residual(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(out + shortcut)
+        return self.bn2(self.conv2(out))
+
+
+class Bottleneck(ResidualBlock):
+    """A 3x3 convolution between two 1x1 ones, with a shortcut of four times the width.
+
+    Args:
+        channels_in: of the features that come in.
+        width: a quarter of the channels that go out.
+        stride: of the 3x3 convolution, as in torchvision.
+        groups: of the 3x3 convolution.
+        base_width: its channels a group, for a `width` of 64.
+    """
+
+    def __init__(
+        self, channels_in: int, width: int, stride: int, groups: int = 1, base_width: int = 64
+    ) -> None:
+        super().__init__()
+        self.channels = 4 * width
+        inner = max(1, width * base_width // PUBLISHED_WIDTH) * groups
+        self.conv1 = conv1x1(channels_in, inner)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = conv3x3(inner, inner, stride, groups)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = conv1x1(inner, self.channels)
+        self.bn3 = nn.BatchNorm2d(self.channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = projection(channels_in, self.channels, stride)
+
+    def residual(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.bn3(self.conv3(out))
 
 
 class ResNet(Backbone):
     """A ResNet without its classifier.
 
     Args:
-        depths: blocks in each of the four stages.
-        width: channels of the first stage (64 in the paper).
+        depths: blocks in each stage.
+        block: makes a block from its input channels, its width and its stride.
+        width: channels of the first stage's 3x3 convolutions (64 in the paper).
         stem: 32 keeps the resolution (3x3 convolution), 224 divides it by four (7x7 and pooling).
-        growth: each stage's channels as a multiple of `width`.
+        growth: each stage's width as a multiple of `width`.
         strides: by how much each stage divides the resolution.
     """
 
     def __init__(
         self,
         depths: Sequence[int],
-        width: int = 64,
+        block: Callable[[int, int, int], ResidualBlock] = BasicBlock,
+        width: int = PUBLISHED_WIDTH,
         stem: int = 32,
         growth: Sequence[int] = (1, 2, 4, 8),
         strides: Sequence[int] = (1, 2, 2, 2),
     ) -> None:
         super().__init__()
-        self.stage_channels = tuple(width * g * BasicBlock.expansion for g in growth)
         # A first stage that halves the resolution is fed by a stem of half its width, since the
         # stem then runs on four times its pixels.
         channels = width // strides[0]
-        if stem == 32:
-            self.conv1 = conv3x3(3, channels)
-            self.maxpool: nn.MaxPool2d | None = None
-        else:
-            self.conv1 = nn.Conv2d(3, channels, 7, 2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.conv1 = stem_conv(channels, stem)
+        self.maxpool = stem_pool(stem)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
+        self.layers = len(depths)
         for i, (depth, g, stride) in enumerate(zip(depths, growth, strides, strict=True)):
-            blocks = []
+            blocks: list[ResidualBlock] = []
             for j in range(depth):
-                blocks.append(BasicBlock(channels, width * g, stride if j == 0 else 1))
-                channels = width * g * BasicBlock.expansion
+                blocks.append(block(channels, width * g, stride if j == 0 else 1))
+                channels = blocks[-1].channels
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            if isinstance(blocks[0], Bottleneck):
+                self.default_head = "compact"
 
     @property
-    def stages(self) -> Sequence[Sequence[nn.Module]]:
-        return [list(getattr(self, f"layer{i + 1}")) for i in range(len(self.stage_channels))]
+    def stages(self) -> Sequence[Sequence[Block]]:
+        layers = [getattr(self, f"layer{i + 1}") for i in range(self.layers)]
+        return [[Block((block,), block.channels) for block in layer] for layer in layers]
 
     def stem(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

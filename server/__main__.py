@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from types import FrameType
@@ -32,9 +33,15 @@ class Server(uvicorn.Server):
                 host, port = listening.getsockname()[:2]
                 log.info("listening on http://%s:%d", host, port)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: when told to, or when warming up failed."""
+        return await super().on_tick(counter) or self._served.failed
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain, then exit with status 0; uvicorn's own would die of the signal afterwards."""
         self._served.draining = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     server = Server(_config(served, settings), served)
     server.run()
-    return 0 if server.started else 1
+    return 1 if served.failed else 0
 
 
 def _config(served: Served, settings: Settings) -> uvicorn.Config:

@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from model.policy import Rule
-from server.engine import Answer, Seen, Ticket
+from model.policy import OperatingPoint, Rule
+from server.engine import Answer, Engine, Seen, Ticket
 from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
 from server.protocol import Parameters, answer_body
@@ -25,11 +26,31 @@ RESERVE_SHARE = 0.1
 """…but never more than this share of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a request is let in with before its body is read, so that a drain still answers it."""
+
+    parameters: Parameters
+    rule: Rule
+    engine: Engine
+
+
+def admit(parameters: Parameters, served: Served) -> Admission:
+    """Let a request in.
+
+    Raises:
+        InvalidParameter: it asks for what the network does not have.
+        Unavailable: the server is warming up or draining.
+    """
+    return Admission(parameters, rule_for(parameters, served), served.engine)
+
+
 def rule_for(parameters: Parameters, served: Served) -> Rule:
     """The rule that these parameters ask for.
 
     Raises:
-        InvalidParameter: an exit that the network does not have, or none left to answer.
+        InvalidParameter: an exit that the network does not have, or none left to answer; an
+            operating point that the policy does not have, or a threshold beside it.
     """
     exits = served.policy.exits
     max_exit = parameters.max_exit or exits
@@ -38,9 +59,19 @@ def rule_for(parameters: Parameters, served: Served) -> Rule:
             raise InvalidParameter(f"{name}: there is no exit {exit}; the network has {exits}")
     if parameters.min_exit > max_exit:
         raise InvalidParameter("min_exit: must not be deeper than max_exit")
-    return served.policy.rule(
-        served.point, parameters.threshold, parameters.min_exit, parameters.max_exit
-    )
+    point = _point_for(parameters, served)
+    return served.policy.rule(point, parameters.threshold, parameters.min_exit, parameters.max_exit)
+
+
+def _point_for(parameters: Parameters, served: Served) -> OperatingPoint:
+    if parameters.max_accuracy_loss is None:
+        return served.point
+    if parameters.threshold is not None:
+        raise InvalidParameter("threshold: send it or max_accuracy_loss, not both")
+    try:
+        return served.policy.point_for(parameters.max_accuracy_loss)
+    except ValueError as error:
+        raise InvalidParameter(f"max_accuracy_loss: {error}") from None
 
 
 def deadline_for(parameters: Parameters, served: Served, arrived: float) -> float:
@@ -73,7 +104,7 @@ def place(served: Served) -> Iterator[None]:
 
 async def classify(
     data: bytes,
-    parameters: Parameters,
+    admission: Admission,
     served: Served,
     context: Context,
     receive: Receive | None = None,
@@ -92,16 +123,15 @@ async def classify(
         OfframpError: any of its subclasses that concern one image.
         ClientDisconnect: nobody waits for the answer any more.
     """
-    engine = served.engine
-    rule = rule_for(parameters, served)
+    parameters, engine = admission.parameters, admission.engine
     with place(served):
         pixels, decode_seconds = await served.decoder(data)
         ticket = engine.submit(
             pixels,
-            rule,
+            admission.rule,
             context.arrived,
             deadline_for(parameters, served, context.arrived),
-            bends=parameters.threshold is None,
+            bends=parameters.bends,
             on_exit=on_exit,
         )
         try:
@@ -109,15 +139,17 @@ async def classify(
         except (ClientDisconnect, asyncio.CancelledError):
             engine.cancel(ticket)
             raise
+    if context.trace:
+        context.trace.image(context.arrived, ticket.accepted, decode_seconds, answer)
     return _body(answer, parameters, served, context, decode_seconds)
 
 
 async def classify_or_error(
-    data: bytes, parameters: Parameters, served: Served, context: Context
+    data: bytes, admission: Admission, served: Served, context: Context
 ) -> dict[str, Any]:
     """Like `classify`, for one of several images: its failure is its own entry."""
     try:
-        return await classify(data, parameters, served, context)
+        return await classify(data, admission, served, context)
     except OfframpError as error:
         return {"error": str(error), "code": error.code, "request_id": context.request_id}
 

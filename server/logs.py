@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
+
+PLAIN = re.compile(r"[!#-<>-~]+")
+"""Printable ASCII without space, quote or equals sign."""
 
 
 class TextFormatter(logging.Formatter):
     """`time level message key=value …`"""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {k}={v}" for k, v in getattr(record, "fields", {}).items())
+        said: dict[str, object] = getattr(record, "fields", {})
+        fields = "".join(f" {name}={_quoted(str(value))}" for name, value in said.items())
         line = f"{_time(record)} {record.levelname:7} {record.getMessage()}{fields}"
         return line if not record.exc_info else f"{line}\n{self.formatException(record.exc_info)}"
 
@@ -41,6 +46,11 @@ def configure(log_format: str, level: str) -> None:
     root.handlers = [handler]
     root.setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # our own lines say as much
+
+
+def _quoted(value: str) -> str:
+    """As it is if it is one plain word; else quoted, so that a path cannot forge a log line."""
+    return value if PLAIN.fullmatch(value) else json.dumps(value)
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -21,33 +21,58 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    top_k: int = Field(5, ge=1, le=10_000, description="how many labels to return, best first")
+    top_k: int = Field(
+        5, ge=1, le=10_000, description="how many labels to return, best first", examples=[3]
+    )
     threshold: float | None = Field(
-        None, ge=0, le=1, description="confidence that suffices at any exit, instead of the policy"
+        None,
+        ge=0,
+        le=1,
+        description="confidence that suffices at any exit, instead of the policy",
+        examples=[0.9],
     )
-    min_exit: int = Field(1, ge=1, description="the shallowest exit that may answer")
-    max_exit: int | None = Field(None, ge=1, description="the deepest exit to run")
+    max_accuracy_loss: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="accuracy that early exits may cost this request, as a share: the cheapest "
+        "operating point within it replaces the one in force",
+        examples=[0.02],
+    )
+    min_exit: int = Field(1, ge=1, description="the shallowest exit that may answer", examples=[2])
+    max_exit: int | None = Field(None, ge=1, description="the deepest exit to run", examples=[3])
     deadline_ms: float | None = Field(
-        None, gt=0, le=3_600_000, description="milliseconds from the first byte to the answer"
+        None,
+        gt=0,
+        le=3_600_000,
+        description="milliseconds from the first byte to the answer",
+        examples=[500],
     )
-    explain: bool = Field(False, description="add `seen`: what every exit on the way said")
+    explain: bool = Field(
+        False, description="add `seen`: what every exit on the way said", examples=[True]
+    )
+
+    @property
+    def bends(self) -> bool:
+        """Whether overload may answer shallower: not where the request says what suffices."""
+        return self.threshold is None and self.max_accuracy_loss is None
 
 
 class Label(BaseModel):
     """One of the likeliest labels."""
 
-    label: str
-    class_id: int
-    probability: float = Field(ge=0, le=1)
+    label: str = Field(description="a class's name")
+    class_id: int = Field(ge=0, description="its place in the labels of /model")
+    probability: float = Field(ge=0, le=1, description="calibrated; over all labels they sum to 1")
 
 
 class SeenBody(BaseModel):
     """What one exit said."""
 
     exit: int = Field(ge=1, description="1 is the shallowest")
-    label: str
-    class_id: int
-    confidence: float = Field(ge=0, le=1)
+    label: str = Field(description="the likeliest label by then")
+    class_id: int = Field(ge=0, description="its place in the labels of /model")
+    confidence: float = Field(ge=0, le=1, description="calibrated probability that it is right")
     elapsed_ms: float = Field(ge=0, description="milliseconds from the first byte")
 
 
@@ -63,8 +88,8 @@ class Timing(BaseModel):
 class AnswerBody(BaseModel):
     """One image's answer."""
 
-    label: str
-    class_id: int
+    label: str = Field(description="the likeliest label")
+    class_id: int = Field(ge=0, description="its place in the labels of /model")
     confidence: float = Field(
         ge=0, le=1, description="calibrated: of answers at 0.9, about 90 % are right"
     )
@@ -72,12 +97,14 @@ class AnswerBody(BaseModel):
     exits: int = Field(ge=1, description="how many exits the network has")
     reason: Reason = Field(description="why this exit answered")
     degraded: bool = Field(description="shallower than asked for, by load or deadline")
-    top_k: list[Label]
-    model: str
-    version: str
-    request_id: str
-    timing_ms: Timing
-    seen: list[SeenBody] | None = Field(None, description="only with `explain`")
+    top_k: list[Label] = Field(description="the likeliest labels, best first")
+    model: str = Field(description="the bundle's name")
+    version: str = Field(description="the bundle's version")
+    request_id: str = Field(description="as in the `X-Request-ID` header")
+    timing_ms: Timing = Field(description="where the time went")
+    seen: list[SeenBody] | None = Field(
+        None, description="only with `explain`: every exit on the way"
+    )
 
 
 class ErrorBody(BaseModel):
@@ -85,46 +112,48 @@ class ErrorBody(BaseModel):
 
     error: str = Field(description="a sentence for people")
     code: str = Field(description="a stable name for programs")
-    request_id: str
+    request_id: str = Field(description="what the log knows the request by")
 
 
 class BatchBody(BaseModel):
     """Answers and errors, in the order of the images."""
 
-    results: list[AnswerBody | ErrorBody]
+    results: list[AnswerBody | ErrorBody] = Field(description="one for each image, in order")
 
 
 class ExitBody(BaseModel):
     """One exit of the network."""
 
-    exit: int
+    exit: int = Field(ge=1, description="1 is the shallowest")
     macs: int = Field(description="multiply-accumulates to answer from here")
-    macs_share: float = Field(description="of the whole network")
-    parameters: int
+    macs_share: float = Field(ge=0, le=1, description="those, as a share of the whole network's")
+    parameters: int = Field(description="parameters that an image answered from here uses")
     accuracy: float | None = Field(description="top-1 on the test images, if measured")
 
 
 class ModelBody(BaseModel):
     """The network that answers."""
 
-    name: str
-    version: str
-    architecture: str
-    weights_sha256: str
-    device: str
-    dtype: str
+    name: str = Field(description="the bundle's name")
+    version: str = Field(description="the bundle's version")
+    architecture: str = Field(description="the network's family")
+    weights_sha256: str = Field(description="digest of its weights")
+    device: str = Field(description="where it runs: cpu or cuda")
+    dtype: str = Field(description="its numerics")
     input_size: int = Field(description="side of the network's input, in pixels")
-    labels: list[str]
-    exits: list[ExitBody]
+    labels: list[str] = Field(description="by class id")
+    exits: list[ExitBody] = Field(description="shallow to deep")
 
 
 class PolicyBody(BaseModel):
     """The calibrated policy, and which of its operating points is in force."""
 
-    method: str
-    delta: float
-    calibration_images: int
-    operating_points: list[OperatingPoint]
+    method: str = Field(description="how the operating points were chosen")
+    delta: float = Field(ge=0, le=1, description="probability that a certified bound fails")
+    calibration_images: int = Field(description="how many images it was calibrated on")
+    operating_points: list[OperatingPoint] = Field(
+        description="from the smallest accuracy loss to the largest"
+    )
     in_force: OperatingPoint = Field(description="in peace; overload may bend it")
     overloaded: bool = Field(description="whether overload bends it now")
 
@@ -134,7 +163,12 @@ class PolicyChange(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_accuracy_loss: float = Field(ge=0, le=1, description="the most accuracy it may lose")
+    max_accuracy_loss: float = Field(
+        ge=0,
+        le=1,
+        description="the most accuracy it may lose, as a share",
+        examples=[0.01],
+    )
 
 
 def error_body(sentence: str, code: str, request_id: str) -> bytes:

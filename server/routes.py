@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 
-from server import uploads
-from server.classify import classify, classify_or_error, rule_for
+from server import errors, openapi, uploads
+from server.classify import Admission, admit, classify, classify_or_error
 from server.engine import Seen
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
 from server.metrics import CONTENT_TYPE
 from server.middleware import Context
+from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
 from server.protocol import (
     AnswerBody,
     BatchBody,
-    ErrorBody,
     ExitBody,
     ModelBody,
     Parameters,
@@ -83,94 +83,82 @@ def _same(a: str, b: str) -> bool:
     return hmac.compare_digest(a.encode(), b.encode())
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody} for status in statuses}
-
-
 public = APIRouter()
-protected = APIRouter(dependencies=[Depends(check_key)], responses=_errors(401, 403))
-admin = APIRouter(dependencies=[Depends(check_admin)], responses=_errors(401, 403))
-
-IMAGE = {"schema": {"type": "string", "format": "binary"}}
-ONE_IMAGE = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/octet-stream": IMAGE,
-            "image/*": IMAGE,
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                    "required": ["file"],
-                }
-            },
-        },
-    }
-}
-MANY_IMAGES = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "files": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                            "maxItems": MAX_BATCH_IMAGES,
-                        }
-                    },
-                    "required": ["files"],
-                }
-            }
-        },
-    }
-}
+protected = APIRouter(dependencies=[Depends(check_key)], responses=openapi.failures(*LOCKED))
+admin = APIRouter(dependencies=[Depends(check_admin)], responses=openapi.failures(*LOCKED))
 
 
 @protected.post(
     "/classify",
     response_model=AnswerBody,
-    responses=_errors(400, 413, 422, 429, 500, 503, 504),
-    openapi_extra=ONE_IMAGE,
+    responses={
+        200: openapi.ANSWER_RESPONSE,
+        **openapi.failures(
+            *IMAGE_FAULTS,
+            errors.BadMultipart,
+            errors.BodyTooLarge,
+            InvalidParameter,
+            errors.Overloaded,
+            OfframpError,
+            *UNAVAILABLE,
+            errors.DeadlineExceeded,
+        ),
+    },
+    openapi_extra=openapi.one_image(
+        "curl --data-binary @photo.jpg localhost:8000/classify",
+        "curl -F file=@photo.jpg 'localhost:8000/classify?top_k=1'",
+        "curl -N -H 'Accept: text/event-stream' --data-binary @photo.jpg localhost:8000/classify",
+    ),
     summary="Classify one image from the shallowest sufficient exit",
 )
 async def post_classify(
     request: Request, parameters: Query_, served: Served_, context: Context_
 ) -> Response:
-    """The body is the encoded image, or `multipart/form-data` with one part `file`.
+    """The answer names the exit that gave it and the reason.
 
     With `Accept: text/event-stream` the response is a stream: one event `exit` for each exit
     reached, then one event `answer`, or `error`.
     """
-    _ = served.engine, rule_for(parameters, served)  # say no before the body is read
+    admission = admit(parameters, served)  # say no before the body is read
     data = await uploads.read_image(request)
-    if "text/event-stream" in request.headers.get("accept", ""):
-        events = _events(data, parameters, served, context, request)
+    if wants_events(request.headers.get("accept", "")):
+        events = _events(data, admission, served, context, request)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
-    body = await classify(data, parameters, served, context, request.receive)
+    body = await classify(data, admission, served, context, request.receive)
     return _encoded(body, served)
 
 
 @protected.post(
     "/classify/batch",
     response_model=BatchBody,
-    responses=_errors(400, 413, 422, 500, 503),
-    openapi_extra=MANY_IMAGES,
+    responses={
+        200: openapi.BATCH_RESPONSE,
+        **openapi.failures(
+            errors.NoImage,
+            errors.BadMultipart,
+            errors.BodyTooLarge,
+            InvalidParameter,
+            OfframpError,
+            *UNAVAILABLE,
+        ),
+    },
+    openapi_extra=openapi.many_images(
+        MAX_BATCH_IMAGES, "curl -F files=@a.png -F files=@b.png localhost:8000/classify/batch"
+    ),
     summary="Classify many images; a bad one hurts only its own entry",
 )
 async def post_batch(
     request: Request, parameters: Query_, served: Served_, context: Context_
 ) -> Response:
-    """The body is `multipart/form-data` with one part `files` for each image."""
-    _ = served.engine, rule_for(parameters, served)
+    """An image that cannot be answered has its error in its place, with the code that it would
+    have had alone.
+    """
+    admission = admit(parameters, served)
     images = await uploads.read_images(request, MAX_BATCH_IMAGES)
     results = await asyncio.gather(
-        *(classify_or_error(data, parameters, served, context) for data in images)
+        *(classify_or_error(data, admission, served, context) for data in images)
     )
     context.server_timing = ""
     context.fields = {"images": len(images)}
@@ -182,13 +170,19 @@ def _encoded(body: dict[str, Any], served: Served) -> Response:
         return Response(json.dumps(body), media_type="application/json")
 
 
+def wants_events(accept: str) -> bool:
+    """Whether an `Accept` header names the event stream."""
+    kinds = (kind.replace(" ", "").lower().split(";") for kind in accept.split(","))
+    return any(kind == "text/event-stream" and "q=0" not in rest for kind, *rest in kinds)
+
+
 async def _events(
-    data: bytes, parameters: Parameters, served: Served, context: Context, request: Request
+    data: bytes, admission: Admission, served: Served, context: Context, request: Request
 ) -> AsyncIterator[bytes]:
     labels = served.bundle.description.classes
     passed: asyncio.Queue[Seen | None] = asyncio.Queue()
     work = asyncio.ensure_future(
-        classify(data, parameters, served, context, request.receive, passed.put_nowait)
+        classify(data, admission, served, context, request.receive, passed.put_nowait)
     )
     work.add_done_callback(lambda _: passed.put_nowait(None))
     try:
@@ -203,7 +197,13 @@ async def _events(
         work.cancel()
 
 
-@protected.get("/model", response_model=ModelBody, summary="Labels, exits, costs, accuracy")
+@protected.get(
+    "/model",
+    response_model=ModelBody,
+    responses={200: openapi.good("The network that answers")},
+    summary="Labels, exits, costs, accuracy",
+    openapi_extra=openapi.shown("curl localhost:8000/model"),
+)
 async def get_model(served: Served_) -> ModelBody:
     """What is served, and what each exit costs and is worth."""
     description = served.bundle.description
@@ -230,7 +230,13 @@ async def get_model(served: Served_) -> ModelBody:
     )
 
 
-@protected.get("/policy", response_model=PolicyBody, summary="Operating points")
+@protected.get(
+    "/policy",
+    response_model=PolicyBody,
+    responses={200: openapi.good("The policy as it is now")},
+    summary="Operating points",
+    openapi_extra=openapi.shown("curl localhost:8000/policy"),
+)
 async def get_policy(served: Served_) -> PolicyBody:
     """The ladder of operating points, and the one in force."""
     policy = served.policy
@@ -247,7 +253,14 @@ async def get_policy(served: Served_) -> PolicyBody:
 @admin.put(
     "/policy",
     response_model=PolicyBody,
-    responses=_errors(422),
+    responses={
+        200: openapi.good("The policy from now on"),
+        **openapi.failures(InvalidParameter),
+    },
+    openapi_extra=openapi.shown(
+        "curl -X PUT -H 'Authorization: Bearer TOKEN' -H 'Content-Type: application/json' "
+        "-d '{\"max_accuracy_loss\": 0.02}' localhost:8000/policy"
+    ),
     summary="Put another operating point in force",
 )
 async def put_policy(change: PolicyChange, served: Served_) -> PolicyBody:
@@ -259,23 +272,43 @@ async def put_policy(change: PolicyChange, served: Served_) -> PolicyBody:
     return await get_policy(served)
 
 
-@public.get("/livez", summary="Whether the engine loop turns")
+def _text(yes: str, no: str | None = None) -> dict[str, Any]:
+    """A documented response of plain text, and the one that says otherwise."""
+    plain = {"text/plain": {"schema": {"type": "string"}}}
+    responses: openapi.Responses = {200: {"description": yes, "content": plain}}
+    if no:
+        responses[503] = {"description": no, "content": plain}
+    return {"response_class": PlainTextResponse, "responses": responses}
+
+
+@public.head("/livez", include_in_schema=False)
+@public.get(
+    "/livez",
+    summary="Whether the process works",
+    **_text("It does", "It should be restarted: the engine loop is stuck"),
+)
 async def get_livez(served: Served_) -> Response:
-    """200 while the process can do its work, 503 when it should be restarted."""
+    """200 while the engine loop turns, whether or not requests are taken."""
     return _health(served.alive, "live", "the engine loop is stuck")
 
 
-@public.get("/readyz", summary="Whether requests are taken")
+@public.head("/readyz", include_in_schema=False)
+@public.get(
+    "/readyz",
+    summary="Whether requests are taken",
+    **_text("They are", "Not now: warming up, or draining"),
+)
 async def get_readyz(served: Served_) -> Response:
     """200 once every stage and batch size is warm, 503 before that and while draining."""
     return _health(served.ready, "ready", "draining" if served.draining else "warming up")
 
 
 def _health(good: bool, yes: str, no: str) -> Response:
-    return Response(f"{yes if good else no}\n", 200 if good else 503, media_type="text/plain")
+    return PlainTextResponse(f"{yes if good else no}\n", 200 if good else 503)
 
 
-@public.get("/metrics", summary="Prometheus exposition")
+@public.get("/metrics", summary="Prometheus exposition", **_text("All metrics"))
 def get_metrics(served: Served_) -> Response:
-    """Runs in a thread, so that a scrape holds up no request."""
+    """In the Prometheus text format. Never needs a key."""
+    # Not a coroutine: it runs in a thread, so that a scrape holds up no request.
     return Response(served.metrics.render(), media_type=CONTENT_TYPE)

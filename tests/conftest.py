@@ -5,6 +5,7 @@ import os
 import socket
 import tarfile
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def bundle_path(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle(bundle_path):
     return load_bundle(bundle_path)
+
+
+def until(condition, seconds=10):
+    """Wait for what another thread or process does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.002)
 
 
 class RunningServer:

@@ -6,11 +6,12 @@ import argparse
 import sys
 
 from model.bundle import BundleError
-from training import calibrate, evaluate, export, train
+from training import calibrate, evaluate, export, report, train
 from training.data import DataError
-from training.loop import TrainingError
+from training.interrupt import Interrupted
+from training.run import TrainingError
 
-COMMANDS = (train, calibrate, evaluate, export)
+COMMANDS = (train, calibrate, evaluate, export, report)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, TrainingError, BundleError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as left:
+        print(left, file=sys.stderr)
+        return left.status
     return 0
 
 

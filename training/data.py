@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,34 @@ class Listing:
         return len(self.files)
 
 
+class Images(Protocol):
+    """Labelled images, wherever they are kept."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, by class id."""
+
+    @property
+    def class_ids(self) -> Tensor:
+        """int64 `[N]`."""
+
+    @property
+    def unreadable(self) -> Sequence[str]:
+        """Files that were skipped so far, each with its reason."""
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self, indices: Sequence[Tensor], draw: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels uint8 `[n, H, W, 3]` with class ids `[n]` for each batch of indices.
+
+        Args:
+            indices: of each batch.
+            draw: a number that random crops come from; none are made without it.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSet:
     """Decoded images in memory."""
@@ -59,6 +88,19 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.class_ids)
+
+    def batches(
+        self, indices: Sequence[Tensor], draw: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Images.batches`; images in memory are cropped after this."""
+        for batch in indices:
+            batch = batch.to(self.pixels.device)
+            yield self.pixels[batch], self.class_ids[batch]
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same images on a device."""
+        moved = self.pixels.to(device), self.class_ids.to(device)
+        return ImageSet(self.classes, *moved, self.files, self.unreadable)
 
 
 def list_folder(root: Path) -> Listing:
@@ -128,7 +170,7 @@ def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet
     pixels, ids, files, unreadable = [], [], [], []
     with ThreadPoolExecutor(threads) as pool:
         results = pool.map(read, listing.files)
-        bar = tqdm(results, "reading", len(listing), unit="image", leave=False)
+        bar = tqdm(results, "reading", len(listing), unit="image", leave=False, disable=None)
         for file, class_id, result in zip(listing.files, listing.class_ids, bar, strict=True):
             if isinstance(result, str):
                 unreadable.append(result)

@@ -1,213 +1,213 @@
-"""The training loop: restartable, and exactly reproducible from its seed."""
+"""The training loop: restartable at any step, exactly reproducible from its seed."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from model.network import MultiExitNet
 from model.preprocess import Preprocess
-from training.augment import crop_and_flip, cutout
-from training.data import ImageSet
-from training.losses import self_distillation, total
-from training.recipe import Recipe, learning_rate
+from training.accuracy import Accuracy, evaluate
+from training.augment import augment
+from training.checkpoint import Origin, save_checkpoint
+from training.data import Images
+from training.distributed import Processes
+from training.interrupt import Interrupted, Request, requests
+from training.log import Bar, Entry, Scalars, write_log
+from training.losses import Terms, total
+from training.objective import objective
+from training.recipe import Recipe
+from training.run import Run, TrainingError
+from training.schedule import pace
+from training.seeds import generator_of, seed_of
+from training.student import StudentOutputs
+from training.teacher import Teacher
+from training.watch import Watch
 
-CHECKPOINT = "checkpoint.pt"
-LOG = "log.jsonl"
-
-
-class TrainingError(Exception):
-    """A run that cannot go on; the message says why."""
-
-
-@dataclass(slots=True)
-class Run:
-    """All that changes while training; a checkpoint holds exactly this."""
-
-    net: MultiExitNet
-    adapters: nn.ModuleList
-    optimizer: torch.optim.Optimizer
-    epoch: int = 0
-
-
-def start(net: MultiExitNet, recipe: Recipe, device: torch.device) -> Run:
-    """Move a network to its device with fresh adaptation layers and an optimizer."""
-    width = net.head(net.exits).fc.in_features
-    adapters = nn.ModuleList(nn.Linear(width, width) for _ in range(net.exits - 1))
-    net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    adapters.to(device)
-    optimizer = torch.optim.SGD(
-        _parameter_groups([net, adapters], recipe),
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        nesterov=True,
-        foreach=True,
-    )
-    return Run(net, adapters, optimizer)
+CHECK_EVERY = 50
+"""Steps between looks at the loss: a device that is asked too often waits."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _parameter_groups(modules: list[nn.Module], recipe: Recipe) -> list[dict[str, Any]]:
-    """Weight decay on weights alone; biases and normalisation go without."""
-    parameters = [p for m in modules for p in m.parameters()]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run trains on; nothing here changes."""
+
+    recipe: Recipe
+    training: Images
+    validation: Images
+    preprocess: Preprocess
+    folder: Path
+    origin: Origin
+    processes: Processes
+    forward: Callable[..., StudentOutputs]
+    """The student, perhaps wrapped or compiled."""
+    class_weights: Tensor | None = None
+    teacher: Teacher | None = None
+    after_step: Callable[[int], None] = lambda step: None
+    """Called with each step that was done."""
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Whole batches; the rest of an epoch's images waits for another."""
+        return len(self.training) // self.recipe.batch_size
 
 
-def fit(
-    run: Run,
-    recipe: Recipe,
-    data: ImageSet,
-    validation: ImageSet,
-    preprocess: Preprocess,
-    folder: Path,
-) -> list[float]:
-    """Train to the recipe's last epoch, with a checkpoint and a log line after each.
+def fit(run: Run, work: Work) -> Accuracy:
+    """Train to the recipe's last epoch, with a checkpoint and a log entry after each.
 
     Returns:
-        Validation accuracy of every exit after the last epoch.
+        Validation accuracy after the last epoch.
 
     Raises:
-        TrainingError: the loss became NaN or infinite.
+        TrainingError: the loss became NaN or infinite, or there is less than one batch.
+        Interrupted: a signal came; the run is saved.
     """
-    accuracy: list[float] = []
-    for epoch in range(run.epoch, recipe.epochs):
-        began = time.perf_counter()
-        terms = _epoch(run, recipe, epoch, data, preprocess)
-        seconds = time.perf_counter() - began
-        accuracy = evaluate(run.net, validation, preprocess)
-        run.epoch = epoch + 1
-        save_checkpoint(run, recipe, folder)
-        line = {
-            "epoch": run.epoch,
-            "learning_rate": run.optimizer.param_groups[0]["lr"],
-            "loss": {name: round(value, 4) for name, value in terms.items()},
-            "validation_accuracy": [round(a, 4) for a in accuracy],
-            "images_per_second": round(len(data) / seconds, 1),
-            "seconds": round(seconds, 1),
-        }
-        with (folder / LOG).open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        shown = " ".join(f"{a:.1%}" for a in accuracy)
-        tqdm.write(f"epoch {run.epoch}/{recipe.epochs}: exits {shown}, {seconds:.0f} s")
-    return accuracy or evaluate(run.net, validation, preprocess)
-
-
-def _epoch(
-    run: Run, recipe: Recipe, epoch: int, data: ImageSet, preprocess: Preprocess
-) -> dict[str, float]:
-    device = next(run.net.parameters()).device
-    generator = torch.Generator(device).manual_seed(recipe.seed * 100_003 + epoch)
-    per_epoch = len(data) // recipe.batch_size
+    recipe, processes, per_epoch = work.recipe, work.processes, work.steps_an_epoch
     if per_epoch == 0:
-        raise TrainingError(f"{len(data)} images are fewer than one batch of {recipe.batch_size}")
-    run.net.train()
-    sums: dict[str, Tensor] = {}
-    bar = tqdm(_batches(data, recipe, generator), f"epoch {epoch + 1}", per_epoch, leave=False)
-    for i, (pixels, class_ids) in enumerate(bar):
-        step = epoch * per_epoch + i
+        raise TrainingError(
+            f"{len(work.training)} images are fewer than one batch of {recipe.batch_size}; "
+            "lower --batch-size"
+        )
+    done = run.epoch * per_epoch + run.step
+    bar = Bar(recipe.epochs * per_epoch, done, processes.first)
+    scalars = Scalars(work.folder, run.epoch) if processes.first else None
+    try:
+        with requests() as request:
+            while run.epoch < recipe.epochs:
+                entry = _epoch(run, work, bar, request)
+                run.end_epoch(entry)
+                save(run, work)
+                if scalars:
+                    scalars.write(entry)
+                bar.epoch(entry, recipe.epochs)
+                if run.epoch < recipe.epochs:
+                    _leave_if_asked(run, work, request, bar)
+    finally:
+        bar.close()
+        if scalars:
+            scalars.close()
+    return validate(run, work, work.validation)
+
+
+def validate(run: Run, work: Work, images: Images) -> Accuracy:
+    """Accuracy of the weights that the run would keep now."""
+    with run.average.applied(run.net) if run.average else nullcontext():
+        return evaluate(run.net, images, work.preprocess, work.processes)
+
+
+def save(run: Run, work: Work) -> None:
+    """Write the checkpoint and the log, from the first process."""
+    if work.processes.first:
+        save_checkpoint(run, work.recipe, work.origin, work.folder)
+        write_log(run.history, work.folder)
+    work.processes.wait()
+
+
+def _epoch(run: Run, work: Work, bar: Bar, request: Request) -> Entry:
+    """Run the rest of the present epoch; returns its log entry."""
+    recipe, device, per_epoch = work.recipe, work.processes.device, work.steps_an_epoch
+    watch, began, first = Watch(device), time.perf_counter(), run.step
+    run.student.train()
+    for pixels, class_ids in _batches(run, work):
+        step = run.epoch * per_epoch + run.step
+        rate, momentum = pace(recipe, step, recipe.epochs * per_epoch)
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, per_epoch * recipe.epochs)
-        terms = _step(run, recipe, preprocess.normalise(pixels), class_ids)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value
-        if i % 50 == 0:
-            _check_finite(terms, step)
-            bar.set_postfix(loss=f"{total(terms):.3f}")
-    return {name: value.item() / per_epoch for name, value in sums.items()}
-
-
-def _batches(
-    data: ImageSet, recipe: Recipe, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.randperm(len(data), generator=generator, device=generator.device)
-    for indices in order.split(recipe.batch_size):
-        if len(indices) < recipe.batch_size:
-            return
-        pixels = crop_and_flip(data.pixels[indices], recipe.pad, generator)
-        yield cutout(pixels, recipe.cutout, generator), data.class_ids[indices]
-
-
-def _step(run: Run, recipe: Recipe, x: Tensor, class_ids: Tensor) -> dict[str, Tensor]:
-    with torch.autocast(x.device.type, torch.bfloat16):
-        logits, pooled = run.net.outputs(x)
-        adapted = [a(p) for a, p in zip(run.adapters, pooled, strict=False)]
-    terms = self_distillation(
-        logits,
-        adapted,
-        pooled[-1],
-        class_ids,
-        distillation_weight=recipe.distillation_weight,
-        feature_weight=recipe.feature_weight,
-        temperature=recipe.temperature,
-        smoothing=recipe.label_smoothing,
-    )
-    run.optimizer.zero_grad()
-    total(terms).backward()
-    run.optimizer.step()
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def _check_finite(terms: dict[str, Tensor], step: int) -> None:
-    values = {name: value.item() for name, value in terms.items()}
-    if not all(math.isfinite(value) for value in values.values()):
-        raise TrainingError(f"the loss is not finite at step {step}: {values}")
-
-
-@torch.inference_mode()
-def logits_of(
-    net: MultiExitNet, data: ImageSet, preprocess: Preprocess, batch_size: int = 250
-) -> Tensor:
-    """Logits of every exit for every image, in eval mode and fp32: `[N, exits, classes]`."""
-    device = next(net.parameters()).device
-    net.eval()
-    parts = []
-    for pixels in data.pixels.split(batch_size):
-        x = preprocess.normalise(pixels.to(device))
-        parts.append(torch.stack(net(x), dim=1).float().cpu())
-    return torch.cat(parts)
-
-
-def evaluate(net: MultiExitNet, data: ImageSet, preprocess: Preprocess) -> list[float]:
-    """Top-1 accuracy of every exit, shallow to deep."""
-    right = logits_of(net, data, preprocess).argmax(-1) == data.class_ids.cpu()[:, None]
-    return right.float().mean(0).tolist()
-
-
-def save_checkpoint(run: Run, recipe: Recipe, folder: Path) -> None:
-    """Write the run's state atomically."""
-    state = {
-        "net": run.net.state_dict(),
-        "adapters": run.adapters.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "epoch": run.epoch,
-        "recipe": asdict(recipe),
+            group["lr"], group["momentum"] = rate, momentum
+        values = _step(run, work, step, pixels.to(device), class_ids.to(device))
+        watch.note(step, values)
+        run.sums = values if run.sums is None else run.sums + values
+        run.step += 1
+        bar.step()
+        if run.step % CHECK_EVERY == 1 or run.step == per_epoch:
+            watch.check(run.names)
+            bar.loss(run.epoch + 1, float(values.sum()))
+        work.after_step(step)
+        if run.step < per_epoch:
+            _leave_if_asked(run, work, request, bar, watch)
+    seconds = time.perf_counter() - began
+    assert run.sums is not None
+    means = work.processes.sum(run.sums) / (work.processes.count * per_epoch)
+    accuracy = validate(run, work, work.validation)
+    return {
+        "epoch": run.epoch + 1,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "loss": {n: round(v, 4) for n, v in zip(run.names, means.tolist(), strict=True)},
+        "validation_accuracy": [round(a, 4) for a in accuracy.exits],
+        "ensemble_accuracy": round(accuracy.ensemble, 4),
+        "images_per_second": round((per_epoch - first) * recipe.batch_size / seconds, 1),
+        "seconds": round(seconds, 1),
     }
-    partial = folder / f".{CHECKPOINT}"
-    torch.save(state, partial)
-    partial.replace(folder / CHECKPOINT)
 
 
-def resume(run: Run, recipe: Recipe, folder: Path) -> None:
-    """Continue from the folder's checkpoint, exactly where it was written.
+def _batches(run: Run, work: Work) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is left of the present epoch, this process's share of each batch."""
+    recipe = work.recipe
+    order = torch.randperm(
+        len(work.training),
+        generator=generator_of(torch.device("cpu"), recipe.seed, "order", run.epoch),
+    )
+    whole = order.split(recipe.batch_size)[run.step : work.steps_an_epoch]
+    return work.training.batches([work.processes.share(b) for b in whole], draw=run.epoch)
 
-    Raises:
-        TrainingError: it was written under another recipe.
-    """
-    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
-    if state["recipe"] != asdict(recipe):
-        raise TrainingError(f"{folder / CHECKPOINT} was written with {state['recipe']}")
-    run.net.load_state_dict(state["net"])
-    run.adapters.load_state_dict(state["adapters"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.epoch = state["epoch"]
+
+def _step(run: Run, work: Work, step: int, pixels: Tensor, class_ids: Tensor) -> Tensor:
+    """One step of gradient descent; returns the terms' values, fp32 `[terms]`."""
+    recipe, rank = work.recipe, work.processes.rank
+    generator = generator_of(pixels.device, recipe.seed, "augment", step, rank)
+    torch.manual_seed(seed_of(recipe.seed, "dropout", step, rank))
+    pixels, target = augment(pixels, class_ids, len(work.training.classes), recipe, generator)
+    run.optimizer.zero_grad()
+    parts = list(zip(pixels.chunk(recipe.accumulate), target.chunk(recipe.accumulate), strict=True))
+    values = torch.zeros((), device=pixels.device)
+    for i, (some, targets) in enumerate(parts):
+        share = len(some) / len(pixels)
+        with _without_exchange(work.forward) if i + 1 < len(parts) else nullcontext():
+            terms = _terms(work, some, targets)
+            run.scaler.scale(total(terms) * share).backward()
+        run.names = list(terms)
+        values = values + share * torch.stack([t.detach() for t in terms.values()])
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.average:
+        run.average.update(run.net)
+    return values
+
+
+def _terms(work: Work, pixels: Tensor, target: Tensor) -> Terms:
+    dtype = DTYPES[work.recipe.precision]
+    with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
+        outputs = work.forward(work.preprocess.normalise(pixels))
+        teacher = work.teacher(pixels) if work.teacher else None
+    return objective(work.recipe, outputs, target, work.class_weights, teacher)
+
+
+def _without_exchange(forward: Callable[..., StudentOutputs]) -> AbstractContextManager[None]:
+    """Gradients of all parts but the last stay in their process."""
+    if isinstance(forward, nn.parallel.DistributedDataParallel):
+        return forward.no_sync()
+    return nullcontext()
+
+
+def _leave_if_asked(
+    run: Run, work: Work, request: Request, bar: Bar, watch: Watch | None = None
+) -> None:
+    processes = work.processes
+    if processes.count > 1 and run.step % CHECK_EVERY:  # asking all of them costs each a wait
+        return
+    if not processes.any(request.signal is not None):
+        return
+    if watch:
+        watch.check(run.names)
+    save(run, work)
+    name = request.signal.name if request.signal else "a signal to another process"
+    raise Interrupted(
+        f"stopped by {name} in epoch {run.epoch + 1} after {run.step} of {work.steps_an_epoch} "
+        f"steps; saved in {work.folder}, go on with --resume",
+        request.status,
+    )

@@ -1,7 +1,8 @@
-"""The terms of self-distillation, each a pure function of a batch's outputs.
+"""The terms that a network with exits is trained on, each a pure function of a batch's outputs.
 
 After Zhang, Bao and Ma, "Self-Distillation: Towards Efficient and Compact Neural Networks"
-(IEEE TPAMI 2021). Exits run from the shallowest to the deepest everywhere.
+(IEEE TPAMI 2021). Exits run from the shallowest to the deepest everywhere; terms are named
+`kind/exit` and already weighted, so that their sum is what is minimised.
 """
 
 from __future__ import annotations
@@ -12,19 +13,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def label_loss(logits: Tensor, class_ids: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of logits `[N, classes]` with labels `[N]`, in nats a sample."""
-    return F.cross_entropy(logits.float(), class_ids, label_smoothing=smoothing)
+Terms = dict[str, Tensor]
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def label_loss(
+    logits: Tensor,
+    target: Tensor,
+    smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy in nats a sample.
+
+    Args:
+        logits: `[N, classes]`.
+        target: class ids int64 `[N]`, or probabilities `[N, classes]` of mixed images.
+        smoothing: share of the target spread over all classes.
+        class_weights: `[classes]`, by which a sample counts.
+    """
+    losses = F.cross_entropy(
+        logits.float(),
+        target,
+        weight=class_weights,
+        label_smoothing=smoothing,
+        reduction="none",
+    )
+    return losses.mean()
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, temperature: float, squared: bool = False
+) -> Tensor:
     """Soft cross-entropy of the student with the detached teacher, both `[N, classes]`.
 
-    Hinton's factor temperature**2 is left out, as in the authors' code.
+    Hinton's factor temperature**2 comes in with `squared`; the authors' code leaves it out.
     """
     target = F.softmax(teacher.detach().float() / temperature, dim=1)
-    return F.cross_entropy(student.float() / temperature, target)
+    loss = F.cross_entropy(student.float() / temperature, target)
+    return loss * temperature**2 if squared else loss
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -36,43 +61,58 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.detach().float()).square().sum(1).mean()
 
 
-def self_distillation(
-    logits: Sequence[Tensor],
-    adapted: Sequence[Tensor],
-    deepest_features: Tensor,
-    class_ids: Tensor,
-    *,
-    distillation_weight: float,
-    feature_weight: float,
-    temperature: float,
-    smoothing: float = 0.0,
-) -> dict[str, Tensor]:
-    """The published loss, by named and already weighted terms whose sum is to be minimised.
+def teachers_of(logits: Sequence[Tensor], source: str) -> list[Tensor | None]:
+    """Whose logits teach each exit: `deepest`, `next` (deeper) or `ensemble` (the mean of all).
 
-    The deepest exit learns from labels alone. Each shallower exit learns from labels with weight
-    1 - `distillation_weight`, from the deepest exit's logits with `distillation_weight`, and from
-    its features with `feature_weight`.
-
-    Args:
-        logits: of every exit, shallow to deep, each `[N, classes]`.
-        adapted: pooled features of every exit but the deepest, mapped to `[N, C]`.
-        deepest_features: `[N, C]`.
-        class_ids: int64 `[N]`.
+    The ensemble teaches the deepest exit too; else nothing does.
     """
-    *shallow, deepest = logits
-    terms = {f"label/{len(logits)}": label_loss(deepest, class_ids, smoothing)}
-    for k, student in enumerate(shallow, start=1):
-        label = label_loss(student, class_ids, smoothing)
-        terms[f"label/{k}"] = (1 - distillation_weight) * label
-        if distillation_weight:
-            soft = distillation_loss(student, deepest, temperature)
-            terms[f"distillation/{k}"] = distillation_weight * soft
-        if feature_weight:
-            distance = feature_loss(adapted[k - 1], deepest_features)
-            terms[f"feature/{k}"] = feature_weight * distance
-    return terms
+    exits = len(logits)
+    if source == "ensemble":
+        mean = torch.stack([x.detach().float() for x in logits]).mean(0)
+        return [mean] * exits if exits > 1 else [None]
+    teachers = list(logits[1:]) if source == "next" else [logits[-1]] * (exits - 1)
+    return [*teachers, None]
 
 
-def total(terms: dict[str, Tensor]) -> Tensor:
+def label_terms(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    weights: Sequence[float],
+    smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> Terms:
+    """Every exit against the labels. Arguments as for `label_loss`, with a weight for each exit."""
+    return {
+        f"label/{k}": weight * label_loss(x, target, smoothing, class_weights)
+        for k, (x, weight) in enumerate(zip(logits, weights, strict=True), start=1)
+    }
+
+
+def distillation_terms(
+    kind: str,
+    logits: Sequence[Tensor],
+    teachers: Sequence[Tensor | None],
+    weight: float,
+    temperature: float,
+    squared: bool = False,
+) -> Terms:
+    """Every exit against its teacher, where it has one and `weight` is not zero."""
+    return {
+        f"{kind}/{k}": weight * distillation_loss(x, teacher, temperature, squared)
+        for k, (x, teacher) in enumerate(zip(logits, teachers, strict=True), start=1)
+        if teacher is not None and weight
+    }
+
+
+def feature_terms(adapted: Sequence[Tensor], teachers: Sequence[Tensor], weight: float) -> Terms:
+    """Every exit but the deepest against its teacher's pooled features, unless `weight` is zero."""
+    return {
+        f"feature/{k}": weight * feature_loss(x, teacher)
+        for k, (x, teacher) in enumerate(zip(adapted, teachers, strict=True), start=1)
+        if weight
+    }
+
+
+def total(terms: Terms) -> Tensor:
     """The sum of all terms."""
     return torch.stack(list(terms.values())).sum()

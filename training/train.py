@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import datetime
 import shlex
 import sys
 from pathlib import Path
@@ -12,72 +10,165 @@ from typing import Any
 
 import torch
 
-from model.bundle import save_bundle
-from model.network import ARCHITECTURES, build
-from model.preprocess import Preprocess
-from training import data as folders
-from training import loop
-from training.recipe import Recipe
-
-CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
-CIFAR100_STD = (0.2673, 0.2564, 0.2762)
-HELD_OUT = 0.1
+from model.network import MultiExitNet
+from training import checkpoint, loop
+from training.bundling import Finished, write_bundle
+from training.distributed import Processes, processes
+from training.folder import Folder, Storage, open_folder
+from training.options import add_options, given
+from training.presets import PRESETS, Preset, Shape
+from training.pretrained import load_pretrained
+from training.recipe import PLAIN, Recipe
+from training.room import check_disk
+from training.run import start
+from training.shapes import build_net, whole_backbone
+from training.teacher import load_teacher
 
 
 def add_command(commands: Any) -> None:
     """Add `train` to the command line."""
+    presets = "; ".join(f"{name}: {p.help}" for name, p in PRESETS.items())
     command = commands.add_parser(
         "train",
         help="train a network by self-distillation on an image folder",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=f"Options change what the preset says. Presets: {presets}.",
     )
-    command.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/*.png")
+    command.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with train/CLASS/*.png and perhaps test/CLASS, or CLASS/*.png to be split",
+    )
     command.add_argument("--out", type=Path, required=True, help="folder for the run")
-    command.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="resnet18")
-    command.add_argument("--width", type=int, default=64, help="channels of the first stage")
+    command.add_argument(
+        "--preset", choices=sorted(PRESETS), default="fast", help="what to start from"
+    )
     command.add_argument("--name", default="default", help="the bundle's name")
-    command.add_argument("--resume", action="store_true", help="continue from the checkpoint")
-    for option in dataclasses.fields(Recipe):
-        flag = f"--{option.name.replace('_', '-')}"
-        command.add_argument(flag, type=type(option.default), default=option.default)
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    command.add_argument("--teacher", type=Path, help="a trained bundle that teaches too")
+    command.add_argument("--pretrained", type=Path, help="a backbone's weights to start from")
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    machine.add_argument("--compile", action="store_true", help="compile the network")
+    machine.add_argument(
+        "--deterministic", action="store_true", help="on CUDA, repeatable at some cost in speed"
+    )
+    machine.add_argument(
+        "--storage",
+        choices=[s.value for s in Storage],
+        default=Storage.AUTO.value,
+        help="where images live; by itself in memory while they take less than half of it",
+    )
+    machine.add_argument("--workers", type=int, default=4, help="processes that read images")
+    machine.add_argument(
+        "--images-per-class", type=int, metavar="N", help="train on at most N images of a class"
+    )
+    add_options(command, Shape, "network")
+    add_options(command, Recipe, "recipe (defaults are those of the preset fast)")
     command.set_defaults(run=_train)
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    recipe = Recipe(**{name: getattr(arguments, name) for name in names})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    preprocess = Preprocess(size=32, mean=CIFAR100_MEAN, std=CIFAR100_STD)
-    listing = folders.list_folder(arguments.data / "train")
-    kept, held = folders.split_by_hash(listing, HELD_OUT)
-    images = folders.load(kept, preprocess)
-    validation = folders.load(held, preprocess)
-    torch.manual_seed(recipe.seed)
-    shape = {"width": arguments.width, "stem": 32}
-    net = build(arguments.architecture, len(listing.classes), **shape)
-    run = loop.start(net, recipe, device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.resume:
-        loop.resume(run, recipe, arguments.out)
-    accuracy = loop.fit(run, recipe, images, validation, preprocess, arguments.out)
-    save_bundle(
-        arguments.out / "bundle",
-        net,
-        name=arguments.name,
-        version="1",
-        architecture=arguments.architecture,
-        arguments=shape,
-        classes=listing.classes,
-        preprocess=preprocess,
-        training={
-            "command": shlex.join(["python", "-m", "training", *sys.argv[1:]]),
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "torch": torch.__version__,
-            "device": device.type,
-            "training_images": len(images),
-            "held_out_images": len(validation),
-            "recipe": dataclasses.asdict(recipe),
-            "validation_accuracy": accuracy,
-        },
+    chosen = given(arguments, Recipe) | given(arguments, Shape)
+    preset = PRESETS[arguments.preset].with_options(chosen)
+    with processes(arguments.device) as all_processes:
+        _train_with(arguments, preset, all_processes)
+
+
+def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) -> None:
+    recipe, shape, out = preset.recipe, preset.shape, arguments.out
+    if recipe.batch_size % mine.count:
+        raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
+    _settle(arguments.deterministic)
+    out.mkdir(parents=True, exist_ok=True)
+    data = open_folder(
+        arguments.data,
+        shape.size,
+        shape.crop,
+        recipe,
+        mine,
+        Storage(arguments.storage),
+        arguments.workers,
+        arguments.images_per_class,
     )
-    print(f"wrote {arguments.out / 'bundle'}")
+    torch.manual_seed(recipe.seed)
+    classes, plain = data.training.classes, recipe.method == PLAIN
+    net, described = build_net(shape, len(classes), data.preprocess.size, plain)
+    if arguments.pretrained:
+        whole = whole_backbone(shape.architecture, len(classes), described)
+        load_pretrained(net, whole, arguments.pretrained)
+    check_disk(out, net, recipe.ema > 0)
+    run = start(net, recipe, mine.device)
+    origin = {"architecture": shape.architecture, "arguments": described, "files": data.digest}
+    if arguments.resume:
+        checkpoint.resume(run, recipe, origin, out)
+    forward = mine.wrapped(run.student)
+    work = loop.Work(
+        recipe=recipe,
+        training=data.training,
+        validation=data.validation,
+        preprocess=data.preprocess,
+        folder=out,
+        origin=origin,
+        processes=mine,
+        forward=torch.compile(forward) if arguments.compile else forward,
+        class_weights=data.class_weights(recipe.class_weights, mine.device),
+        teacher=arguments.teacher and load_teacher(arguments.teacher, classes, mine.device),
+    )
+    announce(net, data, preset, mine)
+    accuracy = loop.fit(run, work)
+    test = loop.validate(run, work, data.test) if data.test is not None else None
+    report_unreadable(data, mine)
+    if mine.first:
+        done = Finished(
+            run=run,
+            preset=preset,
+            data=data,
+            arguments=described,
+            validation=accuracy,
+            test=test,
+            command=command_line(),
+            device=mine.device,
+            processes=mine.count,
+            teacher=arguments.teacher and str(arguments.teacher),
+            pretrained=arguments.pretrained and str(arguments.pretrained),
+        )
+        write_bundle(done, out / "bundle", arguments.name)
+        print(f"wrote {out / 'bundle'}")
+
+
+def announce(net: MultiExitNet, data: Folder, preset: Preset, mine: Processes) -> None:
+    """Say what is about to be trained on what."""
+    if not mine.first:
+        return
+    parameters = sum(p.numel() for p in net.parameters())
+    tested = f", {len(data.test)} to test on" if data.test is not None else ""
+    print(
+        f"{preset.shape.architecture}, exits: {net.exits}, {parameters / 1e6:.2f} M parameters, "
+        f"{len(data.training.classes)} classes of {data.preprocess.size}x{data.preprocess.size}; "
+        f"{len(data.training)} images to train on, {len(data.validation)} held out{tested}; "
+        f"{mine.count} x {mine.device.type}, {preset.recipe.precision}"
+    )
+    report_unreadable(data, mine)
+
+
+def report_unreadable(data: Folder, mine: Processes, shown: int = 5) -> None:
+    """Name the first files that could not be read, and count the rest."""
+    failures = data.unreadable
+    if not failures or not mine.first:
+        return
+    print(f"skipped {len(failures)} unreadable files:", file=sys.stderr)
+    for failure in failures[:shown]:
+        print(f"  {failure}", file=sys.stderr)
+    if len(failures) > shown:
+        print(f"  and {len(failures) - shown} more", file=sys.stderr)
+
+
+def _settle(deterministic: bool) -> None:
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def command_line() -> str:
+    """The command as a person would type it."""
+    return shlex.join(["python", "-m", "training", *sys.argv[1:]])

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import math
+import tarfile
+from collections import Counter
 
 import pytest
 
-from deploy.loadtest import schedules
+from deploy.loadtest import demo, schedules
 from deploy.loadtest.client import Client
 from deploy.loadtest.headroom import own_rate
 from deploy.loadtest.load import Result, closed_loop, open_loop
@@ -110,3 +112,43 @@ def test_a_folder_without_images_is_an_error(tmp_path):
 
 def test_the_tester_knows_its_own_rate():
     assert asyncio.run(own_rate(OTTER)) > 0
+
+
+def test_samples_are_the_same_from_a_folder_and_from_its_archive(tmp_path):
+    for label in ("otter", "bear"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.png").write_bytes(label.encode())
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tmp_path / "otter", "otter")
+        tar.add(tmp_path / "bear", "bear")
+    assert read_samples(tmp_path) == [BEAR, OTTER] == read_samples(tmp_path / "all.tar")
+
+
+def test_the_demo_comes_in_waves_with_a_peak():
+    clients = [demo.wanted_clients(t, most=64, period=100) for t in range(100)]
+    assert clients[0] == 1
+    assert max(clients[:50]) == 32
+    assert clients[50:60] == [64] * 10
+    assert all(n < 64 for n in clients[:50] + clients[60:])
+
+
+def test_the_demo_sends_with_and_without_deadlines():
+    asked = Counter()
+
+    async def run():
+        server = await asyncio.start_server(note, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        crowd = demo.Crowd(f"http://127.0.0.1:{port}/classify", [OTTER], most=8, period=0.2)
+        await crowd.run(1.0)
+        server.close()
+        return crowd.statuses
+
+    async def note(reader, writer):
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            asked[head.split()[1].decode()] += 1
+            await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0]))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    statuses = asyncio.run(run())
+    assert statuses[200] > 20
+    assert asked["/classify"] and asked["/classify?deadline_ms=25"]

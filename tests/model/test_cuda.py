@@ -1,0 +1,63 @@
+"""The same network on a CUDA card, in half precision, agrees with the CPU."""
+
+import copy
+
+import pytest
+import torch
+
+from model.confidence import judge
+from model.network import ARCHITECTURES
+from model.policy import Calibration, Measure
+from tests.conftest import PREPROCESS
+from tests.model.networks import images, tiny
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+"""Largest difference allowed in any logit, as a share of the largest."""
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.inference_mode()
+def test_every_stage_agrees_with_the_cpu(architecture, dtype):
+    reference, x = tiny(architecture), images(32, 4)
+    net = copy.deepcopy(reference).to("cuda", dtype).to(memory_format=torch.channels_last)
+    features = x.to("cuda", dtype).contiguous(memory_format=torch.channels_last)
+    for k, expected in enumerate(reference(x), start=1):
+        features, logits = net.run_stage(k, features)
+        assert logits.dtype == features.dtype == dtype
+        difference = (logits.cpu().float() - expected).abs().max()
+        assert difference <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_features_cross_stage_borders_channels_last():
+    net = copy.deepcopy(tiny("resnet18")).to("cuda", torch.float16)
+    net = net.to(memory_format=torch.channels_last)
+    x = PREPROCESS.normalise(
+        torch.zeros(4, 32, 32, 3, dtype=torch.uint8, device="cuda"), torch.float16
+    )
+    for k in range(1, net.exits + 1):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        x, _ = net.run_stage(k, x)
+
+
+@torch.inference_mode()
+def test_pixels_are_normalised_as_on_the_cpu():
+    pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    on_card = PREPROCESS.normalise(pixels.cuda()).cpu()
+    torch.testing.assert_close(on_card, PREPROCESS.normalise(pixels))
+
+
+@pytest.mark.parametrize("measure", list(Measure))
+@torch.inference_mode()
+def test_judging_needs_no_device_synchronisation(measure):
+    logits = torch.randn(4, 10, device="cuda", dtype=torch.float16)
+    passed = torch.randn(4, 10, device="cuda").log_softmax(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        said = judge(logits, passed, Calibration(temperature=1.5, carry=0.5), measure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert said.confidence.isfinite().all()

@@ -1,0 +1,254 @@
+"""Every kind of image becomes 8-bit RGB as a person would see it, or is a clear error."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.image import (
+    FORMATS,
+    BrokenImage,
+    ImageError,
+    ImageTooLarge,
+    UnsupportedImage,
+    decode,
+    read_header,
+    render,
+)
+from tests.conftest import encode, noise
+
+LIMIT = 10**6
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def decoded(image, format="PNG", size=32, **options):
+    return np.asarray(decode(encode(image, format, **options), size, LIMIT)).astype(int)
+
+
+def halves(left, right, mode="RGB", side=32):
+    """An image of two colours, side by side."""
+    image = Image.new(mode, (side, side), left)
+    image.paste(right, (side // 2, 0, side, side))
+    return image
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_allowed_format_is_decoded_to_rgb(format):
+    image = decode(encode(halves(RED, BLUE), format), 32, LIMIT)
+    assert image.mode == "RGB"
+    assert image.size == (32, 32)
+    pixels = np.asarray(image).astype(int)
+    assert np.abs(pixels[16, 4] - RED).max() <= 8
+    assert np.abs(pixels[16, 28] - BLUE).max() <= 8
+
+
+@pytest.mark.parametrize("format", ["ICO", "PPM", "TGA", "PCX", "JPEG2000", "DDS"])
+def test_other_formats_are_refused_with_the_list_of_allowed_ones(format):
+    with pytest.raises(UnsupportedImage, match="PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+        decode(encode(noise(), format), 32, LIMIT)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\0" * 100, b'{"image": 1}', b"<svg/>"])
+def test_what_is_no_image_is_refused(data):
+    with pytest.raises(UnsupportedImage):
+        decode(data, 32, LIMIT)
+
+
+ORIENTED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_honoured(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {}
+    upright, turn = noise(12, 20), ORIENTED[orientation]
+    expected = upright if turn is None else upright.transpose(turn)
+    assert np.array_equal(decoded(upright, format, exif=exif, **options), np.asarray(expected))
+
+
+def test_a_photo_held_sideways_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = decoded(halves(RED, BLUE), "JPEG", exif=exif, quality=95)
+    assert np.abs(pixels[4, 16] - RED).max() <= 8
+    assert np.abs(pixels[28, 16] - BLUE).max() <= 8
+
+
+def test_transparency_is_composited_on_white():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (decoded(image) == 255).all()
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    assert np.abs(decoded(image) - 127).max() <= 1
+
+
+def test_grey_with_transparency_is_composited_on_white():
+    assert np.abs(decoded(Image.new("LA", (8, 8), (0, 51))) - 204).max() <= 1
+
+
+def test_a_palette_gives_its_colours():
+    image = halves(RED, BLUE).convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
+    assert np.array_equal(decoded(image), np.asarray(halves(RED, BLUE)))
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_a_transparent_palette_entry_becomes_white(format):
+    image = halves(0, 1, "P")
+    image.putpalette([*RED, *BLUE])
+    pixels = decoded(image, format, transparency=0)
+    assert (pixels[16, 4] == 255).all()
+    assert (pixels[16, 28] == BLUE).all()
+
+
+@pytest.mark.parametrize(("mode", "dark", "bright"), [("L", 40, 200), ("1", 0, 1)])
+def test_grey_becomes_equal_channels(mode, dark, bright):
+    pixels = decoded(halves(dark, bright, mode))
+    assert (pixels[:, :, :1] == pixels).all()
+    scale = 255 if mode == "1" else 1
+    assert pixels[16, 4, 0] == dark * scale
+    assert pixels[16, 28, 0] == bright * scale
+
+
+def test_cmyk_becomes_the_colours_that_are_printed():
+    pixels = decoded(halves((0, 255, 255, 0), (255, 255, 0, 0), "CMYK"), "JPEG", quality=95)
+    assert np.abs(pixels[16, 4] - RED).max() <= 12
+    assert np.abs(pixels[16, 28] - BLUE).max() <= 12
+
+
+def grey16(low, high):
+    pixels = np.full((32, 32), low, np.uint16)
+    pixels[:, 16:] = high
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_to_eight(format):
+    pixels = decoded(grey16(0x1234, 0xFEDC), format)
+    assert set(pixels[:, :16].ravel()) == {0x12}
+    assert set(pixels[:, 16:].ravel()) == {0xFE}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(20, 200, (20, 200)), (512, 65535, (2, 255))]
+)
+def test_wide_integers_are_scaled_by_what_they_hold(low, high, expected):
+    pixels = decoded(halves(low, high, "I"), "TIFF")
+    assert (pixels[16, 4, 0], pixels[16, 28, 0]) == expected
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 255.0)])
+def test_floating_point_is_scaled_by_what_it_holds(low, high):
+    pixels = decoded(halves(low, high, "F"), "TIFF")
+    assert (pixels[16, 4, 0], pixels[16, 28, 0]) == (0, 255)
+
+
+def test_floating_point_that_is_no_number_is_black():
+    pixels = np.array([[np.nan, 1.0], [np.inf, -np.inf]], np.float32)
+    assert decoded(Image.fromarray(pixels), "TIFF")[:, :, 0].tolist() == [[0, 255], [255, 0]]
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_gives_its_first_frame(format):
+    options = {"lossless": True} if format == "WEBP" else {}
+    frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE)]
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert (np.asarray(decode(data, 32, LIMIT)) == RED).all()
+
+
+@pytest.mark.parametrize(("side", "scaled"), [(2000, 250), (500, 125), (96, 96), (64, 64)])
+def test_a_large_jpeg_is_decoded_at_the_least_scale_that_is_twice_the_size(side, scaled):
+    data = encode(Image.new("RGB", (side, side), RED), "JPEG")
+    assert decode(data, 32, 10**7).size == (scaled, scaled)
+
+
+def test_a_scaled_jpeg_looks_like_the_whole_one():
+    small = np.asarray(noise(16, 16)).repeat(32, 0).repeat(32, 1)
+    data = encode(Image.fromarray(small), "JPEG", quality=95)
+    shrunk = decode(data, 32, LIMIT).resize((16, 16), Image.Resampling.BOX)
+    assert np.abs(np.asarray(shrunk).astype(int) - np.asarray(noise(16, 16))).mean() < 6
+
+
+CUT = {format: encode(noise(64, 64), format) for format in FORMATS}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_truncated_image_is_broken(format, share):
+    data = CUT[format]
+    with pytest.raises(BrokenImage):
+        decode(data[: int(len(data) * share)], 32, LIMIT)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damage_anywhere_is_a_broken_image_or_a_picture_but_no_other_failure(format):
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        data = bytearray(CUT[format])
+        for at in random.integers(0, len(data), 8):
+            data[at] = random.integers(0, 256)
+        try:
+            assert decode(bytes(data), 32, LIMIT).mode == "RGB"
+        except ImageError as error:
+            assert str(error)
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def test_an_image_over_the_pixel_limit_is_refused_from_its_header():
+    with pytest.raises(ImageTooLarge, match="1001x1000; at most 1000000 pixels"):
+        read_header(png_header(1001, 1000), LIMIT)
+    assert read_header(png_header(1000, 1000), LIMIT).size == (1000, 1000)
+
+
+def test_a_decompression_bomb_is_refused_from_its_header():
+    with pytest.raises(ImageTooLarge):
+        read_header(png_header(60_000, 60_000), LIMIT)
+
+
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(ImageError):
+        decode(png_header(0, 0), 32, LIMIT)
+    with pytest.raises(ImageError):
+        decode(png_header(0, 5), 32, LIMIT)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1)])
+def test_odd_shapes_are_images_too(size):
+    assert decode(encode(Image.new("RGB", size)), 32, LIMIT).size == size
+
+
+def test_reading_a_header_decodes_no_pixels():
+    data = CUT["PNG"][:200]
+    header = read_header(data, LIMIT)
+    assert header.size == (64, 64)
+    with pytest.raises(BrokenImage):
+        render(header, 32)
+
+
+@pytest.mark.parametrize("data", [b"x", CUT["JPEG"][:300], png_header(0, 0)])
+def test_errors_tell_a_client_nothing_of_the_inside(data):
+    with pytest.raises(ImageError) as error:
+        decode(data, 32, LIMIT)
+    assert "PIL" not in str(error.value)
+    assert "0x" not in str(error.value)  # no address of a buffer

@@ -1,0 +1,77 @@
+"""Decoding: large images in a bounded pool, small ones without a thread hop."""
+
+import asyncio
+import threading
+
+import pytest
+
+from server.decode import Decoder
+from server.metrics import Metrics
+from tests.conftest import PREPROCESS, encode, noise
+
+LARGE = encode(noise(200, 200))
+
+
+class Slow:
+    """Preprocessing that lasts until it is told to end."""
+
+    size = PREPROCESS.size
+
+    def __init__(self):
+        self.end = threading.Event()
+        self.inside = threading.Semaphore(0)
+        self.threads = []
+
+    def pixels(self, image):
+        self.threads.append(threading.current_thread().name)
+        if image.width > 32:
+            self.inside.release()
+            assert self.end.wait(10)
+        return PREPROCESS.pixels(image)
+
+
+@pytest.fixture
+def slow():
+    return Slow()
+
+
+@pytest.fixture
+def decoder(slow):
+    metrics = Metrics("tiny", "1", 4, 8, None, {})
+    decoder = Decoder(slow, 10**6, 2, metrics)
+    yield decoder
+    slow.end.set()
+    decoder.close()
+
+
+async def crowd(decoder, slow):
+    waiting = [asyncio.ensure_future(decoder(LARGE)) for _ in range(6)]
+    for _ in range(2):
+        assert await asyncio.to_thread(slow.inside.acquire, timeout=10)
+    return waiting
+
+
+def test_large_images_wait_for_a_thread_of_the_pool(decoder, slow):
+    async def run():
+        waiting = await crowd(decoder, slow)
+        assert len(slow.threads) == 2
+        slow.end.set()
+        return await asyncio.gather(*waiting)
+
+    pixels = asyncio.run(run())
+    assert [p.shape for p, _ in pixels] == [(32, 32, 3)] * 6
+    assert {name.rpartition("_")[0] for name in slow.threads} == {"decode"}
+    assert len(set(slow.threads)) == 2
+
+
+def test_a_small_image_overtakes_large_ones(decoder, slow, png):
+    async def run():
+        waiting = await crowd(decoder, slow)
+        await decoder(png)
+        still = [not w.done() for w in waiting]
+        slow.end.set()
+        await asyncio.gather(*waiting)
+        return still
+
+    assert all(asyncio.run(run()))
+    assert slow.threads[2] == threading.main_thread().name

@@ -1,0 +1,123 @@
+"""The life of a real process, from its start to its drain."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from server.__main__ import main
+from tests.conftest import ROOT, RunningServer, until
+
+
+@contextmanager
+def process(bundle_path, *flags):
+    command = [sys.executable, "-m", "server", "--bundle", str(bundle_path), "--threads", "1"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFRAMP_")}
+    child = subprocess.Popen(
+        [*command, "--max-batch", "2", *flags],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.stderr.close()
+        child.wait()
+
+
+def port_of(child):
+    """Where it listens, from its log."""
+    for line in child.stderr:
+        message = json.loads(line)["message"]
+        if message.startswith("listening on"):
+            return int(message.rpartition(":")[2])
+    raise AssertionError("it ended before it listened")
+
+
+def refuses(server):
+    """Whether nothing new gets in: the port is closed, or says that it is draining."""
+    try:
+        return httpx.get(f"{server.url}/readyz").status_code == 503
+    except httpx.TransportError:
+        return True
+
+
+def test_a_process_serves_once_ready_and_a_drain_answers_what_was_accepted(bundle_path, png):
+    with process(bundle_path, "--port", "0", "--log-format", "json") as child:
+        server = RunningServer(None, port_of(child))
+        until(lambda: server.client.get("/readyz").status_code == 200)
+        sent = {"x-request-id": "before"}
+        assert server.client.post("/classify", content=png, headers=sent).status_code == 200
+
+        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png)}\r\n"
+        accepted = server.send(head.encode() + b"Expect: 100-continue\r\n\r\n")
+        assert accepted.recv(100).startswith(b"HTTP/1.1 100")  # it waits for the body
+        child.send_signal(signal.SIGTERM)
+        until(lambda: refuses(server))
+        accepted.sendall(png)
+        assert accepted.recv(4000).startswith(b"HTTP/1.1 200")
+        accepted.close()
+        server.client.close()
+
+        assert child.wait(10) == 0
+        lines = [json.loads(line) for line in child.stderr]
+        requests = [line for line in lines if line["message"] == "request"]
+        assert [r["request_id"] for r in requests].count("before") == 1
+        assert {r["level"] for r in lines} <= {"info", "warning"}
+
+
+def test_a_port_in_use_stops_the_start_with_a_message(bundle_path, server):
+    with process(bundle_path, "--port", str(server.port)) as child:
+        said = child.stderr.read()
+        assert child.wait(10) not in (0, None)
+    assert "address already in use" in said
+    assert str(server.port) in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--bundle", "no/such/folder"], "is not a bundle"),
+        (["--port", "x"], "OFFRAMP_PORT"),
+        (["--max-accuracy-loss", "0", "--bundle", "lossy"], "no operating point"),
+    ],
+)
+def test_a_start_that_cannot_succeed_is_one_sentence_and_status_2(
+    flags, said, lossy, capsys, monkeypatch
+):
+    monkeypatch.setattr("server.__main__.configure", lambda *_: None)  # the log stays pytest's
+    assert main([str(lossy) if flag == "lossy" else flag for flag in flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_network_that_cannot_run_ends_the_process(bundle_path, monkeypatch, caplog):
+    def fail(_):
+        raise RuntimeError("no kernel for this card")
+
+    monkeypatch.setattr("server.__main__.configure", lambda *_: None)
+    monkeypatch.setattr("server.repository.Served.warm_up", fail)
+    assert main(["--bundle", str(bundle_path), "--port", "0"]) == 1
+    assert "no kernel for this card" in caplog.text
+
+
+@pytest.fixture
+def lossy(bundle_path, tmp_path):
+    """A copy of the bundle without its lossless operating point."""
+    for file in bundle_path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    policy = json.loads((tmp_path / "policy.json").read_text())
+    del policy["operating_points"][0]
+    (tmp_path / "policy.json").write_text(json.dumps(policy))
+    return tmp_path

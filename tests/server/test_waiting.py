@@ -1,0 +1,123 @@
+"""What may happen to a request, or to its neighbours, while it waits for the device."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from server.costs import CostTable
+from tests.conftest import encode, noise, until
+from tests.gate import gated
+from tests.server.test_bad_input import BROKEN, check_error
+
+HEAD = b"POST /classify?threshold=1 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+
+
+@pytest.fixture
+def one(serve):
+    with serve(default_deadline_ms=None) as server, ThreadPoolExecutor(8) as threads:
+        server.later = lambda data, **parameters: threads.submit(server.post, data, **parameters)
+        yield server
+
+
+def queued(server, images):
+    until(lambda: server.served.in_flight == images)
+
+
+def test_a_client_that_goes_away_frees_its_place_and_is_never_run(one, png):
+    with gated(one) as gate:
+        first = one.later(png)
+        gate.wait_for_a_batch()
+        gone = encode(noise(seed=1))
+        connection = one.send(HEAD % len(gone) + gone)
+        queued(one, 2)
+        connection.close()
+        queued(one, 1)
+        gate.open()
+        assert first.result().status_code == 200
+    assert one.post(png).status_code == 200
+    assert {len(inputs) for _, inputs in gate.batches} == {1}
+    until(lambda: one.metric("requests_total", route="/classify", code="499") == 1)
+    assert one.metric("in_flight_jobs") == 0
+
+
+def test_a_streaming_client_that_goes_away_frees_its_place(one, png):
+    with gated(one) as gate:
+        head = (HEAD % len(png)).replace(b"Host", b"Accept: text/event-stream\r\nHost")
+        connection = one.send(head + png)
+        gate.wait_for_a_batch()
+        connection.close()
+        queued(one, 0)
+    assert one.post(png).status_code == 200
+
+
+def test_bad_requests_neither_slow_nor_fail_their_neighbours(one, png):
+    """Everything bad is answered while the device is busy; the good ones share a batch."""
+    with gated(one) as gate:
+        first = one.later(png)
+        gate.wait_for_a_batch()
+        neighbours = [one.later(encode(noise(seed=s)), threshold=0) for s in range(4)]
+        queued(one, 5)
+        for data, status, code in BROKEN.values():
+            response = one.post(data)
+            check_error(response, status, code or response.json()["code"])
+        gate.open()
+        assert {n.result().status_code for n in [first, *neighbours]} == {200}
+    assert (1, 4) in [(stage, len(inputs)) for stage, inputs in gate.batches]
+
+
+def test_an_image_that_the_network_fails_on_fails_alone(one, png):
+    guilty = noise(seed=99)
+    with gated(one) as gate:
+        run = gate.run
+
+        def fail_on_guilty(stage, inputs):
+            output = run(stage, inputs)
+            pixels = [i for i in inputs if hasattr(i, "shape")]
+            assert not any((p == guilty).all() for p in pixels), "what fails on the device"
+            return output
+
+        gate.run = fail_on_guilty
+        first = one.later(png)
+        gate.wait_for_a_batch()
+        bad = one.later(encode(guilty))
+        neighbours = [one.later(encode(noise(seed=s))) for s in range(3)]
+        queued(one, 5)
+        gate.open()
+        check_error(bad.result(), 500, "internal")
+        assert {n.result().status_code for n in [first, *neighbours]} == {200}
+    assert one.client.get("/livez").status_code == 200
+
+
+def test_a_deadline_that_passes_in_the_queue_is_a_504(one, png):
+    with gated(one) as gate:
+        first = one.later(png)
+        gate.wait_for_a_batch()
+        late = one.later(png, deadline_ms=20)
+        queued(one, 2)
+        threading.Event().wait(0.05)  # the deadline is on the real clock
+        gate.open()
+        check_error(late.result(), 504, "deadline_exceeded")
+        assert first.result().status_code == 200
+    assert one.metric("deadlines_total", outcome="missed") == 1
+
+
+def test_a_deadline_that_even_the_first_exit_would_miss_is_refused_with_a_time_to_retry(one, png):
+    engine = one.served.engine
+    engine.scheduler.costs = CostTable({k: {1: 3.0} for k in range(1, 5)})
+    response = one.post(png, deadline_ms=1000)
+    check_error(response, 429, "overloaded")
+    assert int(response.headers["retry-after"]) >= 1
+    assert one.metric("refused_total", reason="not_in_time") == 1
+
+
+def test_a_deadline_that_passes_after_the_first_exit_is_an_answer(one, png):
+    with gated(one) as gate:
+        late = one.later(png, deadline_ms=300, threshold=1)
+        gate.wait_for_a_batch()
+        one.served.engine.scheduler.costs = CostTable({k: {1: 3.0} for k in range(1, 5)})
+        gate.open()
+        answer = late.result()
+    assert answer.status_code == 200
+    body = answer.json()
+    assert (body["exit"], body["reason"], body["degraded"]) == (1, "deadline", True)

@@ -1,0 +1,86 @@
+"""A run on disk, to go on from exactly."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.recipe import Recipe
+from training.run import Run, TrainingError
+
+CHECKPOINT = "checkpoint.pt"
+
+Origin = dict[str, Any]
+"""What a checkpoint must agree with besides the recipe: the network, the data."""
+
+
+def save_checkpoint(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> None:
+    """Replace the folder's checkpoint, so that a crash leaves the old or the new one whole."""
+    state = {
+        "net": run.net.state_dict(),
+        "adapters": run.student.adapters.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "average": run.average and {"state": run.average.state, "updates": run.average.updates},
+        "epoch": run.epoch,
+        "step": run.step,
+        "names": run.names,
+        "sums": run.sums,
+        "history": run.history,
+        "recipe": asdict(recipe),
+        "origin": origin,
+    }
+    partial = folder / f".{CHECKPOINT}"
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / CHECKPOINT)
+
+
+def resume(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> None:
+    """Go on from the folder's checkpoint, exactly where it was written.
+
+    Raises:
+        TrainingError: there is none, it is broken, or it belongs to another run.
+    """
+    file = folder / CHECKPOINT
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise TrainingError(f"there is no {file} to resume; leave --resume out") from None
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise TrainingError(f"{file} cannot be read: {error}") from error
+    # What an older checkpoint does not mention had no effect then, which is each default.
+    _check_same(file, asdict(Recipe()) | state["recipe"], asdict(recipe))
+    _check_same(file, origin | state.get("origin", {}), origin)
+    run.net.load_state_dict(state["net"])
+    run.student.adapters.load_state_dict(state["adapters"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state.get("scaler", {}) or run.scaler.state_dict())
+    if run.average is not None:
+        for name, value in state["average"]["state"].items():
+            run.average.state[name].copy_(value)
+        run.average.updates = state["average"]["updates"]
+    run.epoch, run.step = state["epoch"], state.get("step", 0)
+    run.names, run.history = state.get("names", []), state.get("history", [])
+    sums, device = state.get("sums"), next(run.net.parameters()).device
+    run.sums = None if sums is None else sums.to(device)
+
+
+def _check_same(file: Path, written: dict[str, Any], asked: dict[str, Any]) -> None:
+    differ = [
+        f"{name} {written.get(name)!r} and not {value!r}"
+        for name, value in asked.items()
+        if written.get(name) != value
+    ]
+    if differ:
+        raise TrainingError(
+            f"{file} was written with {', '.join(differ)}; resume with the same options, "
+            "or start again in another folder"
+        )

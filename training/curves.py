@@ -1,0 +1,100 @@
+"""Plots of runs: accuracy with loss terms over epochs, accuracy over cost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from training.log import Entry
+from training.plots import DPI, PUBLISHED, colours
+
+__all__ = ["DPI", "accuracy_over_cost", "table", "training_curves"]
+
+
+def training_curves(runs: Mapping[str, Sequence[Entry]]) -> Figure:
+    """One row for each run: validation accuracy of every exit, then loss terms by kind.
+
+    Args:
+        runs: their logs by name.
+    """
+    figure = Figure(figsize=(10, 3.4 * len(runs)), layout="constrained")
+    grid = figure.subplots(len(runs), 2, squeeze=False)
+    for (name, history), (left, right) in zip(runs.items(), grid, strict=True):
+        _accuracy(left, history)
+        _losses(right, history)
+        left.set_title(name)
+    return figure
+
+
+def _accuracy(axes: Axes, history: Sequence[Entry]) -> None:
+    epochs = [e["epoch"] for e in history]
+    by_exit = list(zip(*(e["validation_accuracy"] for e in history), strict=True))
+    for k, (values, colour) in enumerate(zip(by_exit, colours(len(by_exit)), strict=True), start=1):
+        axes.plot(epochs, [100 * v for v in values], color=colour, label=f"exit {k}")
+    if len(by_exit) > 1 and all("ensemble_accuracy" in e for e in history):
+        together = [100 * e["ensemble_accuracy"] for e in history]
+        axes.plot(epochs, together, color="tab:red", ls="--", label="ensemble")
+    axes.set(xlabel="epoch", ylabel="validation accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _losses(axes: Axes, history: Sequence[Entry]) -> None:
+    """Label terms exit by exit; the other kinds summed over exits."""
+    epochs = [e["epoch"] for e in history]
+    series: dict[str, list[float]] = defaultdict(list)
+    for entry in history:
+        sums: dict[str, float] = defaultdict(float)
+        for term, value in entry["loss"].items():
+            kind, exit = term.split("/")
+            sums[f"labels, exit {exit}" if kind == "label" else kind] += value
+        for name, value in sorted(sums.items()):
+            series[name].append(value)
+    labels = [name for name in series if name.startswith("labels")]
+    shades = dict(zip(labels, colours(len(labels)), strict=True))
+    for name, values in series.items():
+        style: dict[str, Any] = {"color": shades[name]} if name in shades else {"ls": "--"}
+        axes.plot(epochs, values, label=name, **style)
+    axes.set(xlabel="epoch", ylabel="loss, weighted")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def accuracy_over_cost(
+    runs: Mapping[str, Sequence[tuple[float, float]]], measured_on: str, published: bool
+) -> Figure:
+    """Every exit of every run, with what others published.
+
+    Args:
+        runs: for each, its exits as (MACs in millions, accuracy in %), shallow to deep.
+        measured_on: which images the accuracy is over.
+        published: whether these are the images that published figures are for.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in runs.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    for (name, figures), marker in zip(PUBLISHED.items() if published else (), "^v", strict=False):
+        axes.plot(*zip(*figures, strict=True), f"{marker}-", color="0.4", lw=1, label=name)
+    axes.set_xscale("log")
+    axes.set(
+        xlabel="multiply-accumulates an image, millions", ylabel=f"accuracy on {measured_on}, %"
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, its columns lined up."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    rules = ["-" * w for w in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in (head, rules, *rows)
+    )

@@ -1,0 +1,164 @@
+"""A data folder made ready for training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from model.image import ImageError, read_header
+from model.preprocess import Preprocess
+from training.data import MAX_PIXELS, DataError, Images, ImageSet, Listing, load
+from training.distributed import Processes
+from training.normalisation import normalisation
+from training.parts import find_parts
+from training.recipe import Recipe
+from training.room import available_memory, check_memory, fits_in_memory, images_bytes
+from training.stream import Stream
+
+SMALL = 64
+"""Images up to this side are small: trained as 32x32, with a stem that keeps the resolution."""
+SMALL_SIZE, LARGE_SIZE = 32, 224
+LOOKED_AT = 32
+"""Files whose headers decide the size, when nobody said."""
+IMAGES_A_WORKER = 500
+"""Fewer images than this are read sooner than a worker starts."""
+
+
+class Storage(Enum):
+    """Where training images live."""
+
+    AUTO = "auto"
+    MEMORY = "memory"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Everything that a run takes from its data folder."""
+
+    training: Images
+    validation: Images
+    test: Images | None
+    preprocess: Preprocess
+    digest: str
+    """Of the names of all files to train on or to hold out."""
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Files that were skipped so far, each with its reason."""
+        parts = (self.training, self.validation, *([self.test] if self.test is not None else []))
+        return [failure for part in parts for failure in part.unreadable]
+
+    def class_weights(self, kind: str, device: torch.device) -> Tensor | None:
+        """By how much each class counts, fp32 `[classes]`; images count 1 on average.
+
+        `balanced` makes all classes count the same together.
+        """
+        if kind == "none":
+            return None
+        counts = torch.bincount(self.training.class_ids.cpu(), minlength=len(self.training.classes))
+        return (len(self.training) / (len(counts) * counts.clamp(min=1).float())).to(device)
+
+
+def open_folder(
+    root: Path,
+    size: int | None,
+    crop: float,
+    recipe: Recipe,
+    processes: Processes,
+    storage: Storage = Storage.AUTO,
+    workers: int = 0,
+    per_class: int | None = None,
+) -> Folder:
+    """Find the parts of a folder, decode what is to live in memory, measure its normalisation.
+
+    Args:
+        root: the data folder.
+        size: side of the square input; by the images themselves where it is None.
+        crop: share of the shorter side that is kept outside training.
+        recipe: of the run.
+        processes: of the run.
+        storage: where training images live.
+        workers: processes that read images.
+        per_class: the most training images of a class.
+
+    Raises:
+        DataError: the folder cannot be used, or does not fit.
+        ValueError: the recipe wants random crops of images that live in memory.
+    """
+    parts = find_parts(root, per_class)
+    size = size or natural_size(parts.training)
+    draft = Preprocess(size=size, crop=crop, mean=(0.5,) * 3, std=(0.25,) * 3)
+    wanted = images_bytes(len(parts.training) + len(parts.held_out), size) * processes.count
+    in_memory = _in_memory(storage, wanted, recipe)
+
+    def images(listing: Listing, memory: bool) -> Images:
+        if memory:
+            return _on_device(load(listing, draft), processes.device)
+        enough = min(workers, _cpus(), len(listing) // IMAGES_A_WORKER)
+        return Stream(listing, draft, enough, recipe.crop_area, recipe.seed)
+
+    training, validation = images(parts.training, in_memory), images(parts.held_out, in_memory)
+    _check_classes(training)
+    mean, std = normalisation(training, size)
+    return Folder(
+        training,
+        validation,
+        None if parts.test is None else images(parts.test, memory=False),
+        Preprocess(size=size, crop=crop, mean=mean, std=std),
+        parts.digest,
+    )
+
+
+def natural_size(listing: Listing) -> int:
+    """The input size that suits a folder's images: 32 or 224."""
+    step = max(1, len(listing) // LOOKED_AT)
+    sides = [s for f in listing.files[::step] if (s := _shorter_side(f)) is not None]
+    return SMALL_SIZE if sides and median(sides) <= SMALL else LARGE_SIZE
+
+
+def _shorter_side(file: Path) -> int | None:
+    try:
+        return min(read_header(file.read_bytes(), MAX_PIXELS).size)
+    except (ImageError, OSError):
+        return None
+
+
+def _in_memory(storage: Storage, wanted: int, recipe: Recipe) -> bool:
+    available = available_memory()
+    if storage is Storage.MEMORY:
+        check_memory(wanted, available)
+    if storage is Storage.MEMORY and recipe.crop_area < 1:
+        raise ValueError("--crop-area below 1 cuts from whole images; it needs --storage disk")
+    if storage is Storage.AUTO:
+        return recipe.crop_area >= 1 and fits_in_memory(wanted, available)
+    return storage is Storage.MEMORY
+
+
+def _cpus() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _on_device(images: ImageSet, device: torch.device) -> ImageSet:
+    """On the card too, where images leave half of it free."""
+    if device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if fits_in_memory(images.pixels.numel(), free) else images
+
+
+def _check_classes(images: Images) -> None:
+    present: Sequence[int] = images.class_ids.unique().tolist()
+    for class_id, name in enumerate(images.classes):
+        if class_id not in set(present):
+            raise DataError(f"no training image of class {name} could be read")

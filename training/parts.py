@@ -1,0 +1,86 @@
+"""The parts of a data folder: training, held out, test."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.data import DataError, Listing, list_folder, split_by_hash
+
+HELD_OUT = 0.1
+"""Share of the training images that nothing but validation, then calibration, sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Disjoint listings of the same classes."""
+
+    training: Listing
+    held_out: Listing
+    test: Listing | None
+    digest: str
+    """Of the names of all files but the test folder's, so that the same folder is known again."""
+
+
+def find_parts(root: Path, per_class: int | None = None) -> Parts:
+    """Find `root/train/CLASS` with `root/test/CLASS`, or cut a single `root/CLASS` in three.
+
+    Args:
+        root: the data folder.
+        per_class: the most training images of a class; the other parts stay whole.
+
+    Raises:
+        DataError: a folder is missing or empty, or the test folder has other classes.
+    """
+    single = not (root / "train").is_dir()
+    listing = list_folder(root if single else root / "train")
+    training, held_out = split_by_hash(listing, HELD_OUT)
+    if not len(held_out):
+        raise DataError(
+            f"{root} has too few images a class to hold {HELD_OUT:.0%} of each out; "
+            "a class needs at least 6"
+        )
+    test = None
+    if single:
+        training, test = split_by_hash(training, HELD_OUT)
+    elif (root / "test").is_dir():
+        test = list_folder(root / "test")
+        if test.classes != listing.classes:
+            raise DataError(f"{root}/test has other classes than {root}/train")
+    if per_class is not None:
+        training = fewer(training, per_class)
+    return Parts(training, held_out, test, listing_digest(listing))
+
+
+def held_out_if_trained_on(listing: Listing, trained_on: str | None) -> Listing:
+    """The part of a single folder that its own training held out; all of any other folder.
+
+    Args:
+        listing: of the folder.
+        trained_on: `listing_digest` of the files that a bundle was trained on, if it is known.
+    """
+    if listing_digest(listing) != trained_on:
+        return listing
+    return split_by_hash(listing, HELD_OUT)[1]
+
+
+def fewer(listing: Listing, per_class: int) -> Listing:
+    """At most `per_class` files of each class, always the same."""
+    if per_class < 1:
+        raise DataError(f"at least 1 image a class is needed, not {per_class}")
+    taken: dict[int, int] = {}
+    chosen = []
+    names = [hashlib.sha256(f"{f.parent.name}/{f.name}".encode()).digest() for f in listing.files]
+    for i in sorted(range(len(listing)), key=names.__getitem__):
+        class_id = listing.class_ids[i]
+        taken[class_id] = taken.get(class_id, 0) + 1
+        if taken[class_id] <= per_class:
+            chosen.append(i)
+    return listing.pick(sorted(chosen))
+
+
+def listing_digest(listing: Listing) -> str:
+    """SHA-256 of all files' `CLASS/FILENAME`."""
+    names = "\n".join(f"{f.parent.name}/{f.name}" for f in listing.files)
+    return hashlib.sha256(names.encode()).hexdigest()

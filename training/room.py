@@ -1,0 +1,83 @@
+"""Whether a run fits into memory, on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from training.data import DataError
+
+MARGIN = 1.2
+"""Room asked for beyond what is counted: logs, plots, buffers."""
+SHARE_FOR_IMAGES = 0.5
+"""Of the free memory, what images may take before they stream from disk by themselves."""
+
+
+def images_bytes(images: int, size: int) -> int:
+    """What decoded images take in memory."""
+    return images * size * size * 3
+
+
+def fits_in_memory(wanted: int, available: int | None) -> bool:
+    """Whether images should live in memory, when nobody said where."""
+    return available is None or wanted <= SHARE_FOR_IMAGES * available
+
+
+def check_memory(wanted: int, available: int | None) -> None:
+    """Raise DataError where images were asked into memory that cannot hold them."""
+    if available is not None and wanted * MARGIN > available:
+        raise DataError(
+            f"the images take {_gigabytes(wanted)} decoded, and {_gigabytes(available)} of memory "
+            "is free; add --storage disk to read them as they are needed"
+        )
+
+
+def check_disk(folder: Path, net: nn.Module, averaged: bool, free: int | None = None) -> None:
+    """Raise DataError where checkpoints will not fit.
+
+    A checkpoint holds weights, momentum and perhaps an average; while one is replaced there are
+    two, and the bundle follows.
+    """
+    weights = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    wanted = int(weights * (2 * (3 if averaged else 2) + 0.5) * MARGIN)
+    free = shutil.disk_usage(folder).free if free is None else free
+    if wanted > free:
+        raise DataError(
+            f"checkpoints and the bundle take {_gigabytes(wanted)}, and {folder} has "
+            f"{_gigabytes(free)} free"
+        )
+
+
+def available_memory() -> int | None:
+    """Memory that can still be had, in bytes, a container's limit included; None if unknown."""
+    known = [x for x in (_of_machine(), _of_container()) if x is not None]
+    return min(known, default=None)
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+    return int(kilobytes[0]) * 1024 if kilobytes else None
+
+
+def _of_container() -> int | None:
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(0, int(limit) - used)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from training.outcomes import Outcomes
@@ -12,8 +13,10 @@ from training.outcomes import Outcomes
 BINS = 15
 
 
-class Bins(NamedTuple):
+class Bins(BaseModel):
     """A reliability diagram: images grouped by confidence into bins of equal width."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     confidence: list[float]
     """Mean confidence of each bin that is not empty."""
@@ -30,7 +33,9 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> Bins:
     full = count > 0
     mean = np.bincount(index, weights=confidence, minlength=BINS)[full] / count[full]
     accuracy = np.bincount(index, weights=right, minlength=BINS)[full] / count[full]
-    return Bins(mean.tolist(), accuracy.tolist(), count[full].tolist())
+    return Bins(
+        confidence=mean.tolist(), accuracy=accuracy.tolist(), images=count[full].tolist()
+    )
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -81,6 +81,8 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
     _settle(arguments.deterministic)
     out.mkdir(parents=True, exist_ok=True)
+    if not arguments.resume:
+        checkpoint.check_unused(out)
     data = open_folder(
         arguments.data,
         shape.size,

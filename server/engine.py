@@ -37,6 +37,8 @@ class Seen:
     confidence: float
     milliseconds: float
     """From the image's arrival."""
+    compute_milliseconds: float = 0.0
+    """Of those, computing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +270,8 @@ class Engine:
         assert ticket.probabilities is not None
         self._metrics.saw(exit, ticket.confidence)
         class_id = int(ticket.probabilities.argmax())
-        ticket.show(Seen(exit, class_id, ticket.confidence, 1e3 * (now - job.arrived)))
+        computing = 1e3 * ticket.compute_seconds
+        ticket.show(Seen(exit, class_id, ticket.confidence, 1e3 * (now - job.arrived), computing))
 
     def _answer(self, job: Job, reason: Reason) -> None:
         ticket: Ticket = job.payload

@@ -46,7 +46,7 @@ def add_command(commands: Any) -> None:
         help="folder with CLASS/*.png; or with train/CLASS/*.png, whose held-out part is taken; "
         "or with images alone, for --method disagreement",
     )
-    command.add_argument("--delta", type=_share, default=defaults.delta, help="chance of failing")
+    command.add_argument("--delta", type=share, default=defaults.delta, help="chance of failing")
     command.add_argument(
         "--method", type=Method, choices=list(Method), default=defaults.method, help="what to prove"
     )
@@ -63,13 +63,13 @@ def add_command(commands: Any) -> None:
         default=defaults.ensemble,
         help="answer from all exits passed so far",
     )
-    command.add_argument("--mean-macs", type=_share, help="add the best point at this cost")
+    command.add_argument("--mean-macs", type=share, help="add the best point at this cost")
     command.add_argument(
         "--cost", choices=["macs", "measured"], default="macs", help="what the search saves"
     )
     command.add_argument(
         "--search-share",
-        type=_share,
+        type=share,
         default=defaults.search_share,
         help="share of the images that thresholds are chosen on; the rest certifies them",
     )
@@ -220,7 +220,8 @@ def table(points: Sequence[OperatingPoint]) -> Iterator[str]:
         )
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """Parse a number between 0 and 1."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")

@@ -23,10 +23,10 @@ MACS = np.array([0.3, 0.5, 0.75, 1.0])
 @pytest.fixture(scope="module", autouse=True)
 def _remember_p_values():
     """Thousands of calibration sets have few different counts."""
-    original = risk.paired_p_value
-    risk.paired_p_value = functools.cache(original)
-    yield
-    risk.paired_p_value = original
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("paired_p_value", "binomial_p_value", "hoeffding_bentkus_p_value"):
+            patch.setattr(risk, name, functools.cache(getattr(risk, name)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from deploy.grafana.__main__ import DASHBOARDS
 from deploy.grafana.panels import Dashboard, Kind, Panel
@@ -101,8 +100,6 @@ def draw(dashboard: Dashboard, source: Source, file: Path) -> None:
     figure.suptitle(dashboard.title, fontsize=11)
     figure.savefig(file, dpi=80)
     plt.close(figure)
-    with Image.open(file) as image:  # a quarter of the bytes, and nobody sees it
-        image.convert("RGB").quantize(128).save(file, optimize=True)
 
 
 def _draw(axes: Axes, panel: Panel, source: Source) -> None:
@@ -120,7 +117,7 @@ def _draw(axes: Axes, panel: Panel, source: Source) -> None:
     _draw_lines(axes, panel.kind, series, times, factor)
     if panel.limit is not None:
         axes.axhline(factor * panel.limit, color="red", linestyle="--", linewidth=0.8)
-    axes.set_ylim(0, factor * panel.top if panel.top else max(axes.get_ylim()[1], 1e-3))
+    axes.set_ylim(0, factor * panel.top if panel.top else max(1.05 * axes.get_ylim()[1], 1e-3))
     if series:
         axes.legend(fontsize=6, loc="upper left", ncols=2, framealpha=0.6)
 

@@ -25,6 +25,7 @@ from training.recipe import Recipe
 from training.run import Run, TrainingError
 from training.schedule import pace
 from training.seeds import generator_of, seed_of
+from training.student import StudentOutputs
 from training.teacher import Teacher
 from training.watch import Watch
 
@@ -44,7 +45,7 @@ class Work:
     folder: Path
     origin: Origin
     processes: Processes
-    forward: nn.Module
+    forward: Callable[..., StudentOutputs]
     """The student, perhaps wrapped or compiled."""
     class_weights: Tensor | None = None
     teacher: Teacher | None = None
@@ -186,7 +187,7 @@ def _terms(work: Work, pixels: Tensor, target: Tensor) -> Terms:
     return objective(work.recipe, outputs, target, work.class_weights, teacher)
 
 
-def _without_exchange(forward: nn.Module) -> AbstractContextManager[None]:
+def _without_exchange(forward: Callable[..., StudentOutputs]) -> AbstractContextManager[None]:
     """Gradients of all parts but the last stay in their process."""
     if isinstance(forward, nn.parallel.DistributedDataParallel):
         return forward.no_sync()

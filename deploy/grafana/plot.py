@@ -139,6 +139,8 @@ def _draw_lines(
 def _draw_heat(
     axes: Axes, series: Sequence[Series], times: np.ndarray, factor: float, unit: str
 ) -> None:
+    if not series:
+        return
     ordered = sorted(series, key=lambda s: float(s.labels["le"]))
     cumulative = np.nan_to_num([s.values for s in ordered])
     counts = np.maximum(np.diff(cumulative, axis=0, prepend=0), 0)

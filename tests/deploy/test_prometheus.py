@@ -276,11 +276,11 @@ def test_a_firing_alert_links_to_its_runbook(prometheus):
 
 @pytest.mark.slow
 def test_dashboards_can_be_drawn(prometheus, tmp_path):
-    pytest.importorskip("matplotlib")
+    wait_until(lambda: prometheus.query("rate(offramp_confidence_bucket[4s]) > 0"), 10)
     assert plot.main([prometheus.url, str(tmp_path), "--minutes", "0.2"]) == 0
     for dashboard in DASHBOARDS:
         with Image.open(tmp_path / f"{dashboard.name}.png") as image:
-            assert image.width > 800 and len(image.getcolors(1 << 24)) > 20
+            assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 24)) > 20
 
 
 def test_drawing_without_prometheus_is_one_sentence(tmp_path, capsys):

@@ -13,7 +13,7 @@ export function ladder(policy) {
   const points = policy.operating_points; // from the smallest loss to the largest
   return points
     .filter((p, i) => !points.slice(0, i).some((q) => alike(p, q)))
-    .sort((a, b) => a.mean_macs - b.mean_macs);
+    .sort((a, b) => a.mean_macs - b.mean_macs || b.max_accuracy_loss - a.max_accuracy_loss);
 }
 
 /** Draw the curve with one point chosen, and say what is at stake there. */

@@ -9,7 +9,7 @@ from training.outcomes import outcomes_of
 
 
 def world(n, seed=0, exits=4, classes=10):
-    """Logits fp32 `[n, exits, classes]` with class ids `[n]`: easy and hard images, shared noise."""
+    """Logits fp32 `[n, exits, classes]`, class ids `[n]`: easy and hard images, shared noise."""
     rng = np.random.default_rng(seed)
     class_ids = rng.integers(0, classes, n)
     ease = rng.gamma(2.0, 2.0, n)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.data import DataError, Listing, list_folder, split_by_hash
+from training.data import DataError, Listing, list_folder, name_digest, split_by_hash
 
 HELD_OUT = 0.1
 """Share of the training images that nothing but validation, then calibration, sees."""
@@ -71,7 +71,7 @@ def fewer(listing: Listing, per_class: int) -> Listing:
         raise DataError(f"at least 1 image a class is needed, not {per_class}")
     taken: dict[int, int] = {}
     chosen = []
-    names = [hashlib.sha256(f"{f.parent.name}/{f.name}".encode()).digest() for f in listing.files]
+    names = [name_digest(f) for f in listing.files]
     for i in sorted(range(len(listing)), key=names.__getitem__):
         class_id = listing.class_ids[i]
         taken[class_id] = taken.get(class_id, 0) + 1

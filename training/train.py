@@ -23,6 +23,7 @@ from training.room import check_disk
 from training.run import start
 from training.shapes import build_net, whole_backbone
 from training.teacher import load_teacher
+from training.work import Work
 
 
 def add_command(commands: Any) -> None:
@@ -81,6 +82,8 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
     _settle(arguments.deterministic)
     out.mkdir(parents=True, exist_ok=True)
+    if not arguments.resume:
+        checkpoint.check_unused(out)
     data = open_folder(
         arguments.data,
         shape.size,
@@ -103,7 +106,7 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
     if arguments.resume:
         checkpoint.resume(run, recipe, origin, out)
     forward = mine.wrapped(run.student)
-    work = loop.Work(
+    work = Work(
         recipe=recipe,
         training=data.training,
         validation=data.validation,

@@ -93,8 +93,8 @@ PROMISES = Row(
         Panel(
             "Audit agreement",
             "Share of early answers of the last hour, run to the end in idle time, that the last "
-            f"exit agreed with; it should stay above {AUDIT_AGREEMENT:.0%}. Falling means drift: "
-            "calibrate again on recent images. A busy server audits little.",
+            f"exit agreed with; it should stay where it was, and above {AUDIT_AGREEMENT:.0%}. "
+            "Falling means drift: calibrate again on recent images. A busy server audits little.",
             "percentunit",
             [
                 Query(
@@ -139,7 +139,6 @@ PROMISES = Row(
             "reqps",
             [Query(rate("offramp_rejected_images_total", "code", selector=HERE), "{{code}}")],
             Kind.STACK,
-            runbook="OfframpAvailabilityBurn",
         ),
     ],
 )

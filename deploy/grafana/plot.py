@@ -27,10 +27,12 @@ from deploy.grafana.panels import Dashboard, Kind, Panel
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 POINTS = 120
 COLUMNS = 3
+EXIT = "1"
+"""Whose row is drawn, of the rows that repeat."""
 UNITS = {
     "percentunit": (100, " %"),
     "s": (1000, " ms"),
@@ -80,9 +82,9 @@ class Source:
 
 
 def concrete(expression: str, window: str = "20s") -> str:
-    """An expression with Grafana's variables filled in: every job, instance, model and exit."""
-    expression = expression.replace("$__rate_interval", window)
-    return re.sub(r"\$(job|instance|model|exit)\b", ".+", expression)
+    """An expression with Grafana's variables filled in: all, but of the exits one."""
+    expression = expression.replace("$__rate_interval", window).replace("$exit", EXIT)
+    return re.sub(r"\$(instance|model)\b", ".+", expression.replace("$job", "offramp.*"))
 
 
 def draw(dashboard: Dashboard, source: Source, file: Path) -> None:
@@ -104,36 +106,41 @@ def _draw(axes: Axes, panel: Panel, source: Source) -> None:
     factor, unit = UNITS.get(panel.unit, (1, ""))
     times = np.linspace(-source.seconds, 0, POINTS + 1)
     series = [s for q in panel.queries for s in source.series(q.expression, q.legend)]
-    axes.set_title(panel.title.replace("$exit", "1-4"), fontsize=9, loc="left")
+    axes.set_title(panel.title.replace("$exit", EXIT), fontsize=9, loc="left")
     axes.tick_params(labelsize=7)
+    axes.xaxis.set_major_locator(MultipleLocator(max(60, 60 * round(source.seconds / 300))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 60:g} min"))
     if panel.kind is Kind.HEAT:
         _draw_heat(axes, series, times, factor, unit)
         return
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{factor * y:.4g}{unit}"))
-    _draw_lines(axes, panel.kind, series, times)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}{unit}"))
+    _draw_lines(axes, panel.kind, series, times, factor)
     if panel.limit is not None:
-        axes.axhline(panel.limit, color="red", linestyle="--", linewidth=0.8)
-    axes.set_ylim(0, panel.top)
+        axes.axhline(factor * panel.limit, color="red", linestyle="--", linewidth=0.8)
+    axes.set_ylim(0, factor * panel.top if panel.top else max(1.05 * axes.get_ylim()[1], 1e-3))
     if series:
         axes.legend(fontsize=6, loc="upper left", ncols=2, framealpha=0.6)
 
 
-def _draw_lines(axes: Axes, kind: Kind, series: Sequence[Series], times: np.ndarray) -> None:
+def _draw_lines(
+    axes: Axes, kind: Kind, series: Sequence[Series], times: np.ndarray, factor: float
+) -> None:
     if kind in (Kind.STACK, Kind.SHARES) and series:
-        values = np.nan_to_num([s.values for s in series])
+        values = factor * np.nan_to_num([s.values for s in series])
         if kind is Kind.SHARES:
-            values = values / np.maximum(values.sum(axis=0), 1e-12)
+            values = factor * values / np.maximum(values.sum(axis=0), 1e-12)
         axes.stackplot(times, values, labels=[s.name for s in series], alpha=0.7)
         return
     style = "steps-post" if kind is Kind.STEPS else "default"
     for one in series:
-        axes.plot(times, one.values, label=one.name, linewidth=1, drawstyle=style)
+        axes.plot(times, factor * one.values, label=one.name, linewidth=1, drawstyle=style)
 
 
 def _draw_heat(
     axes: Axes, series: Sequence[Series], times: np.ndarray, factor: float, unit: str
 ) -> None:
+    if not series:
+        return
     ordered = sorted(series, key=lambda s: float(s.labels["le"]))
     cumulative = np.nan_to_num([s.values for s in ordered])
     counts = np.maximum(np.diff(cumulative, axis=0, prepend=0), 0)
@@ -144,6 +151,7 @@ def _draw_heat(
         shown,
         origin="lower",
         aspect="auto",
+        interpolation="nearest",
         extent=(times[0], times[-1], -0.5, len(rows) - 0.5),
     )
     names = [f"{factor * float(ordered[i].labels['le']):.4g}{unit}" for i in rows]

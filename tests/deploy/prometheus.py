@@ -29,7 +29,7 @@ def shortened(text):
     text = re.sub(r"\[\d+[mh]\]", "[4s]", text)
     text = re.sub(r"for: \d+m", "for: 0s", text)
     text = re.sub(r"offset \d+[hd]", "offset 2s", text)
-    return text.replace("increase6h > 100", "increase6h > 10")  # of hours, so fewer of seconds
+    return text.replace("increase6h > 300", "increase6h > 10")  # of hours, so fewer of seconds
 
 
 class Prometheus:

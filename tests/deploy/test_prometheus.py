@@ -6,13 +6,17 @@ import subprocess
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
+from PIL import Image
 from prometheus import RULES, free_port, program, scraping, wait_until
 
+from deploy.grafana import plot
 from deploy.grafana.__main__ import DASHBOARDS, FOLDER
 from deploy.grafana.dashboard import RUNBOOKS, render
 from deploy.objectives import AUDIT_AGREEMENT, AVAILABILITY, LATENCY_SECONDS, LATENCY_SHARE
@@ -29,6 +33,7 @@ ALERTS = [
     for g in yaml.safe_load((RULES / "alerts.yml").read_text())["groups"]
     for rule in g["rules"]
 ]
+RULE_TESTS = RULES.parent / "tests"
 RUNBOOK_FOLDER = ROOT / "docs/runbooks"
 
 
@@ -118,12 +123,17 @@ def test_promtool_finds_no_fault(kind):
     subprocess.run([program("promtool"), "check", kind, *files], check=True, capture_output=True)
 
 
-def test_alerts_fire_on_what_they_are_for_and_nothing_else_does():
-    tests = sorted((RULES.parent / "tests").glob("*.yml"))
-    command = [program("promtool"), "test", "rules", *tests]
+@pytest.mark.parametrize("file", ["alerts.yml", pytest.param("trends.yml", marks=pytest.mark.slow)])
+def test_alerts_fire_on_what_they_are_for_and_nothing_else_does(file):
+    command = [program("promtool"), "test", "rules", RULE_TESTS / file]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    tested = "".join(file.read_text() for file in tests)
+
+
+def test_every_alert_is_tested():
+    files = sorted(file.name for file in RULE_TESTS.glob("*"))
+    assert files == ["alerts.yml", "trends.yml"]
+    tested = "".join((RULE_TESTS / file).read_text() for file in files)
     assert all(f'alertname="{alert["alert"]}"' in tested for alert in ALERTS)
 
 
@@ -170,6 +180,20 @@ def slow_down(server, seconds):
     runner.run = slowly
 
 
+def contradict(server):
+    """The last exit never says what the others say."""
+    runner = server.served.engine._runner
+    run = runner.run
+
+    def wrongly(stage, inputs):
+        output = run(stage, inputs)
+        if stage < runner.exits:
+            return output
+        return replace(output, probabilities=np.roll(output.probabilities, 1, axis=1))
+
+    runner.run = wrongly
+
+
 @pytest.fixture(scope="module")
 def prometheus(serve, cifar, tmp_path_factory):
     """Scrapes a good server and some that are slow, overloaded, wrong, too deep or dead."""
@@ -180,13 +204,13 @@ def prometheus(serve, cifar, tmp_path_factory):
             "offramp": serve(audit_rate=0.2, max_accuracy_loss=0.05),
             "offramp-slow": serve(),
             "offramp-full": serve(max_queue=2),
-            # Exits with random weights contradict each other.
             "offramp-wrong": serve(audit_rate=1.0, max_accuracy_loss=0.05),
             "offramp-deep": serve(max_accuracy_loss=0.0),
         }
         servers = {job: stack.enter_context(server) for job, server in servers.items()}
         slow_down(servers["offramp-slow"], 0.15)
         slow_down(servers["offramp-full"], 0.02)
+        contradict(servers["offramp-wrong"])
         jobs = {job: server.port for job, server in servers.items()}
         folder = tmp_path_factory.mktemp("prometheus")
         one = stack.enter_context(scraping(folder, {**jobs, "offramp-dead": free_port()}))
@@ -248,3 +272,17 @@ def test_a_firing_alert_links_to_its_runbook(prometheus):
     for alert in prometheus.get("alerts")["alerts"]:
         page = httpx.get(alert["annotations"]["runbook_url"].replace("localhost", "127.0.0.1"))
         assert page.text.startswith(f"# {alert['labels']['alertname']}")
+
+
+@pytest.mark.slow
+def test_dashboards_can_be_drawn(prometheus, tmp_path):
+    wait_until(lambda: prometheus.query("rate(offramp_confidence_bucket[4s]) > 0"), 10)
+    assert plot.main([prometheus.url, str(tmp_path), "--minutes", "0.2"]) == 0
+    for dashboard in DASHBOARDS:
+        with Image.open(tmp_path / f"{dashboard.name}.png") as image:
+            assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_drawing_without_prometheus_is_one_sentence(tmp_path, capsys):
+    assert plot.main([f"http://127.0.0.1:{free_port()}", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: http://127.0.0.1")

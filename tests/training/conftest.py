@@ -9,10 +9,10 @@ from model.network import build
 from model.preprocess import Preprocess
 from training.data import ImageSet
 from training.distributed import Processes
-from training.loop import Work
 from training.recipe import Recipe
 from training.run import start
 from training.student import Student
+from training.work import Work
 
 CLASSES = ("dark", "light", "middle")
 PREPROCESS = Preprocess(size=16, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -8,11 +8,12 @@ import torch
 from tests.training.conftest import PREPROCESS, image_set, tiny_net, tiny_recipe
 from training.accuracy import evaluate
 from training.distributed import processes
-from training.loop import Work, fit
+from training.loop import fit
 from training.losses import total
 from training.objective import objective
 from training.run import start
 from training.student import Student
+from training.work import Work
 
 
 def gradients(mine):

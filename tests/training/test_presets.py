@@ -3,13 +3,16 @@
 import argparse
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from PIL import Image
 
 from model.bundle import load_bundle
+from tests.conftest import ROOT
 from tests.training.conftest import write_images
+from training import train as train_command
 from training.__main__ import main
 from training.calibrate import calibration_listing
 from training.data import list_folder
@@ -237,3 +240,21 @@ def test_the_kept_weights_are_the_averaged_ones(folder, tmp_path):
     averaged = state["average"]["state"]["backbone.conv1.weight"]
     assert torch.equal(kept, averaged.half().float())
     assert not torch.equal(averaged, state["net"]["backbone.conv1.weight"])
+
+
+def test_a_run_is_not_written_over_by_a_new_one(folder, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes(b"hours of work")
+    assert train("--data", folder, "--out", tmp_path, *TINY) == 2
+    assert "holds a run already; go on with --resume" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"hours of work"
+
+
+def test_the_documentation_names_no_option_that_is_not_there():
+    text = (ROOT / "docs/training.md").read_text()
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    parser = argparse.ArgumentParser()
+    train_command.add_command(parser.add_subparsers())
+    subparser = next(a for a in parser._actions if a.choices).choices["train"]
+    known = {flag for action in subparser._actions for flag in action.option_strings}
+    assert named - known == {"--nproc-per-node", "--logdir"}
+    assert set(PRESETS) <= set(re.findall(r"`([\w-]+)`", text))

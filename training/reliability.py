@@ -33,9 +33,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> Bins:
     full = count > 0
     mean = np.bincount(index, weights=confidence, minlength=BINS)[full] / count[full]
     accuracy = np.bincount(index, weights=right, minlength=BINS)[full] / count[full]
-    return Bins(
-        confidence=mean.tolist(), accuracy=accuracy.tolist(), images=count[full].tolist()
-    )
+    return Bins(confidence=mean.tolist(), accuracy=accuracy.tolist(), images=count[full].tolist())
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import trange
+from tqdm import tqdm
 
 from model.bundle import Bundle, load_bundle
 from training.calibrate import (
@@ -34,9 +34,9 @@ class Splits:
     """What calibrations on random parts of one set of images did on the rest of it."""
 
     loss: np.ndarray
-    """float64 `[splits, bounds]`: accuracy lost on the rest."""
+    """float64 `[splits, bounds]`: accuracy lost on the images measured."""
     mean_macs: np.ndarray
-    """float64 `[splits, bounds]`: on the rest, as a share of the full network's."""
+    """float64 `[splits, bounds]`: on the same, as a share of the full network's."""
 
     def violations(self) -> np.ndarray:
         """How many splits lost more than each bound: int64 `[bounds]`."""
@@ -58,6 +58,12 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--calibrate-share", type=share, default=0.5, help="share to calibrate on in each split"
     )
+    command.add_argument(
+        "--as-population",
+        action="store_true",
+        help="draw the images to calibrate on with replacement and measure on all images: these "
+        "then are all there is, so that the measure has no error",
+    )
     command.add_argument("--delta", type=share, default=Options().delta, help="chance of failing")
     add_numerics(command)
     command.set_defaults(run=_resample)
@@ -74,29 +80,59 @@ def _resample(arguments: argparse.Namespace) -> None:
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
     options = Options(delta=arguments.delta)
     used = round(arguments.calibrate_share * len(logits))
-    splits = resample(bundle, logits, images.class_ids, options, used, arguments.splits)
-    for line in table(splits, options.delta, used, len(logits) - used):
+    drawn = draw(len(logits), used, arguments.splits, arguments.as_population)
+    splits = resample(bundle, logits, images.class_ids, options, drawn)
+    for line in table(splits, used, len(drawn[0][1])):
         print(line)
+    if not arguments.as_population:
+        print(
+            f"the bound is on the accuracy lost over all images, with probability "
+            f"{1 - options.delta:.0%}; the images that measure it add an error of their own, "
+            "which counts here as well (--as-population leaves it out)"
+        )
+
+
+def draw(
+    n: int, used: int, splits: int, as_population: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each split, the images to calibrate on with those to measure on.
+
+    Args:
+        n: how many images there are.
+        used: how many each calibration sees.
+        splits: how many calibrations.
+        as_population: draw with replacement and measure on all, instead of on the rest.
+    """
+    drawn = []
+    for seed in range(splits):
+        rng = np.random.default_rng(seed)
+        if as_population:
+            drawn.append((rng.integers(0, n, used), np.arange(n)))
+        else:
+            order = rng.permutation(n)
+            drawn.append((order[:used], order[used:]))
+    return drawn
 
 
 def resample(
-    bundle: Bundle, logits: Tensor, class_ids: Tensor, options: Options, used: int, splits: int
+    bundle: Bundle,
+    logits: Tensor,
+    class_ids: Tensor,
+    options: Options,
+    drawn: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> Splits:
-    """Calibrate on `used` random images, measure on all others, and repeat.
+    """Calibrate and measure for each split.
 
     Args:
         bundle: what the logits came from.
         logits: fp32 `[N, exits, classes]`.
         class_ids: int64 `[N]`.
         options: of every calibration; the seed differs.
-        used: how many of the images each calibration sees.
-        splits: how many calibrations.
+        drawn: what `draw` returned.
     """
     macs = relative_macs(bundle)
     losses, costs = [], []
-    for seed in trange(splits, desc="calibrating again", leave=False):
-        order = np.random.default_rng(seed).permutation(len(logits))
-        part, rest = order[:used], order[used:]
+    for seed, (part, rest) in enumerate(tqdm(drawn, "calibrating again", leave=False)):
         result = calibrate(bundle, logits[part], class_ids[part], replace(options, seed=seed))
         loss, cost = _measure(result, logits[rest], class_ids[rest], macs)
         losses.append(loss)
@@ -116,10 +152,10 @@ def _measure(
     )
 
 
-def table(splits: Splits, delta: float, used: int, rest: int) -> Iterator[str]:
+def table(splits: Splits, used: int, measured: int) -> Iterator[str]:
     """The splits for people."""
     count = len(splits.loss)
-    yield f"{count} splits: calibrated on {used} images, measured on the other {rest}"
+    yield f"{count} splits: calibrated on {used} images, measured on {measured}"
     yield "loss at most   mean loss   largest   mean MACs   splits over the bound"
     for i, (bound, over) in enumerate(zip(LOSSES, splits.violations(), strict=True)):
         loss, cost = splits.loss[:, i], splits.mean_macs[:, i]
@@ -127,7 +163,3 @@ def table(splits: Splits, delta: float, used: int, rest: int) -> Iterator[str]:
             f"{bound:12.2%} {loss.mean():11.2%} {loss.max():9.2%} {cost.mean():11.1%}   "
             f"{over} of {count}"
         )
-    yield (
-        f"the bound is on the accuracy lost over all images, with probability {1 - delta:.0%}; "
-        f"{rest} images measure it with an error of their own, which counts here as well"
-    )

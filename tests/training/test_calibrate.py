@@ -189,9 +189,11 @@ def test_resampling_reports_every_bound_and_leaves_the_bundle_as_it_was(command,
     before = sorted(p.name for p in bundle.iterdir())
     status, said = command("--splits", 2, command="resample")
     assert status == 0
-    assert "2 splits: calibrated on 240 images, measured on the other 240" in said
+    assert "2 splits: calibrated on 240 images, measured on 240" in said
     assert said.count(" of 2\n") == len(LOSSES)
     assert sorted(p.name for p in bundle.iterdir()) == before
+    said = command("--splits", 2, "--as-population", command="resample")[1]
+    assert "calibrated on 240 images, measured on 480" in said
     assert "--splits above 0" in command("--splits", 0, command="resample")[1]
 
 

@@ -7,6 +7,8 @@ ARG PYTHON=3.12.11-slim-bookworm
 FROM python:${PYTHON} AS build
 # Which build of torch: the same variable as in the Makefile, empty for the CUDA build.
 ARG TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
+# Packages beyond the lock, as those of the extra "tracing" in pyproject.toml.
+ARG EXTRAS=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/offramp/.venv
 WORKDIR /opt/offramp
@@ -15,6 +17,7 @@ COPY pyproject.toml requirements.lock ./
 RUN .venv/bin/pip install --require-hashes -r requirements.lock \
     && .venv/bin/pip install ${TORCH_INDEX} \
         "$(sed -n 's/^ *"\(torch==[0-9.]*\)",$/\1/p' pyproject.toml)" \
+    && if [ -n "${EXTRAS}" ]; then .venv/bin/pip install ${EXTRAS}; fi \
     && .venv/bin/pip uninstall -y pip
 COPY model model
 COPY server server

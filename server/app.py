@@ -11,6 +11,7 @@ from functools import cache
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from server import routes
 from server.errors import BadRequest, InvalidParameter, MethodNotAllowed, NotFound, OfframpError
@@ -22,6 +23,9 @@ from server.protocol import error_body
 from server.repository import Served
 
 log = logging.getLogger("offramp")
+
+LONGEST_NAME = 100
+"""Characters of an unknown parameter's name that its error repeats."""
 
 DESCRIPTION = "Image classification that answers from the shallowest sufficient exit."
 
@@ -51,16 +55,18 @@ def create_app(served: Served) -> FastAPI:
     app.state.served = served
     keys = bool(served.settings.api_keys)
     app.openapi = cache(lambda: document(app, keys))  # type: ignore[method-assign]
-    app.include_router(page_router())
-    app.include_router(routes.protected)
-    if served.settings.admin_token is not None:
-        app.include_router(routes.admin)
-    app.include_router(routes.public)
+    admin = [routes.admin] if served.settings.admin_token is not None else []
+    app.state.routers = [page_router(), routes.protected, *admin, routes.public]
+    for router in app.state.routers:
+        app.include_router(router)
     app.add_exception_handler(OfframpError, _render)
     app.add_exception_handler(HTTPException, _render_http)
     app.add_exception_handler(RequestValidationError, _render_validation)
     app.add_middleware(
-        Surroundings, metrics=served.metrics, max_body_bytes=served.settings.max_body_bytes
+        Surroundings,
+        metrics=served.metrics,
+        max_body_bytes=served.settings.max_body_bytes,
+        tracer=served.tracer,
     )
     return app
 
@@ -95,11 +101,24 @@ async def _render_http(request: Request, error: Exception) -> Response:
     kind = kinds.get(error.status_code, BadRequest if error.status_code < 500 else OfframpError)
     response = await _render(request, kind())
     response.headers.update(error.headers or {})
+    if error.status_code == MethodNotAllowed.status:
+        response.headers["Allow"] = ", ".join(_methods(request))
     return response
+
+
+def _methods(request: Request) -> list[str]:
+    """Every method that the path takes; Starlette names those of the first route only."""
+    matching = (
+        route
+        for router in request.app.state.routers
+        for route in router.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+    )
+    return sorted({method for route in matching for method in route.methods or ()})
 
 
 async def _render_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:]) or "request"
+    where = ".".join(str(part) for part in first["loc"][1:])[:LONGEST_NAME] or "request"
     return await _render(request, InvalidParameter(f"{where}: {first['msg']}"))

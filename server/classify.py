@@ -140,6 +140,8 @@ async def classify(
         except (ClientDisconnect, asyncio.CancelledError):
             engine.cancel(ticket)
             raise
+    if context.trace:
+        context.trace.image(context.arrived, ticket.accepted, decode_seconds, answer)
     return _body(answer, parameters, served, context, decode_seconds)
 
 

@@ -260,7 +260,9 @@ class Engine:
         assert ticket.probabilities is not None
         self._metrics.saw(exit, ticket.confidence)
         class_id = int(ticket.probabilities.argmax())
-        seen = Seen(exit, class_id, ticket.confidence, 1e3 * (now - job.arrived))
+        milliseconds = 1e3 * (now - job.arrived)
+        computing = 1e3 * ticket.compute_seconds
+        seen = Seen(exit, class_id, ticket.confidence, milliseconds, computing)
         ticket.seen.append(seen)
         self._outbox.show(ticket, seen)
 

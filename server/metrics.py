@@ -68,6 +68,7 @@ class Metrics:
         self._requests(seconds)
         self._answers(seconds)
         self._engine(seconds, batches)
+        self._device(labels.get("device") == "cuda")
         self._policy()
         self._information({"model": model, "version": version, **labels})
         self._create_series(exits)
@@ -99,6 +100,7 @@ class Metrics:
             "deadlines_total", "Requests with a deadline, by outcome", ["outcome"]
         )
         self.in_flight = self._gauge("in_flight_jobs", "Images accepted and not yet answered")
+        self.max_queue = self._gauge("max_queue_jobs", "Most images that may be in flight")
 
     def _answers(self, seconds: Sequence[float]) -> None:
         self.answers = self._counter(
@@ -134,6 +136,19 @@ class Metrics:
         self.queue_jobs = self._gauge(
             "queue_jobs", "Images waiting for a stage", ["model", "stage"]
         )
+
+    def _device(self, on_cuda: bool) -> None:
+        memory = self._gauge("gpu_memory_bytes", "Of the card; all zero without one", ["kind"])
+        functions = {
+            "allocated": torch.cuda.memory_allocated,
+            "reserved": torch.cuda.memory_reserved,
+            "used": lambda: _card_memory()[0],
+            "total": lambda: _card_memory()[1],
+        }
+        for kind, function in functions.items():
+            child = memory.labels(kind)
+            if on_cuda:
+                child.set_function(function)
 
     def _policy(self) -> None:
         self.operating_point = self._gauge(
@@ -186,6 +201,12 @@ class Metrics:
     def render(self) -> bytes:
         """The exposition that Prometheus scrapes."""
         return prometheus_client.generate_latest(self.registry)
+
+
+def _card_memory() -> tuple[int, int]:
+    """Bytes used by everybody, bytes in total."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free, total
 
 
 class EngineMetrics:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import BodyTooLarge, OfframpError
 from server.metrics import ROUTES, Metrics
 from server.protocol import error_body
+from server.tracing import RequestTrace, RequestTracer
 
 log = logging.getLogger("offramp.access")
 
@@ -35,6 +36,8 @@ class Context:
     fields: dict[str, object] = field(default_factory=dict)
     """What the log line says beside the usual."""
     server_timing: str = ""
+    trace: RequestTrace | None = None
+    """Its spans, where somebody wants them."""
     started: bool = False
 
 
@@ -45,12 +48,20 @@ class Surroundings:
         app: what it surrounds.
         metrics: where requests are counted.
         max_body_bytes: where a body is cut off, announced or not.
+        tracer: makes its spans, where somebody wants them.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        max_body_bytes: int,
+        tracer: RequestTracer | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,6 +69,10 @@ class Surroundings:
             return
         context = Context(_request_id(scope), time.perf_counter())
         scope.setdefault("state", {})["context"] = context
+        if self._tracer and scope["path"] in ROUTES:
+            context.trace = self._tracer.request(
+                scope["method"], scope["path"], scope["headers"], context.arrived
+            )
         sender = _sender(context, send)
         try:
             self._refuse_announced(scope)
@@ -99,6 +114,9 @@ class Surroundings:
         if path in ROUTES:
             self._metrics.requests.labels(path, str(context.status)).inc()
             self._metrics.request_seconds.labels(path).observe(seconds)
+        if context.trace:
+            context.trace.end(context.status, context.request_id)
+            context.fields["trace_id"] = context.trace.trace_id
         level = logging.INFO if path in ROUTES or context.status >= 400 else logging.DEBUG
         if log.isEnabledFor(level):
             said: dict[str, object] = {
@@ -134,6 +152,8 @@ def _sender(context: Context, send: Send) -> Send:
             headers = [*message.get("headers", ()), (b"x-request-id", context.request_id.encode())]
             if context.server_timing:
                 headers.append((b"server-timing", context.server_timing.encode()))
+            if context.trace:
+                headers.append((b"traceresponse", context.trace.header.encode()))
             message["headers"] = headers
         await send(message)
 

@@ -201,6 +201,7 @@ def document(app: FastAPI, keys: bool) -> dict[str, Any]:
     made.setdefault("components", {})["securitySchemes"] = SECURITY_SCHEMES
     for item in made["paths"].values():
         for method, operation in item.items():
+            operation["responses"] = dict(sorted(operation["responses"].items()))
             operation["security"] = _security(method, operation, keys)
     return made
 

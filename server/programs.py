@@ -72,7 +72,7 @@ def load_program(file: Path) -> Program:
     """
     loaded = torch._inductor.aoti_load_package(str(file))
     # Its own call parses two JSON tree descriptions a call, 0.1 ms in all.
-    return lambda tensors: loaded.loader.boxed_run(list(tensors))  # type: ignore[attr-defined]
+    return lambda tensors: loaded.loader.boxed_run(list(tensors))
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from server.programs import compiler
 from server.runner import Program, Runner, batch_sizes
 from server.scheduler import Scheduler
 from server.settings import Settings
+from server.tracing import tracer_from
 
 log = logging.getLogger("offramp")
 
@@ -52,7 +53,9 @@ class Served:
             self.metrics,
         )
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
+        self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0
+        self.tracer = tracer_from(os.environ)
         self.draining = False
         self.failed = False
         self._engine: Engine | None = None
@@ -167,6 +170,8 @@ class Served:
         if self._compiling:
             self._compiling.close()
         self.decoder.close()
+        if self.tracer:
+            self.tracer.close()
 
     def _controller(self) -> OverloadController:
         deadline_ms = self.settings.default_deadline_ms

@@ -37,6 +37,8 @@ class Seen:
     confidence: float
     milliseconds: float
     """From the image's arrival."""
+    compute_milliseconds: float = 0.0
+    """Of those, computing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ import argparse
 import sys
 
 from model.bundle import BundleError
-from training import calibrate, evaluate, export, report, train
+from training import calibrate, evaluate, export, report, resample, train
 from training.data import DataError
 from training.interrupt import Interrupted
 from training.run import TrainingError
 
-COMMANDS = (train, calibrate, evaluate, export, report)
+COMMANDS = (train, calibrate, resample, evaluate, export, report)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,11 +22,10 @@ from training.data import SUFFIXES, DataError, Listing
 from training.ladder import Method, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
+from training.parts import HELD_OUT, held_out_if_trained_on
 from training.reliability import exit_errors
 from training.timing import stage_seconds
 
-HELD_OUT = 0.1
-"""Share of each class of train/ that training leaves out; `training.train` holds out the same."""
 RECORD = "calibration.json"
 SHOWN_LOSS = 0.01
 
@@ -47,7 +46,7 @@ def add_command(commands: Any) -> None:
         help="folder with CLASS/*.png; or with train/CLASS/*.png, whose held-out part is taken; "
         "or with images alone, for --method disagreement",
     )
-    command.add_argument("--delta", type=_share, default=defaults.delta, help="chance of failing")
+    command.add_argument("--delta", type=share, default=defaults.delta, help="chance of failing")
     command.add_argument(
         "--method", type=Method, choices=list(Method), default=defaults.method, help="what to prove"
     )
@@ -64,13 +63,13 @@ def add_command(commands: Any) -> None:
         default=defaults.ensemble,
         help="answer from all exits passed so far",
     )
-    command.add_argument("--mean-macs", type=_share, help="add the best point at this cost")
+    command.add_argument("--mean-macs", type=share, help="add the best point at this cost")
     command.add_argument(
         "--cost", choices=["macs", "measured"], default="macs", help="what the search saves"
     )
     command.add_argument(
         "--search-share",
-        type=_share,
+        type=share,
         default=defaults.search_share,
         help="share of the images that thresholds are chosen on; the rest certifies them",
     )
@@ -94,6 +93,7 @@ def add_numerics(command: argparse.ArgumentParser) -> None:
 def _calibrate(arguments: argparse.Namespace) -> None:
     listing, labelled = calibration_listing(arguments.data)
     bundle = load_bundle(arguments.bundle, with_policy=not labelled)
+    listing = held_out_if_trained_on(listing, bundle.description.training.get("files_sha256"))
     if labelled:
         check_classes(bundle, listing.classes)
     dtype = chosen_dtype(arguments.dtype)
@@ -127,8 +127,9 @@ def chosen_dtype(name: str) -> torch.dtype:
 def calibration_listing(root: Path) -> tuple[Listing, bool]:
     """The images to calibrate on, with whether they are labelled.
 
-    That is what training held out of `root/train`; without one, all of `root/CLASS`; without any
-    class, the images in `root` itself.
+    That is what training held out of `root/train`; without one, all of `root/CLASS`, of which
+    `held_out_if_trained_on` leaves the part that is fit; without any class, the images in `root`
+    itself.
     """
     if (root / "train").is_dir():
         return folders.split_by_hash(folders.list_folder(root / "train"), HELD_OUT)[1], True
@@ -219,7 +220,8 @@ def table(points: Sequence[OperatingPoint]) -> Iterator[str]:
         )
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """Parse a number between 0 and 1."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")

@@ -43,6 +43,14 @@ def save_checkpoint(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> N
     partial.replace(folder / CHECKPOINT)
 
 
+def check_unused(folder: Path) -> None:
+    """Raise TrainingError where a new run would write over an earlier one."""
+    if (folder / CHECKPOINT).exists():
+        raise TrainingError(
+            f"{folder} holds a run already; go on with --resume, or choose another --out"
+        )
+
+
 def resume(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> None:
     """Go on from the folder's checkpoint, exactly where it was written.
 

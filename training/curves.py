@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from training.log import Entry
 from training.plots import DPI, PUBLISHED, colours
@@ -39,6 +40,7 @@ def _accuracy(axes: Axes, history: Sequence[Entry]) -> None:
         together = [100 * e["ensemble_accuracy"] for e in history]
         axes.plot(epochs, together, color="tab:red", ls="--", label="ensemble")
     axes.set(xlabel="epoch", ylabel="validation accuracy, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -60,7 +62,8 @@ def _losses(axes: Axes, history: Sequence[Entry]) -> None:
         style: dict[str, Any] = {"color": shades[name]} if name in shades else {"ls": "--"}
         axes.plot(epochs, values, label=name, **style)
     axes.set(xlabel="epoch", ylabel="loss, weighted")
-    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -82,6 +85,9 @@ def accuracy_over_cost(
     for (name, figures), marker in zip(PUBLISHED.items() if published else (), "^v", strict=False):
         axes.plot(*zip(*figures, strict=True), f"{marker}-", color="0.4", lw=1, label=name)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set(
         xlabel="multiply-accumulates an image, millions", ylabel=f"accuracy on {measured_on}, %"
     )

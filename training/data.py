@@ -139,7 +139,7 @@ def split_by_hash(listing: Listing, share: float) -> tuple[Listing, Listing]:
         by_class.setdefault(class_id, []).append(i)
     held: set[int] = set()
     for indices in by_class.values():
-        ranked = sorted(indices, key=lambda i: _digest(listing.files[i]))
+        ranked = sorted(indices, key=lambda i: name_digest(listing.files[i]))
         held.update(ranked[: round(share * len(indices))])
     everything = range(len(listing))
     return (
@@ -148,7 +148,8 @@ def split_by_hash(listing: Listing, share: float) -> tuple[Listing, Listing]:
     )
 
 
-def _digest(file: Path) -> bytes:
+def name_digest(file: Path) -> bytes:
+    """SHA-256 of `CLASS/FILENAME`."""
     return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).digest()
 
 

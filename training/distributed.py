@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,21 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process."""
         return bool(self.sum(torch.tensor(int(flag))).item()) if self.count > 1 else flag
+
+    def wrapped(self, net: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over processes.
+
+        On CUDA batch normalisation then looks at the whole batch; on the CPU, where torch has no
+        such layer, each process at its share, while running statistics are the first process's.
+        """
+        if self.count == 1:
+            return net
+        # A 1x1 convolution's gradient has two names for one layout, which is all it warns of.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        if self.device.type == "cpu":
+            return nn.parallel.DistributedDataParallel(net)
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return nn.parallel.DistributedDataParallel(net, device_ids=[self.device.index])
 
     def wait(self) -> None:
         """Until every process is here."""

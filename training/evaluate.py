@@ -20,10 +20,11 @@ from training.calibrate import (
     chosen_dtype,
     load_images,
 )
-from training.data import DataError, ImageSet, list_folder
+from training.data import DataError, ImageSet, Listing, list_folder
 from training.evaluation import Measured, Report
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
+from training.parts import find_parts, listing_digest
 from training.timing import stage_seconds
 
 
@@ -45,8 +46,7 @@ def add_command(commands: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     bundle = load_servable(arguments.bundle)
-    test = arguments.data / "test"
-    listing = list_folder(test if test.is_dir() else arguments.data)
+    listing = test_listing(arguments.data, bundle.description.training.get("files_sha256"))
     check_classes(bundle, listing.classes)
     images = load_images(bundle, listing)
     assert bundle.policy is not None
@@ -60,6 +60,23 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     record_accuracy(bundle, report)
     print(markdown.headline(report), markdown.exit_table(report), sep="\n\n", end="\n\n")
     print(markdown.point_table(report), f"wrote {out / 'report.md'}", sep="\n\n")
+
+
+def test_listing(root: Path, trained_on: str | None) -> Listing:
+    """The images to measure on: `root/test`, or those of `root/CLASS` that training left alone.
+
+    Args:
+        root: the data folder.
+        trained_on: `listing_digest` of the files that the bundle was trained on, if it is known.
+    """
+    if (root / "test").is_dir():
+        return list_folder(root / "test")
+    listing = list_folder(root)
+    if listing_digest(listing) == trained_on:
+        test = find_parts(root).test
+        assert test is not None
+        return test
+    return listing
 
 
 def measure(bundle: Bundle, images: ImageSet, logits: torch.Tensor, dtype: torch.dtype) -> Measured:

@@ -91,6 +91,12 @@ class Report(Record):
     class_shares: dict[str, tuple[float, ...]]
     """Share of each class's images that leave at each exit."""
 
+    @property
+    def point_shown(self) -> PointResult:
+        """The operating point that sentences are about."""
+        allowed = [p for p in self.operating_points if p.max_accuracy_loss <= self.shown_loss]
+        return allowed[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:

@@ -3,58 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.preprocess import Preprocess
 from training.accuracy import Accuracy, evaluate
-from training.augment import augment
-from training.checkpoint import Origin, save_checkpoint
+from training.checkpoint import save_checkpoint
 from training.data import Images
-from training.distributed import Processes
 from training.interrupt import Interrupted, Request, requests
 from training.log import Bar, Entry, Scalars, write_log
-from training.losses import Terms, total
-from training.objective import objective
-from training.recipe import Recipe
 from training.run import Run, TrainingError
 from training.schedule import pace
-from training.seeds import generator_of, seed_of
-from training.teacher import Teacher
+from training.seeds import generator_of
+from training.step import take_step
 from training.watch import Watch
+from training.work import Work
 
 CHECK_EVERY = 50
 """Steps between looks at the loss: a device that is asked too often waits."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a run trains on; nothing here changes."""
-
-    recipe: Recipe
-    training: Images
-    validation: Images
-    preprocess: Preprocess
-    folder: Path
-    origin: Origin
-    processes: Processes
-    forward: nn.Module
-    """The student, perhaps wrapped or compiled."""
-    class_weights: Tensor | None = None
-    teacher: Teacher | None = None
-    after_step: Callable[[int], None] = lambda step: None
-    """Called with each step that was done."""
-
-    @property
-    def steps_an_epoch(self) -> int:
-        """Whole batches; the rest of an epoch's images waits for another."""
-        return len(self.training) // self.recipe.batch_size
 
 
 def fit(run: Run, work: Work) -> Accuracy:
@@ -118,7 +86,7 @@ def _epoch(run: Run, work: Work, bar: Bar, request: Request) -> Entry:
         rate, momentum = pace(recipe, step, recipe.epochs * per_epoch)
         for group in run.optimizer.param_groups:
             group["lr"], group["momentum"] = rate, momentum
-        values = _step(run, work, step, pixels.to(device), class_ids.to(device))
+        values = take_step(run, work, step, pixels.to(device), class_ids.to(device))
         watch.note(step, values)
         run.sums = values if run.sums is None else run.sums + values
         run.step += 1
@@ -153,44 +121,6 @@ def _batches(run: Run, work: Work) -> Iterator[tuple[Tensor, Tensor]]:
     )
     whole = order.split(recipe.batch_size)[run.step : work.steps_an_epoch]
     return work.training.batches([work.processes.share(b) for b in whole], draw=run.epoch)
-
-
-def _step(run: Run, work: Work, step: int, pixels: Tensor, class_ids: Tensor) -> Tensor:
-    """One step of gradient descent; returns the terms' values, fp32 `[terms]`."""
-    recipe, rank = work.recipe, work.processes.rank
-    generator = generator_of(pixels.device, recipe.seed, "augment", step, rank)
-    torch.manual_seed(seed_of(recipe.seed, "dropout", step, rank))
-    pixels, target = augment(pixels, class_ids, len(work.training.classes), recipe, generator)
-    run.optimizer.zero_grad()
-    parts = list(zip(pixels.chunk(recipe.accumulate), target.chunk(recipe.accumulate), strict=True))
-    values = torch.zeros((), device=pixels.device)
-    for i, (some, targets) in enumerate(parts):
-        share = len(some) / len(pixels)
-        with _without_exchange(work.forward) if i + 1 < len(parts) else nullcontext():
-            terms = _terms(work, some, targets)
-            run.scaler.scale(total(terms) * share).backward()
-        run.names = list(terms)
-        values = values + share * torch.stack([t.detach() for t in terms.values()])
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if run.average:
-        run.average.update(run.net)
-    return values
-
-
-def _terms(work: Work, pixels: Tensor, target: Tensor) -> Terms:
-    dtype = DTYPES[work.recipe.precision]
-    with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
-        outputs = work.forward(work.preprocess.normalise(pixels))
-        teacher = work.teacher(pixels) if work.teacher else None
-    return objective(work.recipe, outputs, target, work.class_weights, teacher)
-
-
-def _without_exchange(forward: nn.Module) -> AbstractContextManager[None]:
-    """Gradients of all parts but the last stay in their process."""
-    if isinstance(forward, nn.parallel.DistributedDataParallel):
-        return forward.no_sync()
-    return nullcontext()
 
 
 def _leave_if_asked(

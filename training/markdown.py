@@ -43,8 +43,7 @@ def render(report: Report, files: Sequence[str]) -> str:
 
 def headline(report: Report) -> str:
     """The one sentence to remember."""
-    allowed = [p for p in report.operating_points if p.max_accuracy_loss <= report.shown_loss]
-    p, full = allowed[-1], report.exits[-1]
+    p, full = report.point_shown, report.exits[-1]
     return (
         f"On {report.images} test images the full network is right on {full.accuracy:.2%}. "
         f"Leaving as soon as an exit is sure enough, at a guaranteed loss of at most "

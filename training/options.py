@@ -60,5 +60,5 @@ def check_choices(value: Any) -> None:
     for field in dataclasses.fields(value):
         choices = field.metadata.get("choices")
         chosen = getattr(value, field.name)
-        if choices and chosen not in choices:
+        if choices and chosen is not None and chosen not in choices:
             raise ValueError(f"{field.name} must be one of {', '.join(choices)}, not {chosen!r}")

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.data import DataError, Listing, list_folder, split_by_hash
+from training.data import DataError, Listing, list_folder, name_digest, split_by_hash
 
 HELD_OUT = 0.1
 """Share of the training images that nothing but validation, then calibration, sees."""
@@ -53,13 +53,25 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
     return Parts(training, held_out, test, listing_digest(listing))
 
 
+def held_out_if_trained_on(listing: Listing, trained_on: str | None) -> Listing:
+    """The part of a single folder that its own training held out; all of any other folder.
+
+    Args:
+        listing: of the folder.
+        trained_on: `listing_digest` of the files that a bundle was trained on, if it is known.
+    """
+    if listing_digest(listing) != trained_on:
+        return listing
+    return split_by_hash(listing, HELD_OUT)[1]
+
+
 def fewer(listing: Listing, per_class: int) -> Listing:
     """At most `per_class` files of each class, always the same."""
     if per_class < 1:
         raise DataError(f"at least 1 image a class is needed, not {per_class}")
     taken: dict[int, int] = {}
     chosen = []
-    names = [hashlib.sha256(f"{f.parent.name}/{f.name}".encode()).digest() for f in listing.files]
+    names = [name_digest(f) for f in listing.files]
     for i in sorted(range(len(listing)), key=names.__getitem__):
         class_id = listing.class_ids[i]
         taken[class_id] = taken.get(class_id, 0) + 1

@@ -58,13 +58,24 @@ def accuracy_over_cost(report: Report, published: bool) -> Figure:
         [100 * p.accuracy for p in report.operating_points],
         "o",
         color="tab:blue",
-        label="Offramp, operating points",
+        label="Offramp, operating points (points of accuracy lost at most)",
     )
+    for p in report.operating_points:
+        if p.mean_macs < 1:
+            where = (p.mean_macs * full, 100 * p.accuracy)
+            name = f"≤ {100 * p.max_accuracy_loss:g}"
+            axes.annotate(name, where, (-4, 5), textcoords="offset points", ha="right", fontsize=7)
     static = [(e.macs / 1e6, 100 * e.accuracy) for e in report.exits]
     axes.plot(*zip(*static, strict=True), "s:", color="tab:orange", label="every image at one exit")
     for (name, points), marker in zip(PUBLISHED.items() if published else (), "^v", strict=False):
         axes.plot(*zip(*points, strict=True), f"{marker}-", color="0.4", lw=1, label=name)
     axes.axhline(100 * report.exits[-1].accuracy, color="0.8", lw=1, zorder=0)
+    shown, whole = report.point_shown, report.exits[-1].accuracy
+    axes.set_title(
+        f"{shown.accuracy:.1%} right with {shown.mean_macs:.0%} of the compute; "
+        f"{whole:.1%} with all of it",
+        fontsize=11,
+    )
     if published:
         axes.set_xscale("log")
         ticks = [25, 50, 100, 200, 400]
@@ -112,7 +123,7 @@ def exit_shares(report: Report) -> Figure:
     for row, p in enumerate(points):
         text = f"{p.mean_macs:.0%} of MACs, {p.accuracy:.1%} right"
         axes.text(1.01, row, text, va="center", fontsize=9)
-    axes.set_xlabel("share of test images")
+    axes.set_xlabel("share of test images that leave at each exit")
     return figure
 
 

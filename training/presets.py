@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from model.architectures import ARCHITECTURES
+from model.exits import HEADS
+from model.network import PLACES
 from training.options import check_choices, option
 from training.recipe import ENSEMBLE, NEXT, ONE_CYCLE, STEPS, Recipe
 
@@ -13,12 +16,21 @@ from training.recipe import ENSEMBLE, NEXT, ONE_CYCLE, STEPS, Recipe
 class Shape:
     """What is trained; each field is an option of `python -m training train`."""
 
-    architecture: str = option("resnet18", "a name in model.network.ARCHITECTURES")
+    architecture: str = option("resnet18", "the backbone", tuple(sorted(ARCHITECTURES)))
     width: int | None = option(
         None, "channels of the first stage (default: the architecture's)", kind=int
     )
     attention: bool = option(True, "attention gates in the heads of exits")
-    exits: str | None = option(None, "the exits to build, such as 1,3,4 (default: all)", kind=str)
+    head: str | None = option(
+        None,
+        "of exits: paper as published, compact narrower (default: the architecture's)",
+        tuple(HEADS),
+        kind=str,
+    )
+    exits: str = option(PLACES[0], "an exit after each of these", PLACES)
+    keep: str | None = option(
+        None, "the exits to build, counted from shallow, such as 1,3,4 (default: all)", kind=str
+    )
     size: int | None = option(
         None,
         "side of the square input, in pixels (default: 32 for images up to 64, else 224)",
@@ -35,8 +47,8 @@ class Shape:
         check_choices(self)
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be above 0 and at most 1, not {self.crop}")
-        if self.exits is not None and not all(e.strip().isdigit() for e in self.exits.split(",")):
-            raise ValueError(f"exits must be numbers with commas, such as 1,3,4, not {self.exits}")
+        if self.keep is not None and not all(e.strip().isdigit() for e in self.keep.split(",")):
+            raise ValueError(f"keep must be numbers with commas, such as 1,3,4, not {self.keep}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +90,11 @@ _AUTHORS = Recipe(
 )
 
 PRESETS = {
-    "fast": Preset("30 epochs, one cosine cycle; good after minutes on a card, hours on a CPU"),
+    "fast": Preset("30 epochs in one cosine cycle, with crops and mirrors alone"),
     "paper": Preset(
         "the method as published in 2021, from its authors' code",
         replace(_AUTHORS, distort="auto", cutout=16),
+        Shape(head="paper"),
     ),
     "paper-2019": Preset(
         "the method as first published, after its public reproduction: no attention, no "
@@ -89,10 +102,11 @@ PRESETS = {
         # There the feature term is summed over whole maps with weight 1e-6; here it compares
         # pooled features, so its weight is the later paper's.
         replace(_AUTHORS, epochs=200, distillation_weight=0.1, temperature_squared=True),
-        Shape(attention=False),
+        Shape(head="paper", attention=False),
     ),
     "best": Preset(
-        "every modern lever that helps elsewhere; its own figures are in training/RESULTS.md",
+        "the modern levers that helped others most; what it reaches here is in "
+        "training/RESULTS.md once it has been measured",
         Recipe(
             epochs=200,
             schedule=ONE_CYCLE,
@@ -116,7 +130,8 @@ ABLATIONS = {
     "taught by all exits": f"--distill-from {ENSEMBLE}",
     "taught by the next deeper exit": f"--distill-from {NEXT}",
     "no attention": "--no-attention",
-    "two exits": "--exits 2,4",
+    "two exits": "--keep 2,4",
+    "an exit after every block": "--exits blocks",
     "a separate teacher alone": "--teacher BUNDLE --distillation-weight 0 --feature-weight 0",
     "a separate teacher on top": "--teacher BUNDLE",
 }

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.backbone import Backbone
 from model.network import MultiExitNet
 from training.run import TrainingError
 
@@ -21,27 +22,26 @@ WRAPPER = "module."
 """What DataParallel puts before every name."""
 
 
-def load_pretrained(net: MultiExitNet, file: Path) -> None:
+def load_pretrained(net: MultiExitNet, whole: Backbone, file: Path) -> None:
     """Give a network's backbone the weights of a published one; exits stay as they are.
 
     Args:
-        net: whose backbone has the same names and shapes.
+        net: whose backbone may end at its last exit.
+        whole: the same backbone to its own end, which the file must fit.
         file: a state dict, as `.safetensors` or written by `torch.save`.
 
     Raises:
         TrainingError: the file cannot be read safely, or belongs to another backbone.
     """
-    state = _read(file)
-    if net.kept[-1] < len(net.backbone.stage_channels):  # the stages behind were dropped
-        own = net.backbone.state_dict()
-        state = {name: value for name, value in state.items() if name in own}
     try:
-        net.backbone.load_pretrained(state)
+        whole.load_pretrained(_read(file))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise TrainingError(
             f"{file} does not fit this backbone: {' '.join(lines)[:300]}"
         ) from error
+    loaded = whole.state_dict()
+    net.backbone.load_state_dict({name: loaded[name] for name in net.backbone.state_dict()})
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -20,8 +20,9 @@ BETWEEN = 5
 def nested_path(outcomes: Outcomes, costs: np.ndarray) -> list[tuple[float, ...]]:
     """Search thresholds for a sequence of prices and nest them.
 
-    For a price, thresholds minimise mean cost + price * mean loss by exact coordinate descent:
-    with the others fixed, an exit's best threshold is found by sorting the images that reach it.
+    For a price, thresholds minimise mean cost + price * mean loss by exact coordinate descent,
+    from the vector before and from the full network: with the others fixed, an exit's best
+    threshold is found by sorting the images that reach it.
     Falling prices give ever bolder vectors; a running minimum makes them nested, so that an image
     never leaves later further down the path. The first vector is the full network's.
 
@@ -37,7 +38,10 @@ def nested_path(outcomes: Outcomes, costs: np.ndarray) -> list[tuple[float, ...]
     thresholds = np.full(outcomes.exits - 1, NEVER)
     path = [tuple(thresholds.tolist())]
     for price in tqdm(PRICES, "searching", leave=False):
-        found = _descend(outcomes.confidence, order, costs + price * loss, thresholds)
+        values = costs + price * loss
+        starts = (thresholds, np.full_like(thresholds, NEVER))
+        ends = [_descend(outcomes.confidence, order, values, start) for start in starts]
+        found = min(ends, key=lambda end: _mean_value(outcomes.confidence, values, end))
         thresholds = np.minimum(thresholds, found)
         path.append(tuple(thresholds.tolist()))
     return path
@@ -106,6 +110,11 @@ def _descend(
         if (thresholds == before).all():
             break
     return thresholds
+
+
+def _mean_value(confidence: np.ndarray, values: np.ndarray, thresholds: np.ndarray) -> float:
+    *_, (_, below) = _downstream(confidence, values, thresholds)
+    return float(np.where(suffices(confidence[:, 0], thresholds[0]), values[:, 0], below).mean())
 
 
 def _downstream(

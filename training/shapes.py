@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from model.backbone import Backbone
 from model.network import MultiExitNet, build
 from training.folder import SMALL
 from training.presets import Shape
@@ -26,16 +27,24 @@ def build_net(
         ValueError: an unknown architecture, or arguments that it cannot take.
     """
     arguments: dict[str, Any] = {"stem": shape.stem or (32 if size <= SMALL else 224)}
-    if shape.width is not None:
-        arguments["width"] = shape.width
-    if not shape.attention:
-        arguments["attention"] = False
-    keep = [int(e) for e in shape.exits.split(",")] if shape.exits else None
+    for name in ("width", "head"):
+        if getattr(shape, name) is not None:
+            arguments[name] = getattr(shape, name)
+    for name in ("attention", "exits"):
+        if getattr(shape, name) != getattr(Shape(), name):
+            arguments[name] = getattr(shape, name)
+    keep = [int(e) for e in shape.keep.split(",")] if shape.keep else None
     if plain:
         keep = [keep[-1] if keep else _exits(shape.architecture, classes, arguments)]
     if keep:
         arguments["keep"] = keep
     return build(shape.architecture, classes, **arguments), arguments
+
+
+def whole_backbone(architecture: str, classes: int, arguments: dict[str, Any]) -> Backbone:
+    """The backbone of such a network before anything behind its last exit is dropped."""
+    uncut = {name: value for name, value in arguments.items() if name != "keep"}
+    return build(architecture, classes, **uncut).backbone
 
 
 def _exits(architecture: str, classes: int, arguments: dict[str, Any]) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from model.network import MultiExitNet
 from training import checkpoint, loop
@@ -21,9 +20,10 @@ from training.presets import PRESETS, Preset, Shape
 from training.pretrained import load_pretrained
 from training.recipe import PLAIN, Recipe
 from training.room import check_disk
-from training.run import Run, start
-from training.shapes import build_net
+from training.run import start
+from training.shapes import build_net, whole_backbone
 from training.teacher import load_teacher
+from training.work import Work
 
 
 def add_command(commands: Any) -> None:
@@ -82,6 +82,8 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
     _settle(arguments.deterministic)
     out.mkdir(parents=True, exist_ok=True)
+    if not arguments.resume:
+        checkpoint.check_unused(out)
     data = open_folder(
         arguments.data,
         shape.size,
@@ -96,13 +98,15 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
     classes, plain = data.training.classes, recipe.method == PLAIN
     net, described = build_net(shape, len(classes), data.preprocess.size, plain)
     if arguments.pretrained:
-        load_pretrained(net, arguments.pretrained)
+        whole = whole_backbone(shape.architecture, len(classes), described)
+        load_pretrained(net, whole, arguments.pretrained)
     check_disk(out, net, recipe.ema > 0)
     run = start(net, recipe, mine.device)
     origin = {"architecture": shape.architecture, "arguments": described, "files": data.digest}
     if arguments.resume:
         checkpoint.resume(run, recipe, origin, out)
-    work = loop.Work(
+    forward = mine.wrapped(run.student)
+    work = Work(
         recipe=recipe,
         training=data.training,
         validation=data.validation,
@@ -110,7 +114,7 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         folder=out,
         origin=origin,
         processes=mine,
-        forward=_wrapped(run, mine, arguments.compile),
+        forward=torch.compile(forward) if arguments.compile else forward,
         class_weights=data.class_weights(recipe.class_weights, mine.device),
         teacher=arguments.teacher and load_teacher(arguments.teacher, classes, mine.device),
     )
@@ -166,18 +170,6 @@ def report_unreadable(data: Folder, mine: Processes, shown: int = 5) -> None:
 def _settle(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-
-
-def _wrapped(run: Run, mine: Processes, compiled: bool) -> nn.Module:
-    forward: nn.Module = run.student
-    if mine.count > 1:
-        ids = [mine.device.index] if mine.device.type == "cuda" else None
-        if mine.device.type == "cuda":
-            run.student = nn.SyncBatchNorm.convert_sync_batchnorm(run.student)
-        forward = nn.parallel.DistributedDataParallel(
-            run.student, device_ids=ids, gradient_as_bucket_view=True
-        )
-    return torch.compile(forward) if compiled else forward  # type: ignore[return-value]
 
 
 def command_line() -> str:

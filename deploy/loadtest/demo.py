@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("url", metavar="URL", help="where images are posted")
     parser.add_argument("--images", type=Path, required=True, help="folder or tar archive")
-    parser.add_argument("--clients", type=int, default=64, help="at the peak of a wave")
+    parser.add_argument("--clients", type=int, default=32, help="at the peak of a wave")
     parser.add_argument("--period", type=float, default=120.0, help="seconds from peak to peak")
     parser.add_argument("--seconds", type=float, default=math.inf, help="how long to go on")
     return parser

@@ -27,7 +27,7 @@ def read_samples(source: Path, most: int = 10_000) -> list[Sample]:
         ValueError: there is no image.
     """
     if source.is_dir():
-        names = [p.relative_to(source) for p in source.rglob("*")]
+        names: list[PurePath] = [p.relative_to(source) for p in source.rglob("*")]
     else:
         names = [PurePath(name) for name in _members(source)]
     chosen = sorted(n for n in names if n.suffix.lower() in SUFFIXES)

@@ -4,11 +4,16 @@ import { byId, figures, percent, points, shape } from "./dom.js";
 
 const [LEFT, RIGHT, TOP, BOTTOM] = [44, 462, 12, 150];
 
-/** Operating points from the cheapest to the full network, as the slider counts them. */
+/** Whether two operating points answer alike. */
+export const alike = (a, b) => a.thresholds.join() === b.thresholds.join();
+
+/** Operating points from the cheapest to the full network, as the slider counts them: of those
+ * that answer alike, the one with the best bound. */
 export function ladder(policy) {
-  return [...policy.operating_points].sort(
-    (a, b) => a.mean_macs - b.mean_macs || b.max_accuracy_loss - a.max_accuracy_loss,
-  );
+  const points = policy.operating_points; // from the smallest loss to the largest
+  return points
+    .filter((p, i) => !points.slice(0, i).some((q) => alike(p, q)))
+    .sort((a, b) => a.mean_macs - b.mean_macs || b.max_accuracy_loss - a.max_accuracy_loss);
 }
 
 /** Draw the curve with one point chosen, and say what is at stake there. */
@@ -55,12 +60,13 @@ function describe(policy, chosen, steps) {
     ["of the compute, on average", percent(chosen.mean_macs)],
   ]);
   const images = policy.calibration_images.toLocaleString("en");
+  const lost = chosen.measured_accuracy_loss;
   const holds = chosen.certified
     ? `The bound holds with probability ${percent(1 - policy.delta)}.`
     : "This bound is not certified.";
   byId("guarantee").textContent =
-    `${holds} Measured on ${images} calibration images: ${points(chosen.measured_accuracy_loss)} lost` +
-    " (small grey dots).";
+    `${holds} Measured on ${images} calibration images: ${points(Math.abs(lost))} ` +
+    `${lost < 0 ? "gained" : "lost"} (small grey dots).`;
   byId("curve-text").textContent =
     "Accuracy at stake over mean compute: " +
     steps.map((p) => `${percent(p.mean_macs)} of the compute, ${points(p.max_accuracy_loss)}`).join("; ") + ".";

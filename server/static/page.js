@@ -1,7 +1,7 @@
 // The demo page: an image in, its exits and its answer out.
 
 import { classify, getJson, setKey } from "./api.js";
-import { draw, ladder } from "./curve.js";
+import { alike, draw, ladder } from "./curve.js";
 import { byId, element, milliseconds, percent, readable } from "./dom.js";
 import { follow } from "./live.js";
 import { lay, leave, light } from "./road.js";
@@ -25,7 +25,7 @@ function parameters() {
   const asked = {};
   for (const name of OPTIONS) if (byId(name).value !== "") asked[name] = byId(name).value;
   const step = state.steps[byId("point").value];
-  const elsewhere = step && step.max_accuracy_loss !== state.policy.in_force.max_accuracy_loss;
+  const elsewhere = step && !alike(step, state.policy.in_force);
   if (elsewhere && !("threshold" in asked)) asked.max_accuracy_loss = step.max_accuracy_loss;
   return asked;
 }
@@ -178,9 +178,7 @@ function introduce() {
   state.steps = ladder(policy);
   const slider = byId("point");
   slider.max = state.steps.length - 1;
-  slider.value = state.steps.findIndex(
-    (p) => p.max_accuracy_loss === policy.in_force.max_accuracy_loss,
-  );
+  slider.value = state.steps.findIndex((p) => alike(p, policy.in_force));
   slider.disabled = false;
   draw(policy, state.steps[slider.value]);
 }

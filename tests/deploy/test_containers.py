@@ -266,3 +266,25 @@ def test_grafana_finds_prometheus_and_reads_it_as_often_as_it_is_scraped():
     assert SERVICES[host]["ports"] == [f"127.0.0.1:{port}:{port}"]
     config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
     assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+
+
+def test_grafana_shows_our_dashboards_and_opens_with_one():
+    provisioned = yaml.safe_load((GRAFANA / "provisioning/dashboards/offramp.yml").read_text())
+    folder = provisioned["providers"][0]["options"]["path"]
+    targets = {target: source for source, target in mounts("grafana")}
+    assert ROOT / targets[folder] == GRAFANA / "dashboards"
+    home = Path(SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert home.parent == Path(folder)
+    assert (GRAFANA / "dashboards" / home.name).exists()
+
+
+def test_prometheus_finds_its_configuration_and_rules():
+    targets = {target: source for source, target in mounts("prometheus")}
+    flags = dict(f.removeprefix("--").split("=", 1) for f in SERVICES["prometheus"]["command"])
+    config = flags["config.file"]
+    assert (ROOT / targets[config]).exists()
+    for pattern in yaml.safe_load((ROOT / targets[config]).read_text())["rule_files"]:
+        folder, name = os.path.split(Path(config).parent / pattern)
+        assert list((ROOT / targets[folder]).glob(name))
+    assert targets[f"{flags['web.user-assets']}/runbooks"] == "./docs/runbooks"
+    assert targets.get(flags["storage.tsdb.path"]) == "prometheus"

@@ -3,13 +3,45 @@
 import copy
 from functools import cache
 
+import pytest
 import torch
 
-from model.network import build
+from model.network import ARCHITECTURES, build
 
 CLASSES = 5
 SIZES = {32: 32, 224: 64}
 """The side of the images that each stem is tested with."""
+
+FAMILIES = [
+    "resnet18-lite",
+    "resnet50",
+    "resnext50-32x4d",
+    "wide-resnet16-4",
+    "pyramidnet101-240",
+    "se-resnet18",
+    "vgg19-bn",
+    "mobilenetv2",
+    "shufflenetv2",
+]
+"""At least one architecture for each kind of block."""
+QUICK = (*FAMILIES, "resnet10", "resnet18")
+"""The others only repeat the same blocks more often or wider; they run with the slow tests."""
+
+
+def quick_or_slow(architectures):
+    """Parameters, those that repeat others marked as slow."""
+    slow = [pytest.mark.slow]
+    return [pytest.param(a, marks=[] if a in QUICK else slow) for a in architectures]
+
+
+def rows(quick=QUICK, quick_stems=(32,)):
+    """Every architecture with every stem, most of them marked as slow."""
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(a, stem, marks=[] if a in quick and stem in quick_stems else slow)
+        for a in ARCHITECTURES
+        for stem in SIZES
+    ]
 
 
 @cache

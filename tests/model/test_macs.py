@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.macs import count_stages, cumulative_macs, cumulative_parameters
-from model.network import build
+from model.network import ARCHITECTURES, build
+from tests.model.networks import quick_or_slow
 
 
 def counted(architecture, size, classes=100, **arguments):
@@ -59,10 +60,64 @@ def test_attention_gates_cost_what_they_add():
     assert with_gates - without == sum(gates)
 
 
-@pytest.mark.parametrize(("architecture", "macs"), [("resnet18", 1.814e9), ("resnet34", 3.664e9)])
-def test_images_of_224_cost_the_published_macs(architecture, macs):
-    trunk = sum(c.trunk_macs for c in counted(architecture, 224, stem=224))
-    assert trunk + 512 * 1000 == pytest.approx(macs, rel=1e-3)
+PUBLISHED = {  # multiply-accumulates in 1e9 and parameters, the classifier's of 1000 included
+    "resnet18": (1.814, 11_689_512, 512),
+    "resnet34": (3.664, 21_797_672, 512),
+    "resnet50": (4.089, 25_557_032, 2048),
+    "resnet101": (7.801, 44_549_160, 2048),
+    "resnet152": (11.514, 60_192_808, 2048),
+    "resnext50-32x4d": (4.230, 25_028_904, 2048),
+    "resnext101-32x8d": (16.414, 88_791_336, 2048),
+    "wide-resnet50-2": (11.398, 68_883_240, 2048),
+    "wide-resnet101-2": (22.753, 126_886_696, 2048),
+    "mobilenetv2": (0.301, 3_504_872, 1280),
+    "shufflenetv2": (0.145, 2_278_604, 1024),
+}
+"""As torchvision's documentation gives them, with the features that its classifier takes."""
+
+
+@pytest.mark.parametrize("architecture", quick_or_slow(PUBLISHED))
+def test_images_of_224_cost_what_is_published(architecture):
+    macs, parameters, features = PUBLISHED[architecture]
+    costs = counted(architecture, 224, stem=224)
+    trunk = sum(c.trunk_macs for c in costs)
+    assert trunk + features * 1000 == pytest.approx(macs * 1e9, rel=5e-3)
+    own = sum(c.trunk_parameters for c in costs)
+    assert own + features * 1000 + 1000 == parameters
+
+
+CIFAR = {"resnext29-8x64d": 34.4e6, "wide-resnet16-4": 2.7e6, "wide-resnet28-12": 52.5e6}
+
+
+@pytest.mark.parametrize("architecture", CIFAR)
+def test_networks_for_small_images_have_the_published_parameters(architecture):
+    own = sum(c.trunk_parameters for c in counted(architecture, 32))
+    assert own == pytest.approx(CIFAR[architecture], rel=0.02)
+
+
+with torch.device("meta"):
+    BOTTLENECKS = [a for a, make in ARCHITECTURES.items() if make().default_head == "compact"]
+BOTTLENECKS.remove("shufflenetv2")  # so light that even these heads cost a sixth of it
+
+
+@pytest.mark.parametrize("stem", [32, pytest.param(224, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", quick_or_slow(BOTTLENECKS))
+def test_all_heads_of_a_bottleneck_backbone_cost_less_than_8_percent_of_it(architecture, stem):
+    costs = counted(architecture, stem, classes=1000 if stem == 224 else 100, stem=stem)
+    assert head_share(costs) < 0.08
+
+
+def test_the_share_of_compact_heads_hardly_depends_on_the_width():
+    assert head_share(counted("resnet50", 32, width=16)) == pytest.approx(0.063, abs=5e-4)
+
+
+def test_the_papers_heads_are_dear_on_bottlenecks():
+    assert head_share(counted("resnet50", 32, head="paper")) > 0.3
+
+
+def head_share(costs):
+    """What all heads cost together, as a share of the backbone."""
+    return sum(c.head_macs for c in costs) / sum(c.trunk_macs for c in costs)
 
 
 def test_parameters_at_the_last_exit_are_all_of_the_networks():

@@ -5,17 +5,14 @@ import warnings
 import pytest
 import torch
 
-from model.backbone import STEMS
-from model.network import ARCHITECTURES, build, build_from
-from tests.model.networks import CLASSES, exact, images, tiny
+from model.network import build, build_from
+from tests.model.networks import CLASSES, FAMILIES, exact, images, rows, tiny
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's own fusion imports what torch has deprecated
     from model.fold import fold_stages
 
-EVERY = pytest.mark.parametrize(
-    ("architecture", "stem"), [(a, s) for a in ARCHITECTURES for s in STEMS]
-)
+EVERY = pytest.mark.parametrize(("architecture", "stem"), rows())
 
 
 def by_stages(net, x):
@@ -26,7 +23,7 @@ def by_stages(net, x):
     return logits
 
 
-@EVERY
+@pytest.mark.parametrize(("architecture", "stem"), rows(quick_stems=(32, 224)))
 @torch.inference_mode()
 def test_stage_by_stage_equals_the_whole_forward(architecture, stem):
     net, x = tiny(architecture, stem), images(stem, 2)
@@ -128,7 +125,10 @@ def test_outputs_carry_the_features_that_the_classifier_sees():
     [
         ("resnet19", {}, "unknown architecture 'resnet19'; known are .*resnet18"),
         ("resnet18", {"depth": 3}, "unknown architecture argument depth"),
-        ("resnet18", {"stem": 64}, "stem must be one of"),
+        ("resnet18", {"stem": 64}, "stem must be one of 32, 224, not 64"),
+        ("resnet18", {"head": "huge"}, "head must be one of paper, compact, not huge"),
+        ("resnet18", {"exits": "pixels"}, "exits must be one of stages, blocks, not pixels"),
+        ("resnet18", {"width": 0}, "width must be at least 1"),
     ],
 )
 def test_what_cannot_be_built_is_said_in_a_sentence(architecture, arguments, sentence):
@@ -139,3 +139,92 @@ def test_what_cannot_be_built_is_said_in_a_sentence(architecture, arguments, sen
 def test_weights_of_another_shape_are_refused():
     with pytest.raises(RuntimeError, match="size mismatch"):
         build_from(tiny("resnet10").state_dict(), "resnet10", CLASSES, width=16)
+
+
+BY_FAMILY = pytest.mark.parametrize("architecture", FAMILIES)
+
+
+@BY_FAMILY
+@torch.inference_mode()
+def test_exits_after_blocks_leave_the_trunk_as_it_is(architecture):
+    by_stage, by_block = tiny(architecture), tiny(architecture, exits="blocks")
+    assert list(by_stage.backbone.state_dict()) == list(by_block.backbone.state_dict())
+    assert by_block.exits == sum(len(stage) for stage in by_stage.backbone.stages)
+    x = images(32, 2)
+    for staged, whole in zip(by_stages(by_block, x), by_block(x), strict=True):
+        assert torch.equal(staged, whole)
+
+
+@BY_FAMILY
+@torch.inference_mode()
+def test_a_network_cut_at_any_block_says_what_the_whole_one_says_there(architecture):
+    net, x = tiny(architecture, exits="blocks"), images(32, 1)
+    whole = net(x)
+    for exit in (2, net.exits - 1):
+        arguments = {"width": 8, "exits": "blocks", "keep": [exit]}
+        names = build(architecture, CLASSES, **arguments).state_dict()
+        weights = {k: v for k, v in net.state_dict().items() if k in names}
+        cut = build_from(weights, architecture, CLASSES, **arguments)
+        torch.testing.assert_close(cut(x)[0], whole[exit - 1])
+
+
+def test_every_block_of_resnet18_is_a_place_for_an_exit():
+    net = tiny("resnet18", exits="blocks")
+    assert net.exits == 8
+    assert [len(net.blocks(k)) for k in range(1, 9)] == [1] * 8
+    assert [len(net.head(k).align) for k in range(1, 9)] == [3, 3, 2, 2, 1, 1, 0, 0]
+
+
+@BY_FAMILY
+@pytest.mark.parametrize("head", ["paper", "compact"])
+@torch.inference_mode()
+def test_every_family_takes_every_head(architecture, head):
+    net, x = tiny(architecture, head=head), images(32, 2)
+    assert all(logits.shape == (2, CLASSES) for logits in net(x))
+    reduced = [k for k in range(1, net.exits) if list(net.head(k).reduce.parameters())]
+    assert not reduced or head == "compact"
+
+
+def test_bottlenecks_have_compact_heads_and_the_others_the_papers():
+    for architecture, head in [("resnet18", "paper"), ("resnet50", "compact")]:
+        with torch.device("meta"):
+            default = build(architecture, CLASSES).state_dict()
+            named = build(architecture, CLASSES, head=head).state_dict()
+        assert {k: v.shape for k, v in default.items()} == {k: v.shape for k, v in named.items()}
+
+
+def test_a_compact_head_is_as_narrow_as_a_bottlenecks_inside():
+    with torch.device("meta"):
+        head = build("resnet50", 100).head(1)
+    assert [head.reduce[0].in_channels, head.reduce[0].out_channels] == [256, 64]
+    assert [block[5].out_channels for block in head.align] == [128, 256, 512]
+    assert head.fc.in_features == 512
+
+
+@BY_FAMILY
+def test_a_backbone_cut_short_loads_the_whole_pretrained_one(architecture):
+    state = dict(tiny(architecture).backbone.state_dict())
+    state |= {"fc.weight": torch.zeros(1), "classifier.0.bias": torch.zeros(1)}
+    cut = build(architecture, CLASSES, width=8, keep=[1]).backbone
+    cut.load_pretrained(state)
+    assert cut.state_dict().keys() < state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in cut.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [17, 40, 75])
+@BY_FAMILY
+@torch.inference_mode()
+def test_images_need_not_be_of_the_size_that_the_stem_is_for(architecture, size):
+    logits = tiny(architecture)(torch.randn(2, 3, size, size))
+    assert all(out.isfinite().all() for out in logits)
+
+
+def test_a_variant_builds_what_its_name_says():
+    counts = {
+        "resnext50-32x4d": lambda net: net.backbone.layer1[0].conv2.groups == 32,
+        "resnext29-8x64d": lambda net: net.backbone.layer1[0].conv2.groups == 8,
+        "wide-resnet50-2": lambda net: net.backbone.layer1[0].conv2.out_channels == 128,
+        "se-resnet50": lambda net: net.backbone.layer1[0].se.fc1.out_channels == 16,
+    }
+    with torch.device("meta"):
+        assert all(law(build(name, CLASSES)) for name, law in counts.items())

@@ -232,3 +232,99 @@ def test_errors_of_clients_and_answers_of_neighbours_do_not_mix(server, png):
         server.post(data)
     again = server.post(png).json()
     assert json.dumps(right["top_k"]) == json.dumps(again["top_k"])
+
+
+STRANGE = {
+    "HEAD where only POST is": ("HEAD", "/classify", 405),
+    "OPTIONS": ("OPTIONS", "/classify", 405),
+    "TRACE": ("TRACE", "/classify", 405),
+    "an unheard-of method": ("PROPFIND", "/classify", 405),
+    "a trailing slash": ("POST", "/classify/", 404),
+    "another case": ("POST", "/Classify", 404),
+    "a null byte in the path": ("GET", "/model%00", 404),
+    "invalid UTF-8 in the path": ("GET", "/%ff%fe", 404),
+    "invalid UTF-8 in a value": ("POST", "/classify?threshold=%ff", 422),
+    "invalid UTF-8 in a name": ("POST", "/classify?%ff=1", 422),
+    "a huge number": ("POST", "/classify?min_exit=" + "9" * 5000, 422),
+    "a huge name": ("POST", "/classify?" + "x" * 20_000 + "=1", 422),
+    "a number in another script": ("POST", "/classify?top_k=%E0%A5%A7x", 422),
+    "no value": ("POST", "/classify?top_k=", 422),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_requests_are_clear_errors(server, png, name):
+    method, path, status = STRANGE[name]
+    response = server.client.request(method, path, content=png)
+    assert response.status_code == status
+    assert response.headers["x-request-id"]
+    assert len(response.content) < 1000
+    if method != "HEAD":
+        assert set(response.json()) == {"error", "code", "request_id"}
+    if status == 405:
+        assert response.headers["allow"] == "POST"
+
+
+def test_a_405_names_every_method_of_its_path(serve):
+    with serve(admin_token="secret", warm=False) as one:
+        assert one.client.delete("/policy").headers["allow"] == "GET, PUT"
+        assert one.client.post("/livez").headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {b"x-request-id": b"\xff\xfe"},
+        {b"x-request-id": b"a" * 5000},
+        {b"accept": b"\xff, */*;q=oops"},
+        {b"accept": b"text/event-stream;q=0, application/json"},
+        {b"content-type": b"\xff/\xfe; boundary=\x80"},
+        {b"content-type": b""},
+        {b"authorization": b"Bearer"},
+        {b"x-api-key": b"\xe9"},
+        {b"if-none-match": b"*"},
+        {b"expect": b"100-continue"},
+    ],
+)
+def test_garbage_in_headers_changes_no_answer(server, png, headers):
+    response = server.client.post("/classify", content=png, headers=list(headers.items()))
+    assert response.status_code == 200
+    assert response.json()["label"] == server.post(png).json()["label"]
+
+
+def test_garbage_for_a_key_is_a_wrong_key(serve, png):
+    with serve(api_keys="one", warm=False) as locked:
+        for value in (b"\xe9", b"one\xff", b"x" * 10_000):
+            headers = {b"x-api-key": value}
+            check_error(locked.client.get("/model", headers=headers), 403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("accept", "streams"),
+    [
+        ("text/event-stream", True),
+        ("Text/Event-Stream; charset=utf-8", True),
+        ("application/json, text/event-stream;q=0.5", True),
+        ("text/event-stream;q=0", False),
+        ("*/*", False),
+        ("text/*", False),
+        ("text/event-streams", False),
+    ],
+)
+def test_the_stream_is_given_to_who_names_it(server, png, accept, streams):
+    response = server.client.post("/classify", content=png, headers={"accept": accept})
+    assert response.headers["content-type"].startswith("text/event-stream") == streams
+
+
+def test_of_a_parameter_given_twice_the_last_counts(server, png):
+    response = server.client.post("/classify?top_k=1&top_k=2", content=png)
+    assert len(response.json()["top_k"]) == 2
+
+
+def test_an_operating_point_can_be_chosen_for_one_request(server, png):
+    assert server.post(png, max_accuracy_loss=0).json()["exit"] == 4
+    assert server.post(png, max_accuracy_loss=0).json()["reason"] == "final"
+    cheap = server.post(png, max_accuracy_loss=0.07).json()
+    assert cheap["exit"] == server.post(png, threshold=0.4).json()["exit"]
+    both = server.post(png, max_accuracy_loss=0.05, threshold=0.5)
+    check_error(both, 422, "invalid_parameter")

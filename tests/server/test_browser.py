@@ -276,7 +276,7 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("path", ["/", "/docs"])
+@pytest.mark.parametrize("path", ["/", pytest.param("/docs", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_can_be_read_in_light_and_dark_and_on_a_phone(server, visit, scheme, path):
     with visit(server, path, color_scheme=scheme, **PHONE) as page:

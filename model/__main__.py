@@ -1,0 +1,65 @@
+"""The table of architectures with what each costs, as markdown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from model.architectures import ARCHITECTURES
+from model.exits import HEADS
+from model.macs import StageCost, count_stages
+from model.network import build
+
+CLASSES = {32: 100, 224: 1000}
+"""Of the data sets that networks of each stem are published for."""
+HEADER = (
+    "| architecture | exits | MACs, M | parameters, M | heads: paper | compact | default |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
+)
+
+
+def table(stem: int) -> Iterator[str]:
+    """One line for each architecture, at images of `stem` x `stem` and its published width."""
+    yield HEADER
+    for architecture in ARCHITECTURES:
+        costs = {head: _count(architecture, stem, head) for head in HEADS}
+        trunk = costs["paper"]
+        shares = [_head_share(cost) for cost in costs.values()]
+        cells = [
+            f"`{architecture}`",
+            str(len(trunk)),
+            f"{sum(c.trunk_macs for c in trunk) / 1e6:,.0f}",
+            f"{sum(c.trunk_parameters for c in trunk) / 1e6:.2f}",
+            *(f"{share:.1%}" for share in shares),
+            _default_head(architecture),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _count(architecture: str, stem: int, head: str) -> list[StageCost]:
+    with torch.device("meta"):
+        net = build(architecture, CLASSES[stem], stem=stem, head=head)
+    return count_stages(net, stem)
+
+
+def _head_share(costs: list[StageCost]) -> float:
+    return sum(c.head_macs for c in costs) / sum(c.trunk_macs for c in costs)
+
+
+def _default_head(architecture: str) -> str:
+    with torch.device("meta"):
+        return ARCHITECTURES[architecture]().default_head
+
+
+def main() -> int:
+    """Print the tables of `docs/architectures.md`."""
+    for stem, classes in CLASSES.items():
+        print(f"### {stem} x {stem}, {classes} classes\n")
+        print("\n".join(table(stem)), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""A small bundle that knows its classes, and folders of images for it."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model.bundle import save_bundle
+from model.network import build
+from model.preprocess import Preprocess
+
+CLASSES = ("bright", "dark", "middle")
+LEVELS = (150, 50, 100)
+PREPROCESS = Preprocess(size=16, mean=(0.4,) * 3, std=(0.2,) * 3)
+
+
+def write_noisy_images(root, n, classes=CLASSES, seed=0):
+    """`root/CLASS/*.png`: images of a brightness that mostly tells the class."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        level = dict(zip(CLASSES, LEVELS, strict=True)).get(name, 200)
+        for i in range(n):
+            brightness = level + rng.normal(0, 22)
+            pixels = brightness + rng.normal(0, 30, (16, 16, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(root / name / f"{i:03}.png", compress_level=1)
+    return root
+
+
+def write_bundle(path, classes=CLASSES):
+    """A network of random features whose classifiers are fitted by least squares."""
+    torch.manual_seed(0)
+    net = build("resnet10", len(classes), width=4)
+    rng = np.random.default_rng(7)
+    ids = rng.integers(0, 3, 256)
+    brightness = np.array(LEVELS)[ids] + rng.normal(0, 22, 256)
+    noise = rng.normal(0, 30, (256, 16, 16, 3))
+    pixels = (brightness[:, None, None, None] + noise).clip(0, 255).astype(np.uint8)
+    x = PREPROCESS.normalise(torch.from_numpy(pixels))
+    truth = torch.eye(len(classes))[ids]
+    with torch.no_grad():
+        net.train()
+        for _ in range(30):
+            net(x)
+        for k, pooled in enumerate(net.eval().outputs(x).pooled, start=1):
+            widened = torch.cat([pooled, torch.ones(len(x), 1)], dim=1)
+            fitted = torch.linalg.lstsq(widened, 4 * truth).solution
+            net.head(k).fc.weight.copy_(fitted[:-1].T)
+            net.head(k).fc.bias.copy_(fitted[-1])
+    save_bundle(
+        path,
+        net,
+        name="brightness",
+        version="1",
+        architecture="resnet10",
+        arguments={"width": 4},
+        classes=classes,
+        preprocess=PREPROCESS,
+        training={},
+    )
+    return path

@@ -1,0 +1,67 @@
+"""What one of two processes does in the tests of several processes."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.training.conftest import PREPROCESS, image_set, tiny_net, tiny_recipe
+from training.accuracy import evaluate
+from training.distributed import processes
+from training.loop import fit
+from training.losses import total
+from training.objective import objective
+from training.run import start
+from training.student import Student
+from training.work import Work
+
+
+def gradients(mine):
+    """Of one batch shared by all, batch statistics frozen so that shards do not differ by them."""
+    student = Student(tiny_net(), adapt=True).eval()
+    forward = mine.wrapped(student)
+    batch = mine.share(torch.arange(16))
+    images = image_set(16)
+    outputs = forward(PREPROCESS.normalise(images.pixels[batch]))
+    recipe = tiny_recipe(feature_weight=0.1)
+    total(objective(recipe, outputs, images.class_ids[batch])).backward()
+    return {n: p.grad for n, p in student.named_parameters()}
+
+
+def trained(mine, folder):
+    """A whole run; every process's weights must end the same."""
+    recipe = tiny_recipe(accumulate=2)
+    run = start(tiny_net(), recipe, mine.device)
+    work = Work(
+        recipe=recipe,
+        training=image_set(),
+        validation=image_set(25),
+        preprocess=PREPROCESS,
+        folder=folder,
+        origin={},
+        processes=mine,
+        forward=mine.wrapped(run.student),
+    )
+    fit(run, work)
+    return run
+
+
+def main(folder):
+    with processes("cpu") as mine:
+        found = gradients(mine)
+        accuracy = evaluate(tiny_net(), image_set(25), PREPROCESS, mine)
+        run = trained(mine, folder)
+        flags = [mine.any(False), mine.any(mine.rank == 1)]
+        state = {
+            "gradients": found,
+            "accuracy": accuracy.exits,
+            "images": accuracy.images,
+            "weights": dict(run.net.named_parameters()),
+            "flags": flags,
+        }
+        torch.save(state, folder / f"rank{mine.rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,263 @@
+"""From a trained bundle and a folder of images to a policy, or to one clear sentence."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from model.bundle import load_bundle, load_servable, save_bundle
+from model.policy import NEVER, Measure
+from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
+from tests.training.worlds import world
+from training.__main__ import main
+from training.calibration import MOST_SEARCHED, Options, calibrate, search_part
+from training.data import DataError
+from training.fit import fit_calibrations
+from training.ladder import LOSSES, Method
+from training.outcomes import outcomes_of
+from training.reliability import calibration_error, exit_errors
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return write_bundle(tmp_path_factory.mktemp("trained") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_noisy_images(tmp_path_factory.mktemp("images"), 160)
+
+
+@pytest.fixture
+def bundle(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "bundle")
+
+
+@pytest.fixture
+def command(bundle, images, capsys):
+    """Runs `calibrate` on the bundle; its exit status and what it said."""
+
+    def run(*options, data=images, command="calibrate"):
+        status = main([command, str(bundle), "--data", str(data), *map(str, options)])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return run
+
+
+def test_calibrating_makes_a_bundle_servable_and_says_what_it_did(command, bundle):
+    status, said = command()
+    assert status == 0
+    policy = load_servable(bundle).policy
+    assert [p.max_accuracy_loss for p in policy.operating_points] == list(LOSSES)
+    assert (policy.calibration_images, policy.delta, policy.dtype) == (480, 0.1, "float32")
+    assert "480 images: thresholds chosen on 120, certified on 360" in said
+    assert (
+        "a loss of 0.10% cannot be certified, so the full network runs: it takes at least" in said
+    )
+    assert said.count("calibration error") == 4
+
+
+def test_the_same_command_makes_the_same_policy_from_cached_logits(command, bundle, monkeypatch):
+    command()
+    first = (bundle / "policy.json").read_bytes()
+    monkeypatch.setattr("training.logits.compute_logits", None)
+    assert command()[0] == 0
+    assert (bundle / "policy.json").read_bytes() == first
+
+
+def test_logits_are_computed_again_for_other_numerics(command, bundle):
+    command()
+    command("--dtype", "bfloat16")
+    assert len(list((bundle.parent / ".cache").iterdir())) == 2
+    assert load_bundle(bundle).policy.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("method", Method)
+def test_every_method_names_itself_in_the_policy(command, bundle, method):
+    assert command("--method", method)[0] == 0
+    policy = load_bundle(bundle).policy
+    assert policy.method == method
+    early = [p for p in policy.operating_points if p.mean_macs < 1]
+    assert early
+    assert {p.certified for p in early} == {method is not Method.EXPECTATION}
+
+
+def test_measured_costs_can_replace_macs(command, bundle, monkeypatch):
+    measured = []
+
+    def seconds(*arguments):
+        measured.append(arguments)
+        return np.array([1.0, 2.0, 3.0, 4.0])
+
+    monkeypatch.setattr("training.calibrate.stage_seconds", seconds)
+    assert command("--cost", "measured")[0] == 0
+    assert measured
+
+
+def test_a_budget_adds_the_most_careful_point_that_keeps_it(command, bundle):
+    assert command("--mean-macs", 0.7)[0] == 0
+    points = load_bundle(bundle).policy.operating_points
+    added = [p for p in points if p.max_accuracy_loss not in LOSSES]
+    assert len(added) == 1
+    assert added[0].mean_macs == pytest.approx(0.7, abs=0.08)
+    assert added[0].certified
+
+
+def test_a_budget_below_the_first_exit_is_out_of_reach(command):
+    status, said = command("--mean-macs", 0.01)
+    assert status == 2
+    assert "mean MACs of 0.01 are out of reach" in said
+
+
+def test_images_without_labels_calibrate_disagreement_with_the_confidences_there_are(
+    command, bundle, images, tmp_path
+):
+    command()
+    before = load_bundle(bundle).policy
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(images.rglob("*.png")):
+        shutil.copy(file, flat / f"{i}.png")
+    assert command("--method", "disagreement", data=flat)[0] == 0
+    after = load_bundle(bundle).policy
+    assert (after.method, after.calibrations) == ("disagreement", before.calibrations)
+    status, said = command(data=flat)
+    assert status == 2
+    assert "images without labels can only be calibrated with --method disagreement" in said
+    (bundle / "policy.json").unlink()
+    status, said = command("--method", "disagreement", data=flat)
+    assert status == 2
+    assert "calibrate it on labelled images once" in said
+
+
+def test_a_folder_with_a_train_part_gives_its_held_out_images(command, bundle, images, tmp_path):
+    shutil.copytree(images, tmp_path / "data/train")
+    status, said = command(data=tmp_path / "data")
+    assert status == 2
+    assert "48 images are too few to calibrate on; take at least 100" in said
+
+
+def test_other_classes_are_refused(command, tmp_path):
+    other = write_noisy_images(tmp_path / "other", 2, ("bright", "dark", "purple"))
+    status, said = command(data=other)
+    assert status == 2
+    assert "the data has 3 classes, the bundle 3, and they differ (in middle, purple)" in said
+
+
+def test_one_class_is_refused(command, tmp_path):
+    status, said = command(data=write_noisy_images(tmp_path / "one", 2, ("bright",)))
+    assert status == 2
+    assert "there is one class only, bright" in said
+
+
+def test_a_bundle_without_weights_is_refused(command, bundle):
+    (bundle / "weights.safetensors").unlink()
+    status, said = command()
+    assert status == 2
+    assert "cannot read weights.safetensors" in said
+
+
+def test_logits_that_are_not_numbers_are_refused(command, bundle):
+    loaded = load_bundle(bundle)
+    with torch.no_grad():
+        loaded.net.head(2).fc.bias[0] = torch.nan
+    description = loaded.description.model_dump(exclude={"exits", "weights_sha256"})
+    save_bundle(bundle, loaded.net, **description | {"preprocess": loaded.description.preprocess})
+    status, said = command()
+    assert status == 2
+    assert "logits are not finite on 480 of 480 images" in said
+    assert not list(bundle.parent.glob(".cache/*"))
+
+
+def test_a_policy_for_other_weights_is_replaced_by_calibrating_and_refused_elsewhere(
+    command, bundle
+):
+    command()
+    policy = json.loads((bundle / "policy.json").read_text())
+    (bundle / "policy.json").write_text(json.dumps(policy | {"weights_sha256": "other"}))
+    status, said = command(command="evaluate")
+    assert status == 2
+    assert "policy.json was made for other weights; run: python -m training calibrate" in said
+    assert command()[0] == 0
+    assert load_servable(bundle)
+
+
+def test_resampling_reports_every_bound_and_leaves_the_bundle_as_it_was(command, bundle):
+    before = sorted(p.name for p in bundle.iterdir())
+    status, said = command("--splits", 2, command="resample")
+    assert status == 0
+    assert "2 splits: calibrated on 240 images, measured on the other 240" in said
+    assert said.count(" of 2\n") == len(LOSSES)
+    assert sorted(p.name for p in bundle.iterdir()) == before
+    assert "--splits above 0" in command("--splits", 0, command="resample")[1]
+
+
+@pytest.mark.parametrize("measure", Measure)
+def test_confidences_are_calibrated_on_fresh_images(measure):
+    logits, class_ids = world(6000, seed=3)
+    calibrations = fit_calibrations(logits[:3000], class_ids[:3000], measure, ensemble=True)
+    fresh = outcomes_of(logits[3000:], class_ids[3000:], calibrations, measure)
+    taken = fresh.taken((0.9, 0.9, 0.9))
+    for errors in exit_errors(fresh, 3 * logits[3000:], class_ids[3000:], taken):
+        assert errors.after < 0.06 < errors.before
+
+
+def test_the_ensemble_of_passed_exits_is_right_more_often_than_exits_alone():
+    logits, class_ids = world(6000, seed=3)
+    fits = [fit_calibrations(logits, class_ids, Measure.MARGIN, e) for e in (True, False)]
+    ensemble, alone = (outcomes_of(logits, class_ids, f, Measure.MARGIN) for f in fits)
+    assert (ensemble.right.mean(axis=0)[1:] > alone.right.mean(axis=0)[1:]).all()
+
+
+def test_calibration_error_is_the_mean_gap_between_sureness_and_being_right():
+    confidence = np.array([0.95, 0.95, 0.55, 0.55])
+    right = np.array([True, True, True, False])
+    assert calibration_error(confidence, right) == pytest.approx(0.05)
+
+
+def test_the_images_that_choose_and_that_certify_are_disjoint(bundle):
+    logits, class_ids = world(1000, seed=2, classes=3)
+    result = calibrate(load_bundle(bundle), logits, class_ids, Options())
+    found = search_part(1000, Options())
+    assert sorted([*found, *result.tested]) == list(range(1000))
+    assert len(found) == 250
+
+
+def test_labels_of_the_certifying_images_change_no_threshold_on_the_path(bundle):
+    logits, class_ids = world(1000, seed=2, classes=3)
+    loaded = load_bundle(bundle)
+    result = calibrate(loaded, logits, class_ids, Options())
+    scrambled = class_ids.clone()
+    scrambled[result.tested] = scrambled[result.tested].flip(0)
+    again = calibrate(loaded, logits, scrambled, Options())
+    assert again.path == result.path
+    assert again.policy.operating_points != result.policy.operating_points
+
+
+def test_too_few_images_to_calibrate_at_all_are_refused(bundle):
+    logits, class_ids = world(99, classes=3)
+    with pytest.raises(DataError, match="99 images are too few"):
+        calibrate(load_bundle(bundle), logits, class_ids, Options())
+
+
+@pytest.mark.slow
+def test_all_measures_can_be_compared_without_touching_the_images_that_certify(command):
+    status, said = command("--compare")
+    assert status == 0
+    assert all(measure in said for measure in Measure)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_images_calibrate_and_certify_nearly_every_loss(bundle):
+    logits, class_ids = world(100_000, seed=5, classes=3)
+    result = calibrate(load_bundle(bundle), logits, class_ids, Options())
+    assert len(result.tested) == 100_000 - MOST_SEARCHED
+    tightest = [p for p in result.policy.operating_points if p.max_accuracy_loss == 0.0025]
+    assert tightest[0].thresholds != (NEVER,) * 3
+
+
+def test_classes_are_named_in_order():
+    assert tuple(sorted(CLASSES)) == CLASSES

@@ -1,0 +1,102 @@
+"""The report of a calibrated bundle holds what happened to every test image."""
+
+import json
+
+import numpy as np
+import pytest
+
+from model.bundle import load_bundle
+from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
+from training import risk
+from training.__main__ import main
+from training.evaluation import loss_interval
+from training.markdown import CAPTIONS
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A bundle calibrated and evaluated on other images: its folder."""
+    root = tmp_path_factory.mktemp("evaluated")
+    bundle = write_bundle(root / "bundle")
+    data = write_noisy_images(root / "data", 150)
+    test = write_noisy_images(root / "test", 60, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        times = np.array([1.0, 2.0, 3.0, 4.0])
+        patch.setattr("training.evaluate.stage_seconds", lambda *_: times / 1e3)
+        assert main(["calibrate", str(bundle), "--data", str(data)]) == 0
+        assert main(["evaluate", str(bundle), "--data", str(test)]) == 0
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def report(evaluated):
+    return json.loads((evaluated / "report/report.json").read_text())
+
+
+def test_every_exit_has_its_accuracy_cost_and_calibration(evaluated, report):
+    described = load_bundle(evaluated).description.exits
+    assert [e["exit"] for e in report["exits"]] == [1, 2, 3, 4]
+    for e, d in zip(report["exits"], described, strict=True):
+        assert (e["macs"], e["parameters"], e["accuracy"]) == (d.macs, d.parameters, d.accuracy)
+        assert 0.6 < e["accuracy"] <= 1
+        assert e["milliseconds"] == pytest.approx(e["exit"])
+        assert 0 < e["error_after"] < 0.2
+        assert 0 < e["error_before"] < 0.2
+        assert sum(e["reliability"]["images"]) == 180
+    full = report["exits"][-1]["accuracy"]
+    for e in report["exits"]:
+        net = e["only_full_network_right"] - e["only_this_exit_right"]
+        assert net / 180 == pytest.approx(full - e["accuracy"])
+
+
+def test_every_operating_point_has_its_accuracy_loss_cost_and_speed(report):
+    full = report["exits"][-1]
+    macs = np.array([e["macs"] for e in report["exits"]])
+    for p in report["operating_points"]:
+        shares = np.array(p["exit_shares"])
+        assert shares.sum() == pytest.approx(1)
+        assert p["mean_macs"] == pytest.approx(shares @ macs / full["macs"])
+        assert p["speedup_macs"] == pytest.approx(1 / p["mean_macs"])
+        assert p["speedup_measured"] == pytest.approx(4 / (shares @ [1, 2, 3, 4]))
+        assert p["loss"] == pytest.approx(full["accuracy"] - p["accuracy"])
+        assert p["loss_interval"][0] <= p["loss"] <= p["loss_interval"][1]
+
+
+def test_classes_are_shown_by_where_their_images_leave(report):
+    assert list(report["class_shares"]) == list(CLASSES)
+    point = next(p for p in report["operating_points"] if p["max_accuracy_loss"] == 0.01)
+    mean = np.mean(list(report["class_shares"].values()), axis=0)
+    assert mean == pytest.approx(point["exit_shares"])
+
+
+def test_the_report_shows_every_picture_it_made(evaluated):
+    text = (evaluated / "report/report.md").read_text()
+    pictures = {p.name for p in (evaluated / "report").glob("*.png")}
+    always = {"accuracy_over_cost.png", "reliability.png", "exit_shares.png", "class_shares.png"}
+    assert always <= pictures <= set(CAPTIONS)
+    for name in pictures:
+        assert f"]({name})" in text
+        assert CAPTIONS[name] in text
+        assert (evaluated / "report" / name).stat().st_size > 5000
+
+
+def test_the_report_begins_with_what_early_exit_buys(evaluated, report):
+    text = (evaluated / "report/report.md").read_text()
+    assert text.startswith("# brightness 1: what early exit buys")
+    assert "On 180 test images the full network is right on" in text
+    assert text.count("x |") >= 2 * len(report["operating_points"])
+
+
+def test_a_bundle_without_a_policy_is_not_evaluated(tmp_path, capsys):
+    bundle = write_bundle(tmp_path / "bundle")
+    assert main(["evaluate", str(bundle), "--data", str(tmp_path)]) == 2
+    assert "has no policy.json; run: python -m training calibrate" in capsys.readouterr().err
+
+
+def test_an_interval_for_the_loss_holds_it_and_narrows_with_more_images():
+    few = np.repeat([1, -1, 0], [6, 3, 191])
+    low, high = loss_interval(few)
+    assert low < few.mean() < high
+    many_low, many_high = loss_interval(np.tile(few, 10))
+    assert low < many_low < few.mean() < many_high < high
+    assert risk.paired_p_value(6, 3, 200, high, risk.NUISANCE_SHARE * 0.05) <= 0.05

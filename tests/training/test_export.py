@@ -1,0 +1,103 @@
+"""What is exported computes what the bundle's network computes."""
+
+import pytest
+import torch
+
+from model.bundle import load_bundle, load_servable
+from tests.training.bundles import write_bundle, write_noisy_images
+from training.__main__ import main
+from training.programs import FORMATS, TOLERANCE, ExportError, write_programs
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    path = write_bundle(root / "bundle")
+    data = write_noisy_images(root / "data", 40)
+    assert main(["calibrate", str(path), "--data", str(data)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def net(bundle_path):
+    return load_bundle(bundle_path).net
+
+
+def images(n):
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def export(bundle_path, out, *options):
+    return main(["export", str(bundle_path), "--out", str(out), *map(str, options)])
+
+
+@pytest.mark.parametrize("exit", [1, 2, 4])
+def test_a_cut_bundle_serves_alone_what_that_exit_said(bundle_path, net, tmp_path, exit, capsys):
+    assert export(bundle_path, tmp_path / "cut", "--exit", exit) == 0
+    small = load_servable(tmp_path / "cut")
+    assert small.net.exits == 1
+    with torch.inference_mode():
+        assert torch.equal(small.net(images(5))[0], net(images(5))[exit - 1])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("weights, MB", "parameters, M", "MACs, M"))
+
+
+def test_cutting_drops_the_other_heads_and_the_deeper_stages(bundle_path, tmp_path):
+    export(bundle_path, tmp_path / "cut", "--exit", 2)
+    full, small = load_bundle(bundle_path).description, load_bundle(tmp_path / "cut").description
+    assert small.exits[-1].macs < full.exits[1].macs < full.exits[-1].macs
+    assert small.exits[-1].parameters < full.exits[1].parameters
+    assert small.training["cut_from_weights_sha256"] == full.weights_sha256
+    sizes = [(p / "weights.safetensors").stat().st_size for p in (bundle_path, tmp_path / "cut")]
+    assert sizes[1] < sizes[0] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per_stage", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.filterwarnings("ignore")  # of the exporters' own dependencies
+def test_programs_agree_with_the_network_at_any_batch_size(net, tmp_path, format, per_stage):
+    written = list(write_programs(net, 16, format, per_stage, tmp_path))
+    assert [f.stem for f, _ in written] == (
+        ["stage_1", "stage_2", "stage_3", "stage_4"] if per_stage else ["network"]
+    )
+    assert all(difference <= TOLERANCE for _, difference in written)
+    read = FORMATS[format][1]
+    for batch in (1, 4, 7):
+        x = images(batch)
+        with torch.no_grad():
+            expected = net(x)
+        if not per_stage:
+            got = read(written[0][0])(x)
+        else:
+            got = []
+            for file, _ in written:
+                *features, logits = read(file)(x)
+                x = features[0] if features else x
+                got.append(logits)
+        for ours, theirs in zip(expected, got, strict=True):
+            assert (ours - theirs).abs().max() <= TOLERANCE * ours.abs().max()
+
+
+def test_a_program_that_computes_something_else_is_refused(net, tmp_path, monkeypatch):
+    broken = (lambda module, x, file: None, lambda file: lambda x: [2 * y for y in net(x)])
+    monkeypatch.setitem(FORMATS, "pt2", broken)
+    with pytest.raises(ExportError, match="differs from the network by"):
+        list(write_programs(net, 16, "pt2", False, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--exit", 5], "has exits 1 to 4, not 5"),
+        ([], "say where to cut with --exit, or what to write with --format"),
+    ],
+)
+def test_a_wrong_export_is_one_clear_sentence(bundle_path, tmp_path, capsys, options, sentence):
+    assert export(bundle_path, tmp_path / "out", *options) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_bundle_is_never_exported_onto_itself(bundle_path, capsys):
+    assert export(bundle_path, bundle_path, "--exit", 1) == 2
+    assert "is the bundle itself" in capsys.readouterr().err

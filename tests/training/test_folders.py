@@ -1,0 +1,227 @@
+"""Data folders: their parts, what cannot be read, what does not fit."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.preprocess import Preprocess
+from tests.training.conftest import CLASSES, CPU, tiny_recipe, write_images
+from training import room
+from training.data import DataError, list_folder, load, split_by_hash
+from training.folder import Storage, natural_size, open_folder
+from training.normalisation import CIFAR10, CIFAR10_CLASSES, CIFAR100, measure, normalisation
+from training.parts import HELD_OUT, find_parts
+from training.seeds import generator_of, seed_of
+from training.stream import Stream, random_box
+
+PLAIN = Preprocess(size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def names(listing):
+    return {f"{f.parent.name}/{f.name}" for f in listing.files}
+
+
+def test_training_held_out_and_test_are_disjoint(folder):
+    parts = find_parts(folder)
+    assert not names(parts.training) & names(parts.held_out)
+    assert len(parts.training) + len(parts.held_out) == 36
+    assert len(parts.held_out) == 3 and len(parts.test) == 12
+
+
+def test_the_held_out_images_are_those_of_smallest_digest_as_ever(tmp_path):
+    write_images(tmp_path, n=20)
+    held = split_by_hash(list_folder(tmp_path), HELD_OUT)[1]
+    assert names(held) == {
+        *("dark/017.png", "dark/019.png"),
+        *("light/011.png", "light/012.png"),
+        *("middle/007.png", "middle/017.png"),
+    }
+
+
+def test_a_single_folder_is_cut_in_three_with_the_same_images_held_out(tmp_path):
+    write_images(tmp_path, n=30)
+    parts = find_parts(tmp_path)
+    sizes = [len(p) for p in (parts.training, parts.held_out, parts.test)]
+    assert sizes == [72, 9, 9]
+    assert len(names(parts.training) | names(parts.held_out) | names(parts.test)) == 90
+    assert names(parts.held_out) == names(split_by_hash(list_folder(tmp_path), HELD_OUT)[1])
+
+
+def test_fewer_images_a_class_leave_the_other_parts_whole(folder):
+    few, many = find_parts(folder, per_class=5), find_parts(folder)
+    assert len(few.training) == 15 and names(few.training) < names(many.training)
+    assert names(few.held_out) == names(many.held_out)
+    assert few.digest == many.digest
+
+
+def test_a_folder_is_known_again_by_the_names_in_it(folder, tmp_path):
+    before = find_parts(folder).digest
+    write_images(tmp_path / "copy/train")
+    assert find_parts(tmp_path / "copy").digest == before
+    (folder / "train/dark/000.png").rename(folder / "train/dark/new.png")
+    assert find_parts(folder).digest != before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "train/empty").mkdir(), "class folder .*empty has no image"),
+        (lambda root: write_images(root / "test", ("more",)), "test has other classes than"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_says_why(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(DataError, match=message):
+        find_parts(folder)
+
+
+def test_too_few_images_to_hold_any_out_is_said(tmp_path):
+    write_images(tmp_path, n=3)
+    with pytest.raises(DataError, match="too few images a class"):
+        find_parts(tmp_path)
+
+
+def test_a_missing_folder_is_said(tmp_path):
+    with pytest.raises(DataError, match="is not a folder"):
+        find_parts(tmp_path / "nowhere")
+
+
+def test_images_of_any_size_and_mode_become_squares(tmp_path):
+    (tmp_path / "a").mkdir()
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (40, 20, 4), np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "a/rgba.png")
+    Image.fromarray(rgba[..., 0]).save(tmp_path / "a/grey.png")
+    Image.fromarray(rgba[..., :3]).convert("P").save(tmp_path / "a/palette.gif")
+    Image.fromarray(rgba[..., 0].astype(np.uint16) * 256).save(tmp_path / "a/deep.png")
+    Image.fromarray(rgba[..., :3]).convert("CMYK").save(tmp_path / "a/print.jpg")
+    images = load(list_folder(tmp_path), PLAIN)
+    assert images.pixels.shape == (5, 16, 16, 3) and not images.unreadable
+
+
+@pytest.mark.parametrize("storage", [Storage.MEMORY, Storage.DISK])
+def test_an_unreadable_file_is_named_skipped_and_counted(folder, storage):
+    files = find_parts(folder).training.files
+    files[0].write_bytes(b"not an image")
+    files[5].write_bytes(files[5].read_bytes()[:60])
+    opened = open_folder(folder, 16, 1.0, tiny_recipe(), CPU, storage)
+    for epoch in range(2):
+        everything = torch.arange(len(opened.training)).split(8)
+        read = sum(len(ids) for _, ids in opened.training.batches(everything, epoch))
+        assert read == 31
+    assert len(opened.unreadable) == 2
+    assert all(str(files[i]) in " ".join(opened.unreadable) for i in (0, 5))
+
+
+def test_a_class_that_cannot_be_read_at_all_is_an_error(folder):
+    for file in (folder / "train/light").iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError, match="no training image of class light"):
+        open_folder(folder, 16, 1.0, tiny_recipe(), CPU, Storage.MEMORY)
+
+
+def test_a_stream_reads_what_memory_holds(folder):
+    listing = list_folder(folder / "train")
+    stored, streamed = load(listing, PLAIN), Stream(listing, PLAIN)
+    batches = torch.arange(36).split(10)
+    pairs = zip(stored.batches(batches), streamed.batches(batches), strict=True)
+    for (pixels, ids), (others, other_ids) in pairs:
+        assert torch.equal(pixels, others) and torch.equal(ids, other_ids)
+
+
+@pytest.mark.slow
+def test_workers_read_what_one_process_reads(folder):
+    listing = list_folder(folder / "train")
+    batches = torch.arange(36).split(10)
+    alone, together = (
+        [p for p, _ in Stream(listing, PLAIN, n, crop_area=0.3).batches(batches, draw=4)]
+        for n in (0, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_random_crops_differ_by_epoch_and_repeat_by_seed(folder):
+    stream = Stream(list_folder(folder / "train"), PLAIN, crop_area=0.2)
+
+    def read(draw):
+        return next(stream.batches([torch.arange(4)], draw))[0]
+
+    assert torch.equal(read(1), read(1))
+    assert not torch.equal(read(1), read(2))
+
+
+def test_a_random_box_lies_within_its_image_and_keeps_its_share():
+    for seed in range(50):
+        box = random_box((50, 20), 0.3, generator_of(torch.device("cpu"), seed))
+        left, top, right, bottom = box
+        assert 0 <= left < right <= 50 and 0 <= top < bottom <= 20
+        assert (right - left) * (bottom - top) <= 1000
+
+
+def test_random_crops_of_images_in_memory_are_refused(folder):
+    with pytest.raises(ValueError, match="--storage disk"):
+        open_folder(folder, 16, 1.0, tiny_recipe(crop_area=0.5), CPU, Storage.MEMORY)
+
+
+@pytest.mark.parametrize(("side", "size"), [(16, 32), (64, 32), (100, 224)])
+def test_the_input_size_suits_the_images(tmp_path, side, size):
+    assert natural_size(list_folder(write_images(tmp_path, n=2, side=side))) == size
+
+
+def test_normalisation_is_measured_from_the_images(folder):
+    images = load(list_folder(folder / "train"), PLAIN)
+    mean, std = measure(images)
+    x = images.pixels.double() / 255
+    torch.testing.assert_close(torch.tensor(mean).double(), x.mean((0, 1, 2)), atol=1e-3, rtol=0)
+    expected = x.flatten(0, 2).std(0, correction=0)
+    torch.testing.assert_close(torch.tensor(std).double(), expected, atol=1e-3, rtol=0)
+
+
+def test_cifar_has_its_customary_normalisation(folder):
+    class Named:
+        def __init__(self, classes):
+            self.classes = classes
+
+    hundred = ("aquarium_fish", "sweet_pepper", *(f"c{i}" for i in range(98)))
+    assert normalisation(Named(hundred), 32) == CIFAR100
+    assert normalisation(Named(tuple(CIFAR10_CLASSES.split())), 32) == CIFAR10
+
+
+def test_balanced_classes_count_the_same_together(folder):
+    for file in list((folder / "train/dark").iterdir())[:6]:
+        file.unlink()
+    opened = open_folder(folder, 16, 1.0, tiny_recipe(), CPU, Storage.MEMORY)
+    weights = opened.class_weights("balanced", CPU.device)
+    counts = torch.bincount(opened.training.class_ids)
+    torch.testing.assert_close(weights * counts, torch.full((3,), counts.sum() / 3.0))
+    assert opened.class_weights("none", CPU.device) is None
+    assert opened.training.classes == CLASSES
+
+
+def test_images_that_do_not_fit_are_refused_with_what_to_do():
+    with pytest.raises(DataError, match=r"take 10 GB decoded, and 5 GB .*--storage disk"):
+        room.check_memory(int(10.1e9), int(5e9))
+    room.check_memory(int(1e9), int(5e9))
+    room.check_memory(int(1e9), None)
+
+
+def test_images_stream_by_themselves_from_half_of_memory_on():
+    assert room.fits_in_memory(int(2e9), int(5e9))
+    assert not room.fits_in_memory(int(3e9), int(5e9))
+
+
+def test_a_full_disk_is_said_before_the_first_epoch(tmp_path):
+    net = torch.nn.Linear(1000, 1000)
+    with pytest.raises(DataError, match=r"take 0\.0\d+ GB, and .* has 0\.001 GB free"):
+        room.check_disk(tmp_path, net, averaged=True, free=1_000_000)
+    room.check_disk(tmp_path, net, averaged=True, free=100_000_000)
+
+
+def test_memory_that_is_free_is_known_here():
+    assert room.available_memory() > 50_000_000
+
+
+def test_seeds_differ_by_purpose_and_repeat():
+    assert seed_of(0, "a", 1) == seed_of(0, "a", 1)
+    assert len({seed_of(s, p, i) for s in (0, 1) for p in "ab" for i in range(9)}) == 36

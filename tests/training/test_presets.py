@@ -1,0 +1,260 @@
+"""Recipes by name, their options, the command from folder to bundle."""
+
+import argparse
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from model.bundle import load_bundle
+from tests.conftest import ROOT
+from tests.training.conftest import write_images
+from training import train as train_command
+from training.__main__ import main
+from training.calibrate import calibration_listing
+from training.data import list_folder
+from training.evaluate import test_listing as listing_to_test
+from training.log import read_log
+from training.options import add_options, given
+from training.parts import find_parts, held_out_if_trained_on, listing_digest
+from training.presets import ABLATIONS, PRESETS, Shape
+from training.recipe import Recipe
+from training.report import published_at
+from training.shapes import build_net
+
+MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
+TINY = ["--architecture", "resnet10", "--width", "4", "--size", "16", "--batch-size", "16"]
+
+
+def parse(words):
+    parser = argparse.ArgumentParser()
+    add_options(parser, Shape, "network")
+    add_options(parser, Recipe, "recipe")
+    arguments = parser.parse_args(words)
+    return given(arguments, Shape) | given(arguments, Recipe)
+
+
+def train(*words):
+    return main(["train", *map(str, words)])
+
+
+def test_the_paper_preset_is_what_the_authors_ran():
+    recipe, shape = PRESETS["paper"].recipe, PRESETS["paper"].shape
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (250, 128, 0.1)
+    assert (recipe.momentum, recipe.nesterov, recipe.weight_decay) == (0.9, False, 5e-4)
+    assert (recipe.distillation_weight, recipe.temperature, recipe.feature_weight) == (0.3, 3, 0.03)
+    assert (recipe.distort, recipe.cutout, recipe.pad, recipe.mirror) == ("auto", 16, 4, True)
+    assert (shape.head, shape.attention, shape.architecture) == ("paper", True, "resnet18")
+    assert not PRESETS["paper-2019"].shape.attention
+
+
+def test_the_fast_preset_is_the_defaults():
+    assert PRESETS["fast"].recipe == Recipe() and PRESETS["fast"].shape == Shape()
+
+
+def test_options_change_what_the_preset_says_and_nothing_else():
+    changed = PRESETS["paper"].with_options(parse(["--epochs", "3", "--no-mirror", "--width", "8"]))
+    assert changed.recipe == dataclasses.replace(PRESETS["paper"].recipe, epochs=3, mirror=False)
+    assert changed.shape == dataclasses.replace(PRESETS["paper"].shape, width=8)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_field_of_a_preset_can_be_typed(name):
+    words = []
+    for part in (PRESETS[name].recipe, PRESETS[name].shape):
+        for field, value in dataclasses.asdict(part).items():
+            flag = field.replace("_", "-")
+            if isinstance(value, bool):
+                words += [f"--{flag}" if value else f"--no-{flag}"]
+            elif value is not None:
+                words += [f"--{flag}", str(value)]
+    typed = PRESETS["fast"].with_options(parse(words))
+    assert (typed.recipe, typed.shape) == (PRESETS[name].recipe, PRESETS[name].shape)
+
+
+@pytest.mark.parametrize("words", ABLATIONS.values())
+def test_every_ablation_is_options_on_top_of_a_preset(words):
+    own = words.replace("--teacher BUNDLE", "").split()
+    changed = PRESETS["paper"].with_options(parse(own))
+    assert "--teacher BUNDLE" in words or changed != PRESETS["paper"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("epochs", 0, "epochs must be at least 1"),
+        ("distillation_weight", 1.5, "between 0 and 1"),
+        ("ema", 1.0, "at least 0, below 1"),
+        ("temperature", 0.0, "above 0"),
+        ("weight_decay", -1.0, "at least 0"),
+        ("schedule", "linear", "schedule must be one of cosine, one-cycle"),
+        ("accumulate", 200, "128 images cannot be run in 200 parts"),
+        ("momentum", 0.0, "nesterov needs a momentum"),
+        ("learning_rate", float("nan"), "above 0"),
+    ],
+)
+def test_a_recipe_that_means_nothing_says_why(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{field: value})
+
+
+def test_shares_of_mixed_images_cannot_exceed_all():
+    with pytest.raises(ValueError, match="together at most 1"):
+        Recipe(mixup=0.6, cutmix=0.6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "plain", "kept", "stem"),
+    [
+        ({}, False, (1, 2, 3, 4), 32),
+        ({"keep": "1,3"}, False, (1, 3), 32),
+        ({}, True, (4,), 32),
+        ({"keep": "1,3"}, True, (3,), 32),
+        ({"stem": 224}, False, (1, 2, 3, 4), 224),
+    ],
+)
+def test_a_shape_builds_the_exits_that_it_says(shape, plain, kept, stem):
+    net, arguments = build_net(Shape("resnet10", width=4, **shape), 3, 32, plain)
+    assert net.kept == kept and arguments["stem"] == stem
+
+
+def test_large_images_get_the_stem_for_large_images():
+    assert build_net(Shape("resnet10", width=4), 3, 224, False)[1]["stem"] == 224
+
+
+def test_a_plain_network_has_no_heads_but_its_own_classifier():
+    net, _ = build_net(Shape("resnet10", width=4), 3, 32, plain=True)
+    assert [n for n, _ in net.heads.named_parameters()] == ["3.fc.weight", "3.fc.bias"]
+
+
+@pytest.mark.parametrize(
+    "name", ["paper", "best", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_PRESETS)]
+)
+def test_every_preset_takes_two_steps_to_a_bundle(folder, tmp_path, name, capsys):
+    out = tmp_path / "run"
+    assert train("--data", folder, "--out", out, "--preset", name, *TINY, "--epochs", 1) == 0
+    bundle = load_bundle(out / "bundle")
+    facts = bundle.description.training
+    assert facts["recipe"] == json.loads(
+        json.dumps(
+            dataclasses.asdict(dataclasses.replace(PRESETS[name].recipe, epochs=1, batch_size=16))
+        )
+    )
+    assert len(facts["test_accuracy"]) == 4 and facts["test_images"] == 12
+    assert read_log(out) == read_log(out / "bundle/report")
+    assert "33 images to train on, 3 held out, 12 to test on" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_ablation_trains(folder, tmp_path):
+    common = ["--data", folder, "--preset", "paper", *TINY, "--epochs", 1, "--cutout", 4]
+    assert train(*common, "--out", tmp_path / "teacher") == 0
+    for i, words in enumerate(ABLATIONS.values()):
+        own = words.replace("BUNDLE", str(tmp_path / "teacher/bundle")).split()
+        assert train(*common, "--out", tmp_path / str(i), *own) == 0, words
+    runs = [str(tmp_path / str(i)) for i in range(len(ABLATIONS))]
+    assert main(["report", *runs, "--out", str(tmp_path / "report")]) == 0
+
+
+def test_the_report_shows_runs_side_by_side(folder, tmp_path, capsys):
+    for name, words in {"whole": ["--feature-weight", 0.1], "alone": ["--method", "plain"]}.items():
+        out = tmp_path / name
+        assert train("--data", folder, "--out", out, *TINY, "--epochs", 1, *words) == 0
+    capsys.readouterr()
+    report = tmp_path / "report"
+    assert (
+        main(["report", *(str(tmp_path / n) for n in ("whole", "alone")), "--out", str(report)])
+        == 0
+    )
+    page = (report / "report.md").read_text()
+    first = {line.split("|")[1].strip(): line for line in page.split("\n\n")[2].splitlines()}
+    assert "--feature-weight 0.1" in first["whole"] and "--method plain" in first["alone"]
+    assert "Accuracy on test images, after the last epoch" in page
+    for name in ("accuracy_over_macs.png", "training_curves.png"):
+        assert f"({name})" in page
+        Image.open(report / name).verify()
+    for name in ("training_curves.png", "training.md"):
+        assert (tmp_path / "whole/bundle/report" / name).stat().st_size > 500
+
+
+def test_a_folder_without_a_finished_run_is_said(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "has no finished training to report" in capsys.readouterr().err
+
+
+def test_the_published_curve_is_read_between_its_points():
+    assert published_at(25) == 70.0 and published_at(100) == 76.5
+    assert published_at(63) == pytest.approx(75.05)
+    assert published_at(10) is None and published_at(500) is None
+
+
+def test_a_single_folder_keeps_its_parts_apart_to_the_end(tmp_path):
+    data = write_images(tmp_path / "data", n=20)
+    trained_on = find_parts(data).digest
+    parts = find_parts(data)
+    assert trained_on == listing_digest(list_folder(data))
+    listing, labelled = calibration_listing(data)
+    assert labelled
+    assert held_out_if_trained_on(listing, trained_on).files == parts.held_out.files
+    assert held_out_if_trained_on(listing, "of other files") is listing
+    assert listing_to_test(data, trained_on).files == parts.test.files
+    assert len(listing_to_test(data, None)) == 60
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep", "5"], "kept exits must rise within 1..4"),
+        (["--batch-size", "4096"], "fewer than one batch of 4096"),
+        (["--resume"], "leave --resume out"),
+        (["--teacher", "nowhere"], "is not a bundle"),
+        (["--pretrained", "nowhere.pth"], "cannot read nowhere.pth"),
+        (["--crop", "2"], "crop must be above 0"),
+        (["--images-per-class", "0"], "at least 1 image a class"),
+    ],
+)
+def test_what_the_command_cannot_do_is_one_sentence(folder, tmp_path, capsys, words, message):
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY, *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("error: ") == 1 and "Traceback" not in error
+
+
+def test_unreadable_files_are_named_up_to_a_limit(folder, tmp_path, capsys):
+    spoiled = find_parts(folder).training.files[:8]
+    for file in spoiled:
+        file.write_bytes(b"broken")
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY, "--epochs", 1) == 0
+    error = capsys.readouterr().err
+    assert "skipped 8 unreadable files" in error and str(spoiled[0]) in error
+    assert "and 3 more" in error and str(spoiled[7]) not in error
+
+
+def test_the_kept_weights_are_the_averaged_ones(folder, tmp_path):
+    out = tmp_path / "run"
+    assert train("--data", folder, "--out", out, *TINY, "--epochs", 1, "--ema", 0.9) == 0
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    kept = load_bundle(out / "bundle").net.state_dict()["backbone.conv1.weight"]
+    averaged = state["average"]["state"]["backbone.conv1.weight"]
+    assert torch.equal(kept, averaged.half().float())
+    assert not torch.equal(averaged, state["net"]["backbone.conv1.weight"])
+
+
+def test_a_run_is_not_written_over_by_a_new_one(folder, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes(b"hours of work")
+    assert train("--data", folder, "--out", tmp_path, *TINY) == 2
+    assert "holds a run already; go on with --resume" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"hours of work"
+
+
+def test_the_documentation_names_no_option_that_is_not_there():
+    text = (ROOT / "docs/training.md").read_text()
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    parser = argparse.ArgumentParser()
+    train_command.add_command(parser.add_subparsers())
+    subparser = next(a for a in parser._actions if a.choices).choices["train"]
+    known = {flag for action in subparser._actions for flag in action.option_strings}
+    assert named - known == {"--nproc-per-node", "--logdir"}
+    assert set(PRESETS) <= set(re.findall(r"`([\w-]+)`", text))

@@ -1,0 +1,47 @@
+"""Every architecture trains with every term."""
+
+import pytest
+import torch
+
+from model.architectures import ARCHITECTURES
+from model.network import build
+from tests.training.conftest import CPU, tiny_recipe
+from training.losses import total
+from training.objective import objective
+from training.run import start
+
+
+def two_steps(net, distill_from="next"):
+    """Train on noise with all that reaches into a network; returns the losses' terms."""
+    recipe = tiny_recipe(feature_weight=0.1, equilibrium=True, distill_from=distill_from)
+    run = start(net, recipe, CPU.device)
+    run.student.train()
+    x, ids = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    for _ in range(2):
+        terms = objective(recipe, run.student(x), ids)
+        run.optimizer.zero_grad()
+        total(terms).backward()
+        run.optimizer.step()
+    assert all(p.grad is not None for p in run.student.parameters())
+    assert total(terms).isfinite()
+    return terms
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_takes_two_steps_with_every_term(name):
+    torch.manual_seed(0)
+    terms = two_steps(build(name, 3, width=4))
+    assert {term.split("/")[0] for term in terms} == {"label", "distillation", "feature"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"exits": "blocks"}, {"head": "compact"}, {"attention": False}, {"keep": [2, 4]}],
+    ids=str,
+)
+@pytest.mark.parametrize("distill_from", ["deepest", "next", "ensemble"])
+def test_every_shape_takes_two_steps_from_every_teacher(arguments, distill_from):
+    torch.manual_seed(0)
+    net = build("resnet50", 3, width=4, **arguments)
+    terms = two_steps(net, distill_from)
+    assert len([t for t in terms if t.startswith("label")]) == net.exits

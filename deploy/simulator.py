@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from model.policy import Reason, Rule
-from server.scheduler import Batch, Job, Refused, Scheduler
+from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,8 @@ class _Simulation:
             self._scheduler.admit(job, self._now)
         except Refused:
             self._outcomes.append(Outcome(arrival, self._now, 0, None, refused=True))
+        except TooLate:
+            self._finish(arrival, 0, None)
 
     def _run_batch(self, batch: Batch) -> None:
         taken = self._seconds(batch.stage, len(batch.jobs))

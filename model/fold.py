@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+import copy
+
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.network import MultiExitNet
 
@@ -27,4 +29,22 @@ def fold_stages(net: MultiExitNet) -> list[nn.Module]:
     Args:
         net: in eval mode and fp32, so that folding loses nothing; left as it is.
     """
-    return [fuse(Stage(net, k)) for k in range(1, net.exits + 1)]
+    net = copy.deepcopy(net)
+    return [_fold(fx.symbolic_trace(Stage(net, k))) for k in range(1, net.exits + 1)]
+
+
+def _fold(stage: fx.GraphModule) -> fx.GraphModule:
+    modules = dict(stage.named_modules())
+    for node in list(stage.graph.nodes):
+        norm = modules.get(str(node.target))
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        convolution = modules.get(str(before.target))
+        if isinstance(convolution, nn.Conv2d) and len(before.users) == 1:
+            stage.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            stage.graph.erase_node(node)
+    stage.delete_all_unused_submodules()
+    stage.recompile()
+    return stage

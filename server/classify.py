@@ -14,11 +14,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from model.policy import OperatingPoint, Rule
-from server.engine import Answer, Engine, Seen, Ticket
+from server.engine import Engine
 from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
 from server.protocol import Parameters, answer_body
 from server.repository import Served
+from server.tickets import Answer, Seen, Ticket
 
 RESERVE_SECONDS = 0.002
 """Kept back from each deadline for encoding and sending the answer…"""
@@ -92,7 +93,7 @@ def place(served: Served) -> Iterator[None]:
     """
     if served.in_flight >= served.settings.max_queue:
         served.metrics.refused.labels("queue_full").inc()
-        raise Overloaded
+        raise Overloaded(served.backlog_seconds)
     served.in_flight += 1
     served.metrics.in_flight.set(served.in_flight)
     try:

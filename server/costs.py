@@ -19,10 +19,10 @@ class CostTable:
     """
 
     def __init__(self, seconds: Mapping[int, Mapping[int, float]]) -> None:
-        self._sizes = {stage: sorted(row) for stage, row in seconds.items()}
-        self._seconds = {
-            stage: [row[size] for size in sorted(row)] for stage, row in seconds.items()
-        }
+        self._sizes: dict[int, list[int]] = {}
+        self._seconds: dict[int, list[float]] = {}
+        for stage, row in seconds.items():
+            self.replace(stage, row)
 
     @property
     def stages(self) -> int:
@@ -43,13 +43,20 @@ class CostTable:
         share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
         return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
+    def replace(self, stage: int, row: Mapping[int, float]) -> None:
+        """Take new measurements of a stage: seconds by batch size."""
+        self._sizes[stage] = sorted(row)
+        self._seconds[stage] = [row[size] for size in self._sizes[stage]]
+
     def observe(self, stage: int, size: int, seconds: float) -> None:
-        """Move the nearest measured size towards what a batch just took."""
+        """Move the measured sizes on both sides towards what a batch just took."""
         sizes = self._sizes[stage]
-        nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - size))
         ratio = seconds / self.seconds(stage, size)
         ratio = min(OUTLIER, max(1 / OUTLIER, ratio))
-        self._seconds[stage][nearest] *= 1 + LEARNING_RATE * (ratio - 1)
+        above = min(bisect_left(sizes, size), len(sizes) - 1)
+        below = above if sizes[above] <= size else max(0, above - 1)
+        for i in {below, above}:
+            self._seconds[stage][i] *= 1 + LEARNING_RATE * (ratio - 1)
 
     def as_rows(self) -> dict[int, dict[int, float]]:
         """The table as it stands: seconds by stage, then by batch size."""

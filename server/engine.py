@@ -10,96 +10,23 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from model.policy import Reason, Rule
-from server.errors import DeadlineExceeded, OfframpError, Overloaded
+from server.errors import DeadlineExceeded, Draining, OfframpError, Overloaded
 from server.metrics import EngineMetrics
 from server.overload import OverloadController
-from server.runner import Row, StageRunner
-from server.scheduler import Batch, Job, Refused, Scheduler
+from server.runner import Row, StageOutput, StageRunner
+from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
+from server.tickets import Answer, Loop, Outbox, Seen, Ticket
 
 log = logging.getLogger("offramp.engine")
 
-DEGRADED = (Reason.DEADLINE, Reason.OVERLOAD)
 BEAT_SECONDS = 1.0
 """The loop turns at least this often, so that /livez can tell a stuck loop from an idle one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What one exit said of an image."""
-
-    exit: int
-    class_id: int
-    confidence: float
-    milliseconds: float
-    """From the image's arrival."""
-    compute_milliseconds: float = 0.0
-    """Of those, computing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A job's result."""
-
-    exit: int
-    reason: Reason
-    confidence: float
-    probabilities: np.ndarray
-    """Calibrated, float32 `[classes]`."""
-    seen: tuple[Seen, ...]
-    queue_seconds: float
-    compute_seconds: float
-
-    @property
-    def degraded(self) -> bool:
-        """Whether load or a deadline made it shallower than its rule asked for."""
-        return self.reason in DEGRADED
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A client's hold on a job: where its exits and its answer go."""
-
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Answer]
-    on_exit: Callable[[Seen], None] | None
-    accepted: float
-    inputs: np.ndarray | Row
-    job: Job | None = None
-    seen: list[Seen] = field(default_factory=list)
-    confidence: float = 0.0
-    probabilities: np.ndarray | None = None
-    compute_seconds: float = 0.0
-
-    def settle(self, result: Answer | OfframpError) -> None:
-        """Hand over the result; settling a ticket that is done is a no-op."""
-
-        def deliver() -> None:
-            if self.future.done():
-                return
-            if isinstance(result, Answer):
-                self.future.set_result(result)
-            else:
-                self.future.set_exception(result)
-
-        self._call(deliver)
-
-    def show(self, seen: Seen) -> None:
-        """Tell the client of an exit on the way."""
-        self.seen.append(seen)
-        if self.on_exit:
-            on_exit = self.on_exit
-            self._call(lambda: on_exit(seen))
-
-    def _call(self, function: Callable[[], None]) -> None:
-        try:
-            self.loop.call_soon_threadsafe(function)
-        except RuntimeError:  # the client's event loop is closed
-            log.debug("a client's event loop closed before its answer came")
+STUCK_BEATS = 10
+"""After so many beats without a turn the loop counts as stuck."""
 
 
 class Engine:
@@ -111,6 +38,7 @@ class Engine:
         metrics: records.
         audit_rate: share of early answers that are run to the last exit in idle time.
         clock: seconds; the same clock that arrivals and deadlines are on.
+        chance: 0..1; decides which answers are audited.
     """
 
     def __init__(
@@ -129,6 +57,7 @@ class Engine:
         self._clock = clock
         self._chance = chance
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._outbox = Outbox()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._beat = clock()
         self._stopping = False
@@ -141,14 +70,15 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop after the messages sent so far, and wait for it."""
+        """End the loop once every job sent so far is settled, and wait for it."""
         self._inbox.put(None)
         self._thread.join()
 
     @property
     def alive(self) -> bool:
         """Whether the loop still turns."""
-        return self._thread.is_alive() and self._clock() - self._beat < 10 * BEAT_SECONDS
+        beats = (self._clock() - self._beat) / BEAT_SECONDS
+        return self._thread.is_alive() and beats < STUCK_BEATS
 
     def submit(
         self,
@@ -158,8 +88,9 @@ class Engine:
         deadline: float = math.inf,
         bends: bool = True,
         on_exit: Callable[[Seen], None] | None = None,
+        loop: Loop | None = None,
     ) -> Ticket:
-        """Send one image in from a coroutine; its ticket's future gives the answer.
+        """Send one image in; its ticket's future gives the answer.
 
         Args:
             pixels: uint8 `[H, W, 3]`, as the bundle's preprocess gives them.
@@ -167,25 +98,25 @@ class Engine:
             arrived: when the request's first byte came, on the engine's clock.
             deadline: when the answer must be ready, on the engine's clock.
             bends: whether overload may make the answer shallower than the rule asks.
-            on_exit: called in the coroutine's loop for every exit passed.
+            on_exit: called in the client's loop for every exit passed.
+            loop: the client's; by default the running one.
 
         The future raises:
             Overloaded: refused, since even the first exit would be late.
             DeadlineExceeded: the deadline passed before the first exit.
+            Draining: the engine has ended.
             OfframpError: the run failed.
         """
-        loop = asyncio.get_running_loop()
+        loop = loop or asyncio.get_running_loop()
         ticket = Ticket(loop, loop.create_future(), on_exit, self._clock(), pixels)
         job = Job(rule, arrived, deadline, bends, payload=ticket)
         ticket.job = job
-        self._inbox.put(lambda: self._admit(job, ticket))
+        self.call(lambda: self._admit(job, ticket))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Free the place of a client that went away."""
-        job = ticket.job
-        if job is not None:
-            self._inbox.put(lambda: self.scheduler.cancel(job))
+        self.call(lambda: self._cancel(ticket))
 
     def use(self, controller: OverloadController) -> None:
         """Replace the ladder that overload moves along, and with it the level in force."""
@@ -193,57 +124,48 @@ class Engine:
         def replace() -> None:
             self.scheduler.controller = controller
 
-        self._inbox.put(replace)
+        self.call(replace)
+
+    def call(self, message: Callable[[], None]) -> None:
+        """Have the loop call this between two batches."""
+        self._inbox.put(message)
 
     # --- the loop ----------------------------------------------------------------------------
 
     def _run(self) -> None:
         busy = False
-        while not (self._stopping and not busy):
-            self._take_messages(wait=not busy)
-            busy = self._turn()
+        while busy or not self._stopping:
+            busy = self.step(wait=not busy)
+        self._take_messages(0.0)  # jobs sent too late are told so
 
-    def _turn(self) -> bool:
-        """One step; returns whether there was anything to run."""
-        self._beat = now = self._clock()
-        step = self.scheduler.next_step(now)
+    def step(self, wait: bool) -> bool:
+        """Take the messages that are there, then run at most one batch.
+
+        Args:
+            wait: for a message, if there is none; until the next beat or audit at most.
+
+        Returns:
+            Whether there was anything to run.
+        """
+        self._beat = self._clock()
+        audit = self.scheduler.next_audit(self._beat)
+        self._take_messages(min(BEAT_SECONDS, audit) if wait else 0.0)
+        self._beat = self._clock()
+        step = self.scheduler.next_step(self._beat)
         self._metrics.in_force(self.scheduler.controller.level)
         for job in step.overdue:
             self._answer_overdue(job)
-        if step.batch is None or (self._stopping and step.batch.audit):
+        self._outbox.send()
+        batch = step.batch
+        if batch is None or (self._stopping and batch.audit):
             return False
-        try:
-            self._run_batch(step.batch)
-        except Exception:
-            log.exception(
-                "stage %d failed for a batch of %d", step.batch.stage, len(step.batch.jobs)
-            )
-            self._isolate(step.batch)
+        self._run_batch(batch)
+        self._outbox.send()
         return True
 
-    def _run_batch(self, batch: Batch) -> None:
-        tickets: list[Ticket] = [job.payload for job in batch.jobs]
-        began = self._clock()
-        output = self._runner.run(batch.stage, [t.inputs for t in tickets])
-        ended = self._clock()
-        for i, ticket in enumerate(tickets):
-            ticket.inputs = output.rows[i]
-            ticket.probabilities = output.probabilities[i]
-            ticket.confidence = output.confidences[i]
-            ticket.compute_seconds += ended - began
-        if batch.audit:
-            self._settle_audit(batch)
-            return
-        self._metrics.ran(batch.stage, len(tickets), ended - began)
-        for job, ticket in zip(batch.jobs, tickets, strict=True):
-            self._show(batch.stage, job, ticket, ended)
-        for job, reason in self.scheduler.settle(batch, output.confidences, ended - began, ended):
-            self._answer(job, reason)
-        self._metrics.queued(self.scheduler.queued())
-
-    def _take_messages(self, wait: bool) -> None:
+    def _take_messages(self, seconds: float) -> None:
         try:
-            message = self._inbox.get(block=wait, timeout=BEAT_SECONDS if wait else None)
+            message = self._inbox.get(timeout=seconds) if seconds else self._inbox.get_nowait()
             while True:
                 if message is None:
                     self._stopping = True
@@ -251,27 +173,98 @@ class Engine:
                     message()
                 message = self._inbox.get_nowait()
         except queue.Empty:
-            return
+            self._outbox.send()
+
+    def _run_batch(self, batch: Batch) -> None:
+        """Run and settle; if that fails run the jobs one by one, so that only the guilty fail."""
+        try:
+            computed = self._compute(batch)
+        except Exception:
+            log.exception("stage %d failed for %d jobs", batch.stage, len(batch.jobs))
+            if len(batch.jobs) == 1:
+                self._fail(batch.jobs[0])
+            else:
+                for job in batch.jobs:
+                    self._run_batch(Batch(batch.stage, (job,), batch.seconds, batch.audit))
+        else:
+            self._settle(batch, computed)
+
+    def _compute(self, batch: Batch) -> tuple[StageOutput, float, float]:
+        began = self._clock()
+        output = self._runner.run(batch.stage, [job.payload.inputs for job in batch.jobs])
+        ended = self._clock()
+        if not all(map(math.isfinite, output.confidences)):
+            raise FloatingPointError(f"stage {batch.stage} gave a confidence that is no number")
+        return output, began, ended
+
+    def _settle(self, batch: Batch, computed: tuple[StageOutput, float, float]) -> None:
+        output, began, ended = computed
+        tickets: list[Ticket] = [job.payload for job in batch.jobs]
+        for i, ticket in enumerate(tickets):
+            ticket.inputs = output.rows[i]
+            ticket.probabilities = output.probabilities[i]
+            ticket.confidence = output.confidences[i]
+            ticket.compute_seconds += ended - began
+        if batch.audit:
+            self._settle_audit(batch)
+        else:
+            self._metrics.ran(batch.stage, len(tickets), ended - began)
+            for job in batch.jobs:
+                self._show(batch.stage, job, ended)
+            said = output.confidences
+            for job, reason in self.scheduler.settle(batch, said, ended - began, ended):
+                self._answer(job, reason)
+            self._metrics.queued(self.scheduler.queued())
+        self._let_go(batch)
+
+    def _let_go(self, batch: Batch) -> None:
+        """Free the features of the jobs that have left; those that go on keep only their own."""
+        staying: list[Ticket] = []
+        for job in batch.jobs:
+            if job.done:
+                job.payload.release()
+            else:
+                staying.append(job.payload)
+        kept = self._runner.keep([t.inputs for t in staying if isinstance(t.inputs, Row)])
+        for ticket, row in zip(staying, kept, strict=True):
+            ticket.inputs = row
+
+    def _fail(self, job: Job) -> None:
+        self.scheduler.abandon(job)
+        self._outbox.settle(job.payload, OfframpError())
+        job.payload.release()
 
     # --- what happens to a job ---------------------------------------------------------------
 
     def _admit(self, job: Job, ticket: Ticket) -> None:
-        now = self._clock()
-        if job.deadline <= now:
-            self._answer_overdue(job)
-            return
         try:
-            self.scheduler.admit(job, now)
+            if self._stopping:
+                raise Draining
+            self.scheduler.admit(job, self._clock())
         except Refused as refused:
             self._metrics.refused("not_in_time")
-            ticket.settle(Overloaded(refused.retry_after_seconds))
+            self._outbox.settle(ticket, Overloaded(refused.retry_after_seconds))
+        except TooLate:
+            self._metrics.deadline(met=False)
+            self._outbox.settle(ticket, DeadlineExceeded())
+        except Draining as draining:
+            self._outbox.settle(ticket, draining)
 
-    def _show(self, exit: int, job: Job, ticket: Ticket, now: float) -> None:
+    def _cancel(self, ticket: Ticket) -> None:
+        if ticket.job is not None:
+            self.scheduler.cancel(ticket.job)
+            ticket.release()
+
+    def _show(self, exit: int, job: Job, now: float) -> None:
+        ticket: Ticket = job.payload
         assert ticket.probabilities is not None
         self._metrics.saw(exit, ticket.confidence)
         class_id = int(ticket.probabilities.argmax())
+        milliseconds = 1e3 * (now - job.arrived)
         computing = 1e3 * ticket.compute_seconds
-        ticket.show(Seen(exit, class_id, ticket.confidence, 1e3 * (now - job.arrived), computing))
+        seen = Seen(exit, class_id, ticket.confidence, milliseconds, computing)
+        ticket.seen.append(seen)
+        self._outbox.show(ticket, seen)
 
     def _answer(self, job: Job, reason: Reason) -> None:
         ticket: Ticket = job.payload
@@ -286,7 +279,8 @@ class Engine:
             self._finish(ticket, job, ticket.seen[-1].exit, Reason.DEADLINE)
         else:
             self._metrics.deadline(met=False)
-            ticket.settle(DeadlineExceeded())
+            self._outbox.settle(ticket, DeadlineExceeded())
+        ticket.release()
 
     def _finish(self, ticket: Ticket, job: Job, exit: int, reason: Reason) -> None:
         assert ticket.probabilities is not None
@@ -304,7 +298,7 @@ class Engine:
         self._metrics.answered(exit, reason, now - job.arrived, waited)
         if math.isfinite(job.deadline):
             self._metrics.deadline(met=now <= job.deadline)
-        ticket.settle(answer)
+        self._outbox.settle(ticket, answer)
 
     def _settle_audit(self, batch: Batch) -> None:
         for job in self.scheduler.settle_audit(batch):
@@ -312,14 +306,3 @@ class Engine:
             assert ticket.probabilities is not None
             said = ticket.seen[-1]
             self._metrics.audited(said.exit, said.class_id == int(ticket.probabilities.argmax()))
-
-    def _isolate(self, batch: Batch) -> None:
-        """After a failed batch, run its jobs one by one, so that only the guilty ones fail."""
-        for job in batch.jobs:
-            alone = Batch(batch.stage, (job,), batch.seconds, batch.audit)
-            try:
-                self._run_batch(alone)
-            except Exception:
-                log.exception("job %d failed at stage %d", job.number, batch.stage)
-                self.scheduler.abandon(alone)
-                job.payload.settle(OfframpError())

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.policy import OperatingPoint, Reason
-from server.engine import Answer, Seen
+from server.tickets import Answer, Seen
 
 ROUNDING = 6
 """Decimals of a probability on the wire."""

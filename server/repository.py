@@ -9,20 +9,21 @@ import torch
 
 from model.bundle import Bundle, load_servable
 from model.policy import OperatingPoint, Policy
+from server.compiling import Compiling, Use
 from server.costs import CostTable
 from server.decode import Decoder
 from server.engine import Engine
 from server.errors import Draining, NotReady
 from server.metrics import EngineMetrics, Metrics
+from server.numerics import choose_dtype
 from server.overload import Level, OverloadController
-from server.runner import Runner, batch_sizes
+from server.programs import compiler
+from server.runner import Program, Runner, batch_sizes
 from server.scheduler import Scheduler
 from server.settings import Settings
 from server.tracing import tracer_from
 
 log = logging.getLogger("offramp")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Served:
@@ -40,7 +41,10 @@ class Served:
         self.policy: Policy = self.bundle.policy
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = _device(settings)
-        self.dtype = _dtype(settings, self.device)
+        self.threads = settings.threads or os.cpu_count() or 1
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.threads)
+        self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)
         self.metrics = _metrics(settings, self.bundle, self.device, self.dtype)
         self.decoder = Decoder(
             self.bundle.description.preprocess,
@@ -55,20 +59,60 @@ class Served:
         self.draining = False
         self.failed = False
         self._engine: Engine | None = None
+        self._compiling: Compiling | None = None
+        if settings.compile == "require" and self.device.type != "cpu":
+            raise ValueError("COMPILE is require, but stages are compiled on CPU only")
+        if settings.compile == "require" and compiler() is None:
+            raise ValueError("COMPILE is require, but there is no C++ compiler (g++, or CXX's)")
 
     def warm_up(self) -> None:
-        """Run every stage and batch size once and start the engine; takes seconds."""
-        if self.device.type == "cpu":
-            torch.set_num_threads(self.settings.threads or os.cpu_count() or 1)
+        """Run every stage and batch size once and start the engine; takes seconds.
+
+        With COMPILE=require it takes as long as compiling what the cache lacks, minutes at worst.
+        """
+        max_batch = self.settings.max_batch
         runner = Runner(self.bundle, self.device, self.dtype)
-        costs = CostTable(runner.warm_up(batch_sizes(self.settings.max_batch)))
-        scheduler = Scheduler(costs, self._controller(), self.settings.max_batch)
+        costs = CostTable(runner.warm_up(batch_sizes(max_batch)))
+        scheduler = Scheduler(costs, self._controller(), max_batch)
         macs = [e.macs for e in self.bundle.description.exits]
         engine = Engine(
             scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate
         )
+
+        def use(stage: int, size: int, program: Program, seconds: float) -> None:
+            def take() -> None:
+                runner.use_program(stage, size, program, seconds)
+                costs.replace(stage, runner.expected(stage, max_batch))
+
+            engine.call(take)
+
+        self._use_programs(runner, use)
         engine.start()
         self._engine = engine
+        self._say_ready(costs)
+
+    def _use_programs(self, runner: Runner, use: Use) -> None:
+        """Hand over the compiled stages there are, and have the others compiled."""
+        if self.settings.compile == "off" or self.device.type != "cpu":
+            return
+        compiling = self._compiling = Compiling(
+            self.settings, self.bundle, runner.units, self.dtype, self.threads
+        )
+        compiling.use_ready(use)
+        if compiling.complete:
+            return
+        if self.settings.compile == "auto":
+            compiling.compile_in_background(use)
+            return
+        for line in compiling.compile():
+            log.info(line)
+            if self.draining:
+                compiling.close()
+        compiling.use_ready(use)
+        if not compiling.complete:
+            raise RuntimeError("COMPILE is require, but not every stage could be compiled")
+
+    def _say_ready(self, costs: CostTable) -> None:
         full = 1e3 * sum(costs.seconds(k, 1) for k in range(1, costs.stages + 1))
         log.info(
             "ready: %s on %s in %s, one image takes %.1f ms to the first exit, %.1f to the last",
@@ -104,6 +148,11 @@ class Served:
         return not self.failed and (self._engine is None or self._engine.alive)
 
     @property
+    def backlog_seconds(self) -> float:
+        """When everything accepted so far is expected to have been answered."""
+        return self._engine.scheduler.backlog_seconds if self._engine else 1.0
+
+    @property
     def bent(self) -> bool:
         """Whether overload makes answers shallower now."""
         return self._engine is not None and self._engine.scheduler.controller.bent
@@ -118,6 +167,8 @@ class Served:
         """End the engine once everything accepted has been answered."""
         if self._engine:
             self._engine.stop()
+        if self._compiling:
+            self._compiling.close()
         self.decoder.close()
         if self.tracer:
             self.tracer.close()
@@ -147,12 +198,6 @@ def _device(settings: Settings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("DEVICE is cuda, but torch finds no CUDA card")
     return torch.device(settings.device)
-
-
-def _dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    if settings.dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return DTYPES[settings.dtype]
 
 
 def _metrics(

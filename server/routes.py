@@ -13,7 +13,6 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from server import errors, openapi, uploads
 from server.classify import Admission, admit, classify, classify_or_error
-from server.engine import Seen
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
 from server.metrics import CONTENT_TYPE
 from server.middleware import Context
@@ -30,6 +29,7 @@ from server.protocol import (
     seen_body,
 )
 from server.repository import Served
+from server.tickets import Seen
 
 Query_ = Annotated[Parameters, Query()]
 MAX_BATCH_IMAGES = 256

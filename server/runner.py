@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle
-from model.confidence import judge
+from server.costs import CostTable
+from server.units import make_units
 
 WARM_UP_RUNS = 5
+
+Seconds = dict[int, dict[int, float]]
+"""By stage, then by batch size."""
+Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""A compiled unit for one batch size: its inputs in a list to its outputs in a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +55,14 @@ class StageRunner(Protocol):
 
     def run(self, stage: int, inputs: Sequence[np.ndarray | Row]) -> StageOutput: ...
 
+    def keep(self, rows: Sequence[Row]) -> list[Row]: ...
+
 
 class Runner:
     """A bundle's network on a device, one stage batch at a time.
+
+    A batch runs eagerly, or through the program compiled for its size or the next larger one,
+    padded: whichever was measured to be faster.
 
     Args:
         bundle: a calibrated bundle.
@@ -60,19 +71,17 @@ class Runner:
     """
 
     def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
-        if bundle.policy is None:
-            raise ValueError("the bundle has no policy")
-        self._preprocess = bundle.description.preprocess
+        self.units = make_units(bundle, device, dtype)
+        self._side = bundle.description.preprocess.size
         self._device = device
-        self._dtype = dtype
-        net = bundle.net.eval().to(device=device, dtype=dtype)
-        self._net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._policy = bundle.policy
+        self._eager: CostTable | None = None
+        self._programs: dict[tuple[int, int], tuple[Program, float]] = {}
+        self._plans: dict[tuple[int, int], tuple[Program | None, int]] = {}
 
     @property
     def exits(self) -> int:
         """How many stages there are."""
-        return self._net.exits
+        return len(self.units)
 
     @torch.inference_mode()
     def run(self, stage: int, inputs: Sequence[np.ndarray | Row]) -> StageOutput:
@@ -82,30 +91,66 @@ class Runner:
             stage: 1..exits.
             inputs: for stage 1 uint8 pixels `[H, W, 3]`, else the rows that the stage before gave.
         """
-        x, passed = self._gather(inputs)
-        features, logits = self._net.run_stage(stage, x)
-        calibration = self._policy.calibrations[stage - 1]
-        said = judge(logits, passed, calibration, self._policy.measure)
-        host = torch.cat([said.confidence[:, None], said.probabilities], dim=1).cpu().numpy()
-        rows = [Row(features, said.state, i) for i in range(len(inputs))]
+        n = len(inputs)
+        program, size = self._plan(stage, n)
+        tensors = self._gather([*inputs, *[inputs[-1]] * (size - n)])
+        features, said, state = program(tensors) if program else self.units[stage - 1](*tensors)
+        host = said[:n].cpu().numpy()
+        rows = [Row(features, state, i) for i in range(n)]
         return StageOutput(host[:, 0].tolist(), host[:, 1:], rows)
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[Row]) -> list[Row]:
+        """The same rows in a batch of their own, so that the one they came from is freed."""
+        if not rows or len(rows) == len(rows[0].features):
+            return list(rows)
+        features, passed = _join(rows)
+        return [Row(features, passed, i) for i in range(len(rows))]
 
     def warm_up(
         self, sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
-    ) -> dict[int, dict[int, float]]:
-        """Run every stage at every batch size.
+    ) -> Seconds:
+        """Run every stage eagerly at every batch size.
 
         Returns:
-            Median seconds by stage, then by batch size.
+            Median seconds.
         """
-        seconds: dict[int, dict[int, float]] = {k: {} for k in range(1, self.exits + 1)}
-        side = self._preprocess.size
+        seconds: Seconds = {k: {} for k in range(1, self.exits + 1)}
         for size in sizes:
-            inputs: list[np.ndarray | Row] = [np.zeros((side, side, 3), np.uint8)] * size
+            inputs: list[np.ndarray | Row] = [
+                np.zeros((self._side, self._side, 3), np.uint8)
+            ] * size
             for stage in seconds:
                 output, seconds[stage][size] = self._timed(stage, inputs, clock)
                 inputs = list(output.rows)
+        self._eager = CostTable(seconds)
         return seconds
+
+    def use_program(self, stage: int, size: int, program: Program, seconds: float) -> None:
+        """Take a program that was compiled for batches of `size`, and what it was measured at."""
+        self._programs[stage, size] = program, seconds
+        self._plans.clear()
+
+    def expected(self, stage: int, largest: int) -> dict[int, float]:
+        """Seconds of a stage by batch size, at every size where they leave a straight line."""
+        sizes = {s for k, s in self._programs if k == stage}
+        corners = {*batch_sizes(largest), *sizes, *(s + 1 for s in sizes)}
+        return {n: self._best(stage, n)[0] for n in sorted(corners) if n <= largest}
+
+    def _plan(self, stage: int, n: int) -> tuple[Program | None, int]:
+        plan = self._plans.get((stage, n))
+        if plan is None:
+            plan = self._plans[stage, n] = self._best(stage, n)[1:]
+        return plan
+
+    def _best(self, stage: int, n: int) -> tuple[float, Program | None, int]:
+        return min(self._ways(stage, n), key=lambda way: way[0])
+
+    def _ways(self, stage: int, n: int) -> Iterator[tuple[float, Program | None, int]]:
+        yield self._eager.seconds(stage, n) if self._eager else float("inf"), None, n
+        for (k, size), (program, seconds) in self._programs.items():
+            if k == stage and size >= n:
+                yield seconds, program, size
 
     def _timed(
         self, stage: int, inputs: Sequence[np.ndarray | Row], clock: Callable[[], float]
@@ -118,18 +163,24 @@ class Runner:
             taken.append(clock() - began)
         return output, statistics.median(taken)
 
-    def _gather(self, inputs: Sequence[np.ndarray | Row]) -> tuple[Tensor, Tensor | None]:
+    def _gather(self, inputs: Sequence[np.ndarray | Row]) -> list[Tensor]:
         rows = [row for row in inputs if isinstance(row, Row)]
         if not rows:
             pixels = torch.from_numpy(np.stack([p for p in inputs if isinstance(p, np.ndarray)]))
-            return self._preprocess.normalise(pixels.to(self._device), self._dtype), None
+            return [pixels.to(self._device)]
         whole = rows[0]
-        if all(r.features is whole.features and r.index == i for i, r in enumerate(rows)):
-            return whole.features[: len(rows)], whole.passed[: len(rows)]
-        features = torch.cat([r.features[r.index : r.index + 1] for r in rows])
-        return features, torch.cat([r.passed[r.index : r.index + 1] for r in rows])
+        together = all(r.features is whole.features and r.index == i for i, r in enumerate(rows))
+        if together and len(rows) == len(whole.features):
+            return [whole.features, whole.passed]
+        return list(_join(rows))
+
+
+def _join(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    features = torch.cat([r.features[r.index : r.index + 1] for r in rows])
+    passed = torch.cat([r.passed[r.index : r.index + 1] for r in rows])
+    return features.contiguous(memory_format=torch.channels_last), passed
 
 
 def batch_sizes(max_batch: int) -> Sequence[int]:
-    """The sizes that are warmed and measured: powers of two, and the largest."""
+    """The sizes that are warmed, measured and compiled: powers of two, and the largest."""
     return sorted({*(2**i for i in range(max_batch.bit_length())), max_batch})

@@ -30,6 +30,9 @@ PATIENCE_SECONDS = 0.05
 """Having waited this long doubles a batch's weight."""
 MAX_AUDITS = 64
 """Audited jobs kept; more are forgotten, oldest first."""
+QUIET_SECONDS = 0.01
+"""An audited job takes a step only after so long without a live one, since the next live one would
+have to wait for it."""
 LEAVING_RATE = 0.02
 """Weight of one job in the running share of jobs that leave at an exit."""
 
@@ -39,6 +42,8 @@ class JobState(Enum):
 
     WAITING = auto()
     RUNNING = auto()
+    AUDITED = auto()
+    """Answered already."""
     DONE = auto()
 
 
@@ -65,6 +70,11 @@ class Job:
     def urgency(self) -> tuple[float, int]:
         """Sorts jobs by deadline, then by arrival."""
         return self.deadline, self.number
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing will happen to it any more."""
+        return self.state is JobState.DONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +114,10 @@ class Refused(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+class TooLate(Exception):
+    """A job that could not be in time even if it were alone."""
+
+
 class Scheduler:
     """One queue a stage and the choice between them.
 
@@ -123,6 +137,9 @@ class Scheduler:
         # Until answers have been seen, a job is as likely to leave at one exit as at another.
         self._leaving = {k: 1 / (self.exits + 1 - k) for k in self._queues}
         self._busy_until = 0.0
+        self._live_until = -math.inf
+        self.backlog_seconds = 0.0
+        """The predicted wait when the last step was chosen."""
 
     # --- what comes in -----------------------------------------------------------------------
 
@@ -130,8 +147,13 @@ class Scheduler:
         """Queue a job for the first stage.
 
         Raises:
+            TooLate: its first-exit answer would be late even if it were alone.
             Refused: even its first-exit answer is expected to be late.
         """
+        job.state = JobState.DONE
+        self._live_until = now
+        if now + self.costs.seconds(1, 1) > job.deadline:
+            raise TooLate
         if math.isfinite(job.deadline):
             self.controller.saw_deadline(job.deadline - job.arrived)
         if now + self._first_exit_seconds(job, now) > job.deadline:
@@ -146,19 +168,22 @@ class Scheduler:
 
     def audit(self, job: Job) -> None:
         """Run an answered job to the last exit whenever nothing else is to do."""
+        job.state = JobState.DONE
         if job.stage < self.exits:
             job.stage += 1
+            job.state = JobState.AUDITED
             self._audits.append(job)
 
     # --- what to do --------------------------------------------------------------------------
 
     def next_step(self, now: float) -> Step:
         """Choose what to do now, and take those jobs off their queues."""
-        self.controller.update(self.predicted_wait(now), now)
+        self.backlog_seconds = self.predicted_wait(now)
+        self.controller.update(self.backlog_seconds, now)
         overdue = self._take_overdue(now)
         batch = self._choose(now)
         if batch is None:
-            return Step(self._next_audit(), tuple(overdue))
+            return Step(self._take_audit(now), tuple(overdue))
         queue = self._queues[batch.stage]
         first = queue.index(batch.jobs[0])
         del queue[first : first + len(batch.jobs)]
@@ -184,7 +209,7 @@ class Scheduler:
             stage; cancelled jobs are gone.
         """
         self.costs.observe(batch.stage, len(batch.jobs), seconds)
-        self._busy_until = now
+        self._busy_until = self._live_until = now
         thresholds = self.controller.level.thresholds
         answered = []
         for job, confidence in zip(batch.jobs, confidences, strict=True):
@@ -206,10 +231,13 @@ class Scheduler:
             self.audit(job)
         return [job for job in batch.jobs if batch.stage == self.exits]
 
-    def abandon(self, batch: Batch) -> None:
-        """Forget a batch whose run failed."""
-        for job in batch.jobs:
-            job.state = JobState.DONE
+    def abandon(self, job: Job) -> None:
+        """Forget a job whose run failed."""
+        job.state = JobState.DONE
+
+    def next_audit(self, now: float) -> float:
+        """Seconds until an audited job may take a step; infinite where none waits for it."""
+        return max(0.0, self._live_until + QUIET_SECONDS - now) if self._audits else math.inf
 
     # --- what is known -----------------------------------------------------------------------
 
@@ -317,8 +345,8 @@ class Scheduler:
         if stage == self.exits:
             self._leaving[stage] = 1.0
 
-    def _next_audit(self) -> Batch | None:
-        if not self._audits:
+    def _take_audit(self, now: float) -> Batch | None:
+        if self.next_audit(now) > 0:
             return None
         job = self._audits.popleft()
         return Batch(job.stage, (job,), self.costs.seconds(job.stage, 1), audit=True)

@@ -43,7 +43,17 @@ class Settings(BaseSettings):
         "auto", description="where the network runs; auto takes CUDA where there is a card"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="numerics of the network; auto takes float16 on CUDA, float32 on CPU"
+        "auto",
+        description="numerics of the network; auto takes float16 on CUDA, and on CPU those that "
+        "the policy was calibrated in, or float32 where that is faster",
+    )
+    compile: Literal["auto", "off", "require"] = Field(
+        "auto",
+        description="compiled stages on CPU; auto answers eagerly until they are ready, require "
+        "takes no request before",
+    )
+    cache_dir: Path = Field(
+        Path("~/.cache/offramp"), description="where compiled stages are kept from start to start"
     )
     threads: int = Field(
         0, ge=0, le=1024, description="threads inside one operation on CPU; 0 takes every core"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.engine import Answer, Seen
+from server.tickets import Answer, Seen
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are many small things: more threads only wait
+os.environ["OFFRAMP_COMPILE"] = "off"  # tests that want compiled stages say so
 
 import httpx
 import numpy as np

@@ -12,7 +12,7 @@ from deploy.simulator import Arrival, simulate
 from model.policy import Reason, Rule
 from server.costs import CostTable
 from server.overload import Level, OverloadController
-from server.scheduler import Job, JobState, Refused, Scheduler
+from server.scheduler import QUIET_SECONDS, Job, JobState, Refused, Scheduler, TooLate
 
 STAGES = 4
 RULE = Rule((0.8, 0.8, 0.8, 0.0), 1, STAGES)
@@ -73,9 +73,19 @@ def test_a_job_that_cannot_be_in_time_is_refused_with_the_time_to_drain():
     scheduler = make_scheduler()
     for _ in range(80):
         scheduler.admit(job(), 0.0)
+    scheduler.next_step(0.0)
     with pytest.raises(Refused) as refused:
-        scheduler.admit(job(deadline=1e-4), 0.0)
+        scheduler.admit(job(deadline=2e-3), 0.0)
     assert refused.value.retry_after_seconds >= 80 / 8 * 3e-3
+
+
+def test_a_job_that_would_be_late_even_alone_is_too_late_rather_than_refused():
+    scheduler = make_scheduler()
+    one = job(deadline=1e-4)
+    with pytest.raises(TooLate):
+        scheduler.admit(one, 0.0)
+    assert one.done
+    assert scheduler.queued() == [0] * STAGES
 
 
 def test_a_deadline_past_the_first_exit_answers_now_with_what_there_is():
@@ -182,12 +192,16 @@ def test_audits_run_only_when_nothing_else_is_to_do():
     batch = scheduler.next_step(0.001).batch
     assert (batch.jobs, batch.audit) == ((live,), False)
     run(scheduler, batch, [0.99], 0.002)
+    assert scheduler.next_step(0.002).batch is None, "the next live job may come at once"
+    quiet = 0.002 + scheduler.next_audit(0.002)
+    assert quiet == pytest.approx(0.002 + QUIET_SECONDS)
     for stage in (2, 3, 4):
-        batch = scheduler.next_step(0.002).batch
+        batch = scheduler.next_step(quiet).batch
         assert (batch.jobs, batch.stage, batch.audit) == ((audited,), stage, True)
         finished = scheduler.settle_audit(batch)
         assert finished == ([audited] if stage == STAGES else [])
-    assert scheduler.next_step(0.002).batch is None
+    assert scheduler.next_step(quiet).batch is None
+    assert scheduler.next_audit(quiet) == math.inf
 
 
 def test_a_job_without_a_deadline_does_not_starve_under_a_flood_of_better_batches():
@@ -245,7 +259,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.002, 0.01, math.inf]))
     def admit(self, seconds):
         one = job(self.now, self.now + seconds)
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refused, TooLate):
             self.scheduler.admit(one, self.now)
             self.live.append(one)
 
@@ -272,7 +286,8 @@ class AnyHistory(RuleBasedStateMachine):
     @rule()
     def fail(self):
         if batch := self.step():
-            self.scheduler.abandon(batch)
+            for one in batch.jobs:
+                self.scheduler.abandon(one)
             self.settled += batch.jobs
 
     def teardown(self):

@@ -102,12 +102,24 @@ def test_a_deadline_that_passes_in_the_queue_is_a_504(one, png):
     assert one.metric("deadlines_total", outcome="missed") == 1
 
 
-def test_a_deadline_that_even_the_first_exit_would_miss_is_refused_with_a_time_to_retry(one, png):
-    engine = one.served.engine
-    engine.scheduler.costs = CostTable({k: {1: 3.0} for k in range(1, 5)})
-    response = one.post(png, deadline_ms=1000)
-    check_error(response, 429, "overloaded")
-    assert int(response.headers["retry-after"]) >= 1
+def test_a_deadline_that_even_one_image_alone_would_miss_is_a_504(one, png):
+    one.served.engine.scheduler.costs = CostTable({k: {1: 3.0} for k in range(1, 5)})
+    check_error(one.post(png, deadline_ms=1000), 504, "deadline_exceeded")
+    assert one.metric("deadlines_total", outcome="missed") == 1
+
+
+def test_a_deadline_that_the_queue_would_miss_is_refused_with_a_time_to_retry(one, png):
+    with gated(one) as gate:
+        one.later(png)
+        gate.wait_for_a_batch()
+        one.served.engine.scheduler.costs = CostTable({k: {1: 1e-3, 2: 60.0} for k in range(1, 5)})
+        one.later(png, deadline_ms=8000)
+        queued(one, 2)
+        refused = one.later(png, deadline_ms=9000)
+        queued(one, 3)
+        gate.open()
+        check_error(refused.result(), 429, "overloaded")
+    assert int(refused.result().headers["retry-after"]) >= 1
     assert one.metric("refused_total", reason="not_in_time") == 1
 
 

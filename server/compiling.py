@@ -1,0 +1,144 @@
+"""Brings compiled programs into a running server, as they become ready."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from model.bundle import Bundle
+from server.compile import READY, order
+from server.programs import TOLERANCE, Programs, compiler, difference, fastest, load_program
+from server.runner import Program
+from server.settings import Settings
+from server.units import Unit, example_inputs
+
+log = logging.getLogger("offramp")
+
+Use = Callable[[int, int, Program, float], None]
+"""Takes a stage, a batch size, the program for both and its seconds."""
+
+
+class Compiling:
+    """The compiled units of one server, on CPU.
+
+    Args:
+        settings: the server's.
+        bundle: what is served.
+        units: the eager units, shallow to deep, that programs must agree with.
+        dtype: their numerics.
+        threads: inside one operation.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        bundle: Bundle,
+        units: list[Unit],
+        dtype: torch.dtype,
+        threads: int,
+    ) -> None:
+        self._settings = settings
+        self._bundle = bundle
+        self._units = units
+        self._dtype = dtype
+        self._threads = threads
+        self._programs = Programs(settings.cache_dir, bundle, dtype, threads)
+        self._used: set[tuple[int, int]] = set()
+        self._process: subprocess.Popen[str] | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def use_ready(self, use: Use) -> None:
+        """Hand over every program in the cache that has not been handed over yet."""
+        for size in order(self._settings.max_batch):
+            inputs: list[tuple[Tensor, ...]] = []
+            for stage in range(1, len(self._units) + 1):
+                wanted = (stage, size) not in self._used and not self._closed
+                if wanted and self._programs.file(stage, size).exists():
+                    inputs = inputs or self._examples(size)
+                    self._use(stage, size, inputs[stage - 1], use)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every program has been handed over."""
+        return len(self._used) == len(self._units) * len(order(self._settings.max_batch))
+
+    def compile(self) -> Iterator[str]:
+        """Compile what the cache lacks, in a process of its own.
+
+        Yields:
+            A line for each program.
+
+        Raises:
+            RuntimeError: there is no compiler, or it failed.
+        """
+        self._process = subprocess.Popen(
+            self._command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with self._process as process:
+            assert process.stdout is not None and process.stderr is not None
+            for line in process.stdout:
+                if line.startswith(READY):
+                    yield line.strip()
+            said = process.stderr.read().strip().rpartition("\n")[2]
+        if process.returncode and not self._closed:
+            raise RuntimeError(said.removeprefix("error: ") or "the compiler failed")
+
+    def compile_in_background(self, use: Use) -> None:
+        """Compile and hand over without being waited for; failing is a warning."""
+
+        def work() -> None:
+            try:
+                for line in self.compile():
+                    log.debug(line)
+                    self.use_ready(use)
+            except Exception as error:
+                log.warning("stages stay uncompiled, so answers take longer: %s", error)
+            else:
+                if self.complete:
+                    log.info("every stage is compiled")
+
+        self._thread = threading.Thread(target=work, name="compiling", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop compiling."""
+        self._closed = True
+        if self._process and self._process.poll() is None:
+            self._process.terminate()
+        if self._thread:
+            self._thread.join()
+        self._programs.close()
+
+    def _command(self) -> list[str]:
+        if compiler() is None:
+            raise RuntimeError("there is no C++ compiler (g++, or the one CXX names)")
+        command = [sys.executable, "-m", "server.compile", "--bundle", str(self._settings.bundle)]
+        command += ["--dtype", str(self._dtype).removeprefix("torch.")]
+        command += ["--threads", str(self._threads)]
+        command += ["--max-batch", str(self._settings.max_batch)]
+        return [*command, "--cache-dir", str(self._programs.cache)]
+
+    def _examples(self, size: int) -> list[tuple[Tensor, ...]]:
+        return example_inputs(self._units, self._bundle, size, torch.device("cpu"))
+
+    def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
+        self._used.add((stage, size))
+        file = self._programs.file(stage, size)
+        try:
+            program = load_program(file)
+            off = difference(program, self._units[stage - 1], inputs)
+        except (RuntimeError, OSError) as error:
+            log.warning("%s cannot be used (%s); it is deleted", file, error)
+            file.unlink(missing_ok=True)
+            return
+        if not off <= TOLERANCE[self._dtype]:  # so that NaN fails
+            log.warning("%s differs from the eager stage by %.1e; not used", file, off)
+            return
+        use(stage, size, program, fastest(program, inputs))

@@ -1,0 +1,135 @@
+"""Compiled units on disk: which file holds which, whether it may be trusted, how fast it is."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import model
+from model.bundle import Bundle
+from server.runner import WARM_UP_RUNS, Program
+from server.units import Unit
+
+log = logging.getLogger("offramp")
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Largest difference of a confidence or probability from the eager unit's."""
+
+
+class Programs:
+    """The compiled units of one bundle, on one kind of machine, in a folder of the cache.
+
+    Args:
+        cache: its folder; a temporary one takes its place where it cannot be written.
+        bundle: a calibrated bundle.
+        dtype: the units' numerics.
+        threads: inside one operation.
+    """
+
+    def __init__(self, cache: Path, bundle: Bundle, dtype: torch.dtype, threads: int) -> None:
+        self.cache = cache.expanduser()
+        self.folder = self.cache / _digest(bundle, dtype, threads)
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            _make_private(self.folder)
+        except OSError as error:
+            log.info("%s cannot be written (%s); compiling anew at each start", cache, error)
+            self._temporary = tempfile.TemporaryDirectory(prefix="offramp-")
+            self.cache = Path(self._temporary.name)
+            self.folder = self.cache / self.folder.name
+            _make_private(self.folder)
+
+    def file(self, stage: int, size: int) -> Path:
+        """Where the program for a stage and batch size is, or will be."""
+        return self.folder / f"stage{stage}-batch{size}.pt2"
+
+    def close(self) -> None:
+        """Remove the folder if it is temporary."""
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch would call, if there is one."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def load_program(file: Path) -> Program:
+    """Load a compiled unit.
+
+    Raises:
+        RuntimeError, OSError: the file is missing or broken.
+    """
+    loaded = torch._inductor.aoti_load_package(str(file))
+    # Its own call parses two JSON tree descriptions a call, 0.1 ms in all.
+    return lambda tensors: loaded.loader.boxed_run(list(tensors))
+
+
+@torch.inference_mode()
+def difference(program: Program, unit: Unit, inputs: Sequence[Tensor]) -> float:
+    """Largest difference of a confidence or probability from the eager unit's; NaN counts."""
+    _, expected, _ = unit(*inputs)
+    _, said, _ = program(inputs)
+    return float((said - expected).abs().max())
+
+
+@torch.inference_mode()
+def fastest(program: Program, inputs: Sequence[Tensor]) -> float:
+    """Seconds of the fastest of some runs, which neighbours on the machine disturb least."""
+    program(inputs)
+    taken = []
+    for _ in range(WARM_UP_RUNS):
+        began = time.perf_counter()
+        program(inputs)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user can put code into, which this process will run."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _digest(bundle: Bundle, dtype: torch.dtype, threads: int) -> str:
+    """Names everything that a compiled unit depends on."""
+    policy, description = bundle.policy, bundle.description
+    assert policy is not None
+    digest = hashlib.sha256(_code())
+    said = (
+        description.weights_sha256,
+        description.preprocess.model_dump_json(),
+        [c.model_dump_json() for c in policy.calibrations],
+        policy.measure,
+        dtype,
+        threads,
+        torch.__version__,
+        _machine(),
+    )
+    digest.update(repr(said).encode())
+    return digest.hexdigest()[:16]
+
+
+def _code() -> bytes:
+    files = [*Path(model.__file__).parent.glob("*.py"), Path(__file__).with_name("units.py")]
+    return b"".join(file.read_bytes() for file in sorted(files))
+
+
+def _machine() -> str:
+    """The processor's features, which compiled code is made for."""
+    flags = ""
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        lines = cpuinfo.read_text().splitlines()
+        flags = next((x for x in lines if x.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {flags}"

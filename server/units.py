@@ -1,0 +1,87 @@
+"""One stage as the engine sees it: what the stage before handed on to a judgement of every row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.bundle import Bundle
+from model.confidence import judge
+from model.fold import fold_stages
+from model.policy import Calibration, Measure
+from model.preprocess import Preprocess
+
+
+class Unit(nn.Module):
+    """A stage with its head and the confidence calculation; the first with the normalisation too.
+
+    Args:
+        stage: features or images to features and logits.
+        calibration: of this exit.
+        measure: what the confidence is made from.
+        normalise: turns pixels into images; of the first stage only.
+        dtype: the stage's numerics; confidences are always fp32.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        calibration: Calibration,
+        measure: Measure,
+        normalise: Preprocess | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        # Channels last on both sides, so that no stage converts what another handed on.
+        self.stage = stage.to(dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._calibration = calibration
+        self._measure = measure
+        self._normalise = normalise
+        self._dtype = dtype
+
+    def forward(self, x: Tensor, passed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Run and judge a batch.
+
+        Args:
+            x: uint8 pixels `[N, H, W, 3]` for the first stage, else features `[N, C, H, W]`.
+            passed: what the unit before returned third; None for the first.
+
+        Returns:
+            Features for the next stage; fp32 `[N, 1 + classes]` with each row's confidence before
+            its probabilities; and what the next exit wants to know of this one `[N, classes]`.
+        """
+        if self._normalise is not None:
+            x = self._normalise.normalise(x, self._dtype)
+        features, logits = self.stage(x)
+        said = judge(logits, passed, self._calibration, self._measure)
+        return features, torch.cat([said.confidence[:, None], said.probabilities], 1), said.state
+
+
+def make_units(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> list[Unit]:
+    """The units of a calibrated bundle, shallow to deep; its network stays as it is."""
+    policy = bundle.policy
+    if policy is None:
+        raise ValueError("the bundle has no policy")
+    preprocess = bundle.description.preprocess
+    stages = fold_stages(bundle.net)
+    return [
+        Unit(stage, calibration, policy.measure, preprocess if k == 0 else None, dtype)
+        .to(device)
+        .eval()
+        for k, (stage, calibration) in enumerate(zip(stages, policy.calibrations, strict=True))
+    ]
+
+
+def example_inputs(
+    units: list[Unit], bundle: Bundle, size: int, device: torch.device
+) -> list[tuple[Tensor, ...]]:
+    """What each unit takes in a batch of `size` random images, shallow to deep."""
+    side = bundle.description.preprocess.size
+    chance = torch.Generator().manual_seed(size)
+    pixels = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8, generator=chance)
+    inputs: list[tuple[Tensor, ...]] = [(pixels.to(device),)]
+    with torch.inference_mode():
+        for unit in units[:-1]:
+            features, _, state = unit(*inputs[-1])
+            inputs.append((features, state))
+    return [tuple(t.clone() for t in row) for row in inputs]

@@ -13,6 +13,8 @@ from server.settings import Settings
 from tests.conftest import ROOT, running
 
 DEFAULT = ROOT / "model/default"
+BOUNDS = (0.01, 0.0)
+"""Operating points asked for in turn: the default, and one that takes images to the last exit."""
 
 
 @torch.inference_mode()
@@ -32,12 +34,17 @@ def offline(bundle, images):
 
 def test_answers_agree_with_the_offline_evaluation_exit_by_exit(cifar):
     bundle = load_bundle(DEFAULT)
-    rule = bundle.policy.rule(bundle.policy.point_for(0.01))
     images = [data for _, data in cifar]
+    losses = [BOUNDS[i % len(BOUNDS)] for i in range(len(images))]
+    rules = [bundle.policy.rule(bundle.policy.point_for(loss)) for loss in losses]
     expected = offline(bundle, images)
     settings = Settings(bundle=DEFAULT, threads=1, default_deadline_ms=None)
     with running(Served(settings)) as server, ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda data: server.post(data, explain="true").json(), images))
+
+        def ask(data, loss):
+            return server.post(data, explain="true", max_accuracy_loss=loss).json()
+
+        answers = list(clients.map(ask, images, losses))
         counted = [
             sum(
                 server.metric("answers_total", model="default", exit=str(exit), reason=reason)
@@ -46,7 +53,7 @@ def test_answers_agree_with_the_offline_evaluation_exit_by_exit(cifar):
             for exit in range(1, bundle.net.exits + 1)
         ]
     assert max(len(a["seen"]) for a in answers) == bundle.net.exits
-    for answer, exits in zip(answers, expected, strict=True):
+    for answer, exits, rule in zip(answers, expected, rules, strict=True):
         leaves = next(k for k, (_, c) in enumerate(exits, 1) if rule.verdict(k, c))
         assert answer["exit"] == leaves
         assert answer["class_id"] == exits[leaves - 1][0]

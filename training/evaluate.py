@@ -11,6 +11,7 @@ import torch
 
 from model.bundle import REPORT, Bundle, load_servable, save_description, write_atomically
 from training import evaluation, markdown, plots, sheets
+from training.bundling import PAGE
 from training.calibrate import (
     RECORD,
     SHOWN_LOSS,
@@ -145,7 +146,8 @@ def write_report(report: Report, m: Measured, images: ImageSet, out: Path) -> No
     files = plots.draw_all(report, _is_cifar100(images), out)
     files += sheets.draw_all(m, images, out)
     write_atomically(out / "report.json", report.model_dump_json(indent=1).encode() + b"\n")
-    write_atomically(out / "report.md", markdown.render(report, files).encode())
+    trained = PAGE if (out / PAGE).exists() else None
+    write_atomically(out / "report.md", markdown.render(report, files, trained).encode())
 
 
 def record_accuracy(bundle: Bundle, report: Report) -> None:

@@ -13,14 +13,18 @@ CAPTIONS = {
     "trained → as served.",
     "class_shares.png": "The classes that leave earliest and latest.",
     "leave_first.png": "Images that leave at the first exit.",
-    "need_last.png": "Images that need the whole network.",
+    "leave_last.png": "Images that need the deepest exits.",
     "lost.png": "What early exit costs: the full network would have been right.",
     "gained.png": "What early exit gains: the full network would have been wrong.",
 }
 
 
-def render(report: Report, files: Sequence[str]) -> str:
-    """The whole of report.md, with these files shown in it."""
+def render(report: Report, files: Sequence[str], trained: str | None) -> str:
+    """The whole of report.md, with these files shown in it.
+
+    Args:
+        trained: the page on how the network was trained, if there is one.
+    """
     parts = [
         f"# {report.bundle} {report.version}: what early exit buys",
         headline(report),
@@ -38,6 +42,8 @@ def render(report: Report, files: Sequence[str]) -> str:
         point_table(report),
     ]
     parts += [f"![{CAPTIONS[f]}]({f})\n\n{CAPTIONS[f]}" for f in files]
+    if trained:
+        parts.append(f"[How this network was trained]({trained})")
     return "\n\n".join(parts) + "\n"
 
 

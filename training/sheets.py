@@ -18,10 +18,13 @@ def draw_all(m: Measured, images: ImageSet, folder: Path) -> list[str]:
     """Write every sheet that has an image, returning the file names."""
     taken, right = m.taken, m.outcomes.right
     early_right = m.outcomes.right_at(taken)
-    deepest = m.outcomes.exits
+    late = _late(taken, m.outcomes.exits)
     sheets = {
         "leave_first.png": (taken == 1, "leave at exit 1"),
-        "need_last.png": (taken == deepest, f"need exit {deepest}"),
+        "leave_last.png": (
+            taken >= late,
+            f"need exit {late}" if late == m.outcomes.exits else f"need exit {late} or deeper",
+        ),
         "lost.png": (right[:, -1] & ~early_right, "early answer wrong, full network right"),
         "gained.png": (~right[:, -1] & early_right, "early answer right, full network wrong"),
     }
@@ -32,6 +35,12 @@ def draw_all(m: Measured, images: ImageSet, folder: Path) -> list[str]:
             _sheet(m, images, indices, title).savefig(folder / name, dpi=100)
             drawn.append(name)
     return drawn
+
+
+def _late(taken: np.ndarray, exits: int) -> int:
+    """The deepest exit that, with those below it, answers enough images to fill a sheet."""
+    full = [k for k in range(1, exits + 1) if (taken >= k).sum() >= COLUMNS * ROWS]
+    return max(full, default=exits)
 
 
 def _sheet(m: Measured, images: ImageSet, indices: np.ndarray, title: str) -> Figure:

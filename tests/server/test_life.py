@@ -21,7 +21,7 @@ def process(bundle_path, *flags):
     child = subprocess.Popen(
         [*command, "--max-batch", "2", *flags],
         cwd=ROOT,
-        env=environment,
+        env={**environment, "OFFRAMP_COMPILE": "off"},
         stderr=subprocess.PIPE,
         text=True,
     )

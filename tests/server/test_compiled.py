@@ -89,6 +89,7 @@ def test_other_numerics_than_the_policys_are_warned_of(bundle, caplog):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while compiling
 @pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 def test_a_compiled_unit_equals_the_eager_one(bundle, tmp_path):
     from server.compile import compile_unit

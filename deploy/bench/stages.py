@@ -63,7 +63,8 @@ class Whole(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Every exit's judgement."""
-        inputs, judged = (pixels,), []
+        inputs: tuple[Tensor, ...] = (pixels,)
+        judged = []
         for unit in self.units:
             features, said, state = unit(*inputs)
             inputs = (features, state)

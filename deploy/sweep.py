@@ -14,7 +14,7 @@ import json
 import random
 import sys
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ from server.overload import Level, OverloadController
 from server.scheduler import Scheduler
 
 FACTORS = (0.2, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
-KINDS = {"poisson": schedules.poisson, "bursts": schedules.bursts}
+KINDS: dict[str, Callable[[float, float], list[float]]] = {
+    "poisson": schedules.poisson,
+    "bursts": schedules.bursts,
+}
 CLIENTS = 16
 Row = dict[str, Any]
 

@@ -28,7 +28,7 @@ serve: .venv/serve ## serve model/default on port 8000; ARGS="--port 9000 ..." f
 	@exec $(BIN)/python -m server $(ARGS)
 
 test: .venv/dev ## run the tests; ARGS="-k policy ..." for pytest options
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: .venv/dev ## lint and type-check
 	@$(BIN)/ruff format --check .

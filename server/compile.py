@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model.bundle import BundleError, load_servable
 from server.programs import Programs, compiler
 from server.runner import batch_sizes
 from server.settings import Settings
-from server.units import Unit, example_inputs, make_units
+from server.units import example_inputs, make_units
 
 READY = "ready"
 
@@ -71,7 +72,7 @@ def order(max_batch: int) -> list[int]:
 
 
 @torch.no_grad()
-def compile_unit(unit: Unit, inputs: tuple[torch.Tensor, ...], file: Path) -> None:
+def compile_unit(unit: nn.Module, inputs: tuple[torch.Tensor, ...], file: Path) -> None:
     """Compile a unit for the shapes of these inputs, and put it in place at once.
 
     A fixed batch size lets the weights be packed beforehand: with a free one a single image takes

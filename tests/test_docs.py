@@ -150,3 +150,15 @@ def training_parser():
     for command in training.COMMANDS:
         command.add_command(steps)
     return parser
+
+
+def test_the_tree_of_the_readme_names_what_is_there():
+    tree = next(text for kind, text in FENCE.findall(PAGES[0].read_text()) if "model/" in text)
+    folder, named = ROOT, set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ROOT / name
+        path = folder / name if line.startswith(" ") else folder
+        assert path.exists(), f"the README's tree names {path.relative_to(ROOT)}"
+        named.add(path.relative_to(ROOT).parts[0])
+    assert named == {"model", "training", "server", "deploy", "docs", "tests"}

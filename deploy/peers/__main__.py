@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ from deploy.loadtest.summary import summarise
 ROOT = Path(__file__).parents[2]
 CLIENTS = (1, 8, 32)
 PORT = 8791
-START_SECONDS = 240.0
+START_SECONDS = 600.0
+STOP_SECONDS = 15.0
 COMMON = (f"torch=={torch.__version__.partition('+')[0]}", "numpy", "pillow", "safetensors")
 Row = dict[str, Any]
 
@@ -51,20 +53,29 @@ class Peer:
     packages: tuple[str, ...] = ()
     """What its environment needs beside torch; nothing where it runs in Offramp's own."""
     query: str = ""
+    wrap: Callable[[bytes], bytes] = bytes
+    """From an encoded image to what is posted."""
+    content_type: str = "application/octet-stream"
 
 
 def offramp(name: str, *flags: str, query: str = "") -> Peer:
     """The server itself, with these flags."""
     command = ("-m", "server", "--bundle", "{bundle}", "--port", "{port}", *flags)
-    return Peer(name, (*command, "--log-level", "warning"), query=query)
+    return Peer(name, (*command, "--compile", "require", "--log-level", "warning"), query=query)
 
 
 PEERS = (
     Peer("FastAPI", ("-m", "deploy.peers.plain")),
-    Peer("LitServe", ("-m", "deploy.peers.litserve_server"), ("litserve", "pydantic")),
+    Peer(
+        "LitServe",
+        ("-m", "deploy.peers.litserve_server"),
+        ("litserve", "pydantic"),
+        wrap=lambda data: b'{"image": "%s"}' % base64.b64encode(data),
+        content_type="application/json",
+    ),
     Peer(
         "mosec",
-        ("-m", "deploy.peers.mosec_server", "--port", "{port}", "--path", "/classify"),
+        ("-m", "deploy.peers.mosec_server", "--port", "{port}"),
         ("mosec", "pydantic"),
     ),
     Peer(
@@ -98,20 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(peer: Peer, arguments: argparse.Namespace, samples: list[Sample]) -> Row:
     print(f"{peer.name}…", file=sys.stderr)
+    samples = [Sample(peer.wrap(sample.data), sample.label) for sample in samples]
     try:
         python = _environment(peer, arguments.environments.expanduser())
         with _started(peer, python, arguments.bundle.resolve(), arguments.quiet_seconds):
-            url = f"http://127.0.0.1:{PORT}/classify{peer.query}"
             by_clients = {
-                str(n): asyncio.run(_load(url, samples, n, arguments.seconds)) for n in CLIENTS
+                str(n): asyncio.run(_load(peer, samples, n, arguments.seconds)) for n in CLIENTS
             }
     except (PeerError, OSError) as error:
         return {"name": peer.name, "failed": str(error)}
     return {"name": peer.name, "clients": by_clients}
 
 
-async def _load(url: str, samples: list[Sample], clients: int, seconds: float) -> Row:
-    client = Client(url)
+async def _load(peer: Peer, samples: list[Sample], clients: int, seconds: float) -> Row:
+    url = f"http://127.0.0.1:{PORT}/classify{peer.query}"
+    client = Client(url, {"Content-Type": peer.content_type})
     await closed_loop(client, samples, clients, 1.0)
     results = await closed_loop(client, samples, clients, seconds, seed=1)
     await client.close()
@@ -151,9 +163,17 @@ def _started(peer: Peer, python: str, bundle: Path, quiet: float) -> Iterator[No
         time.sleep(quiet)
         yield
     finally:
-        with suppress(ProcessLookupError):  # it ended by itself
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Kindly first, since some peers' workers have process groups of their own."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

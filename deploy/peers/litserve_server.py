@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from typing import Any
 
 import litserve
 import numpy as np
-from fastapi import Request
 
 from deploy.peers.network import Network
 
@@ -18,8 +18,8 @@ class Classifier(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.network = Network()
 
-    async def decode_request(self, request: Request) -> np.ndarray:
-        return self.network.pixels(await request.body())
+    def decode_request(self, request: dict[str, str]) -> np.ndarray:
+        return self.network.pixels(base64.b64decode(request["image"]))
 
     def batch(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         return inputs

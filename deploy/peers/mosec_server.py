@@ -39,6 +39,6 @@ class Classify(Worker):
 
 if __name__ == "__main__":
     server = Server()
-    server.append_worker(Decode, num=1)
-    server.append_worker(Classify, num=1, max_batch_size=32, max_wait_time=5)
+    server.append_worker(Decode, num=1, route="/classify")
+    server.append_worker(Classify, num=1, max_batch_size=32, max_wait_time=5, route="/classify")
     server.run()

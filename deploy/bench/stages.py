@@ -1,0 +1,159 @@
+"""What it costs to run a network stage by stage, against the whole at once."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.bundle import Bundle
+from model.fold import Stage
+from server.compile import compile_unit
+from server.programs import load_program
+from server.runner import Program
+from server.units import Unit, example_inputs, make_units
+
+WAYS = ("eager", "folded", "compiled")
+DTYPES = (torch.float32, torch.bfloat16)
+WARM_UP_RUNS = 10
+
+Pass = Callable[[], None]
+"""Takes one batch through all stages, as far as numbers on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One way to run the network, at one batch size."""
+
+    way: str
+    dtype: str
+    batch: int
+    staged_ms: float
+    """Median of a batch, stage after stage with a look at each exit's confidences."""
+    fused_ms: float
+    """Median of a batch through all stages and heads at once."""
+
+    @property
+    def ratio(self) -> float:
+        """What the stage borders cost."""
+        return self.staged_ms / self.fused_ms
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures with their ratio."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+class Whole(nn.Module):
+    """All units in one module, so that a compiler sees across their borders."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Every exit's judgement."""
+        inputs: tuple[Tensor, ...] = (pixels,)
+        judged = []
+        for unit in self.units:
+            features, said, state = unit(*inputs)
+            inputs = (features, state)
+            judged.append(said)
+        return tuple(judged)
+
+
+def measure(bundle: Bundle, batches: Sequence[int], threads: int, seconds: float) -> list[Measured]:
+    """Time every way, dtype and batch size, staged and fused in turns."""
+    torch.set_num_threads(threads)
+    rows = []
+    cases = list(itertools.product(DTYPES, batches, WAYS))
+    with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
+        for i, (dtype, batch, way) in enumerate(cases, start=1):
+            name = str(dtype).removeprefix("torch.")
+            print(f"{i}/{len(cases)} {way} {name} batch {batch}", file=sys.stderr, flush=True)
+            staged, fused = passes(bundle, way, dtype, batch, Path(scratch))
+            rows.append(Measured(way, name, batch, *medians(staged, fused, seconds)))
+    return rows
+
+
+def passes(
+    bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path
+) -> tuple[Pass, Pass]:
+    """The staged and the fused pass over the same random images."""
+    units = make_units(bundle, torch.device("cpu"), dtype)
+    if way == "eager":
+        for k, unit in enumerate(units, start=1):
+            stage = Stage(copy.deepcopy(bundle.net), k).to(dtype=dtype)
+            unit.stage = stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    examples = example_inputs(units, bundle, batch, torch.device("cpu"))
+    programs: list[Program] = [_eager(unit) for unit in units]
+    whole = _eager(Whole(units))
+    if way == "compiled":
+        programs = [
+            _compiled(unit, inputs, folder) for unit, inputs in zip(units, examples, strict=True)
+        ]
+        whole = _compiled(Whole(units), examples[0], folder)
+    pixels = examples[0]
+
+    def staged() -> None:
+        inputs: Sequence[Tensor] = pixels
+        for program in programs:
+            features, said, state = program(inputs)
+            said[:, 0].tolist()
+            inputs = (features, state)
+
+    def fused() -> None:
+        for said in whole(pixels):
+            said[:, 0].tolist()
+
+    return staged, fused
+
+
+@torch.inference_mode()
+def medians(staged: Pass, fused: Pass, seconds: float) -> tuple[float, float]:
+    """Milliseconds of each, run in turns so that a busy machine disturbs both alike."""
+    for run in (staged, fused) * WARM_UP_RUNS:
+        run()
+    taken: dict[Pass, list[float]] = {staged: [], fused: []}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for run, times in taken.items():
+            began = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(taken[staged]), statistics.median(taken[fused])
+
+
+def table(rows: Sequence[Measured]) -> str:
+    """Markdown."""
+    lines = [
+        "| numerics | batch | way | staged, ms | fused, ms | staged / fused |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r.dtype} | {r.batch} | {r.way} | {r.staged_ms:.2f} | {r.fused_ms:.2f} "
+        f"| {r.ratio:.3f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def _eager(module: nn.Module) -> Program:
+    return lambda tensors: module(*tensors)
+
+
+def _compiled(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Program:
+    with tempfile.NamedTemporaryFile(suffix=".pt2", dir=folder) as file:
+        compile_unit(module, inputs, Path(file.name))
+        return load_program(Path(file.name))

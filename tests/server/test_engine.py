@@ -1,0 +1,340 @@
+"""The engine's laws, driven step by step: a fake clock, runner and client loop; no torch."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.policy import Reason, Rule
+from server.costs import CostTable
+from server.engine import Engine
+from server.errors import DeadlineExceeded, Draining, OfframpError, Overloaded
+from server.metrics import EngineMetrics, Metrics
+from server.overload import Level, OverloadController
+from server.runner import Row, StageOutput
+from server.scheduler import QUIET_SECONDS, Scheduler
+
+STAGES = 3
+RULE = Rule((0.8, 0.8, 0.0), 1, STAGES)
+SECONDS = 1e-3
+CLASSES = 4
+
+
+class FakeLoop:
+    """A client's event loop that runs what it is told at once, and counts."""
+
+    def __init__(self):
+        self.wakes = 0
+
+    def create_future(self):
+        return FakeFuture()
+
+    def call_soon_threadsafe(self, callback, *args):
+        self.wakes += 1
+        callback(*args)
+
+
+class FakeFuture:
+    """Holds every result it is given, so that a second one would show."""
+
+    def __init__(self):
+        self.results = []
+
+    def done(self):
+        return False
+
+    def set_result(self, result):
+        self.results.append(result)
+
+    set_exception = set_result
+
+
+class FakeRunner:
+    """Takes a millisecond a batch; images are the confidences that their exits will say."""
+
+    exits = STAGES
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.ran = []
+        self.guilty = lambda images: False
+
+    def run(self, stage, inputs):
+        self.ran.append((stage, len(inputs), self.clock.now))
+        self.clock.now += SECONDS
+        images = [i.features if isinstance(i, Row) else i for i in inputs]
+        if self.guilty(images):
+            raise RuntimeError("a broken row")
+        said = [float(image[stage - 1]) for image in images]
+        classes = np.eye(CLASSES, dtype=np.float32)[[0] * len(said)]
+        return StageOutput(said, classes, [Row(image, None, 0) for image in images])
+
+    def keep(self, rows):
+        return list(rows)
+
+
+class World:
+    """One engine with everything around it, and the tickets sent in."""
+
+    def __init__(self, audit_rate=0.0):
+        self.now = 100.0
+        self.loop = FakeLoop()
+        self.runner = FakeRunner(self)
+        rows = {k: {n: SECONDS for n in (1, 2, 4)} for k in range(1, STAGES + 1)}
+        controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], 1.0)
+        self.metrics = Metrics("tiny", "1", STAGES, 4, 1.0, {})
+        self.engine = Engine(
+            Scheduler(CostTable(rows), controller, 4),
+            self.runner,
+            EngineMetrics(self.metrics, [1, 2, 3]),
+            audit_rate,
+            clock=lambda: self.now,
+            chance=lambda: 0.0,
+        )
+
+    def submit(self, *said, seconds=math.inf, loop=None, on_exit=None, rule=RULE):
+        image = np.array(said or (0.1, 0.2, 0.3))
+        deadline = self.now + seconds
+        loop = loop or self.loop
+        return self.engine.submit(image, rule, self.now, deadline, True, on_exit, loop)
+
+    def finish(self):
+        while self.engine.step(False):
+            pass
+
+    def value(self, name, **labels):
+        return self.metrics.registry.get_sample_value(f"offramp_{name}", labels)
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def answer(ticket):
+    (result,) = ticket.future.results
+    return result
+
+
+def test_a_job_goes_as_deep_as_its_confidence_asks(world):
+    tickets = [world.submit(0.9, 0.9, 0.9), world.submit(0.1, 0.9, 0.9), world.submit()]
+    world.finish()
+    said = [(answer(t).exit, answer(t).reason) for t in tickets]
+    assert said == [(1, Reason.CONFIDENT), (2, Reason.CONFIDENT), (3, Reason.FINAL)]
+    assert [len(answer(t).seen) for t in tickets] == [1, 2, 3]
+
+
+def test_settled_tickets_hold_no_features(world):
+    tickets = [world.submit(0.9, 0.9, 0.9), world.submit()]
+    assert all(t.inputs is not None for t in tickets)
+    world.finish()
+    assert all(t.inputs is None and t.job is None for t in tickets)
+
+
+def test_a_failing_batch_fails_only_its_guilty_job(world):
+    world.runner.guilty = lambda images: any(image[0] == 0.13 for image in images)
+    good, bad, fine = world.submit(), world.submit(0.13, 0.1, 0.1), world.submit(0.9, 0.1, 0.1)
+    world.finish()
+    assert type(answer(bad)) is OfframpError
+    assert bad.inputs is None
+    assert answer(good).exit == 3
+    assert answer(fine).exit == 1
+
+
+def test_a_confidence_that_is_no_number_is_an_internal_error_for_that_job_alone(world):
+    good, bad = world.submit(), world.submit(0.1, math.nan, 0.1)
+    world.finish()
+    assert type(answer(bad)) is OfframpError
+    assert answer(good).exit == 3
+
+
+def test_a_cancelled_job_frees_its_place_and_its_features(world):
+    ticket = world.submit()
+    world.engine.step(False)
+    assert world.engine.scheduler.queued() == [0, 1, 0]
+    world.engine.cancel(ticket)
+    assert not world.engine.step(False)
+    assert world.engine.scheduler.queued() == [0, 0, 0]
+    assert ticket.inputs is None
+    assert ticket.future.results == []
+
+
+def test_a_job_cancelled_before_it_ran_never_runs(world):
+    world.engine.cancel(world.submit())
+    world.finish()
+    assert world.runner.ran == []
+
+
+def test_cancelling_an_answered_job_changes_nothing(world):
+    ticket = world.submit(0.9, 0.9, 0.9)
+    world.finish()
+    world.engine.cancel(ticket)
+    world.finish()
+    assert answer(ticket).exit == 1
+
+
+def test_a_deadline_answers_with_the_deepest_exit_passed(world):
+    ticket = world.submit(seconds=2.5 * SECONDS)
+    world.finish()
+    assert (answer(ticket).exit, answer(ticket).reason) == (2, Reason.DEADLINE)
+    assert answer(ticket).degraded
+    assert ticket.inputs is None
+
+
+def test_a_deadline_before_the_first_exit_is_an_error(world):
+    ticket = world.submit(seconds=0.5 * SECONDS)
+    world.finish()
+    assert type(answer(ticket)) is DeadlineExceeded
+    assert world.value("deadlines_total", outcome="missed") == 1
+
+
+def test_a_job_whose_deadline_passes_in_the_queue_is_an_error(world):
+    ticket = world.submit(seconds=5 * SECONDS)
+    world.engine._take_messages(0.0)
+    world.now += 5 * SECONDS  # another process had the cores
+    world.finish()
+    assert type(answer(ticket)) is DeadlineExceeded
+    assert ticket.inputs is None
+
+
+def test_a_job_behind_too_many_others_is_refused(world):
+    ahead = [world.submit(seconds=2.5 * SECONDS) for _ in range(8)]
+    behind = world.submit(seconds=2.6 * SECONDS)
+    world.finish()
+    assert type(answer(behind)) is Overloaded
+    assert all(answer(t).exit >= 1 for t in ahead)
+    assert world.value("refused_total", reason="not_in_time") == 1
+
+
+def test_draining_answers_everything_accepted_and_tells_late_ones(world):
+    early = [world.submit() for _ in range(6)]
+    world.engine._inbox.put(None)
+    late = world.submit()
+    world.engine._run()
+    assert all(answer(t).exit == 3 for t in early)
+    assert type(answer(late)) is Draining
+
+
+def test_each_clients_loop_is_woken_once_a_turn(world):
+    other = FakeLoop()
+    seen = []
+    for loop in (world.loop, other):
+        for _ in range(2):
+            world.submit(0.9, 0.9, 0.9, loop=loop, on_exit=seen.append)
+    world.engine.step(False)
+    assert len(seen) == 4
+    assert (world.loop.wakes, other.wakes) == (1, 1)
+
+
+def test_a_client_whose_loop_is_closed_disturbs_no_other(world):
+    class Closed(FakeLoop):
+        def call_soon_threadsafe(self, callback, *args):
+            raise RuntimeError("Event loop is closed")
+
+    world.submit(loop=Closed())
+    ticket = world.submit()
+    world.finish()
+    assert answer(ticket).exit == 3
+
+
+def test_exits_on_the_way_are_told_in_order(world):
+    seen = []
+    world.submit(on_exit=lambda s: seen.append(s.exit))
+    world.finish()
+    assert seen == [1, 2, 3]
+
+
+def test_an_audit_waits_for_quiet_then_runs_to_the_last_exit():
+    world = World(audit_rate=1.0)
+    world.submit(0.9, 0.9, 0.9)
+    world.finish()
+    quiet = world.now + QUIET_SECONDS
+    assert [stage for stage, _, _ in world.runner.ran] == [1]
+    world.now = quiet
+    world.finish()
+    assert [stage for stage, _, _ in world.runner.ran] == [1, 2, 3]
+    assert world.value("audited_total", model="tiny", exit="1", agreed="true") == 1
+
+
+def test_no_audit_runs_once_draining_began():
+    world = World(audit_rate=1.0)
+    world.submit(0.9, 0.9, 0.9)
+    world.finish()
+    world.now += 2 * QUIET_SECONDS
+    world.engine._inbox.put(None)
+    world.engine._run()
+    assert [stage for stage, _, _ in world.runner.ran] == [1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 0.03), st.booleans()), max_size=20))
+def test_audits_keep_their_distance_from_live_jobs_and_delay_none(events):
+    world = World(audit_rate=1.0)
+    live = -math.inf
+    for pause, arrives in events:
+        world.now += pause
+        ticket = world.submit(0.9, 0.9, 0.9) if arrives else None
+        before, began = len(world.runner.ran), world.now
+        world.engine.step(False)
+        ran = world.runner.ran[before:]
+        if ticket:
+            assert ran == [(1, 1, began)]
+            assert answer(ticket).exit == 1
+            live = world.now
+        elif ran:
+            assert began >= live + QUIET_SECONDS
+
+
+ARRIVALS = st.tuples(
+    st.just("arrive"),
+    st.tuples(*[st.sampled_from([0.1, 0.5, 0.9, math.nan])] * STAGES),
+    st.sampled_from([math.inf, 0.5 * SECONDS, 3 * SECONDS, 20 * SECONDS]),
+)
+EVENTS = st.one_of(
+    ARRIVALS,
+    ARRIVALS,
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("turn")),
+    st.tuples(st.just("pause"), st.floats(0, 0.02)),
+    st.tuples(st.just("break"), st.integers(0, 3)),
+)
+
+
+def happen(world, event, tickets, cancelled):
+    match event:
+        case ("arrive", said, seconds):
+            tickets.append(world.submit(*said, seconds=seconds))
+        case ("cancel", i) if i < len(tickets):
+            cancelled.add(i)
+            world.engine.cancel(tickets[i])
+        case ("turn",):
+            world.engine.step(False)
+        case ("pause", seconds):
+            world.now += seconds
+        case ("break", failures):
+            world.runner.guilty = fails(failures)
+
+
+def fails(times):
+    """Fails so many runs, whatever is in them."""
+    left = iter(range(times))
+    return lambda images: next(left, None) is not None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(EVENTS, max_size=30), st.sampled_from([0.0, 1.0]))
+def test_no_job_is_lost_or_answered_twice(events, audit_rate):
+    world, tickets, cancelled = World(audit_rate), [], set()
+    for event in events:
+        happen(world, event, tickets, cancelled)
+    world.finish()
+    assert sum(world.engine.scheduler.queued()) == 0
+    for i, ticket in enumerate(tickets):
+        assert len(ticket.future.results) <= 1
+        assert ticket.future.results or i in cancelled
+        if i in cancelled:
+            continue
+        (said,) = ticket.future.results
+        assert isinstance(said, OfframpError) or math.isfinite(said.confidence)

@@ -45,6 +45,11 @@ class OverloadController:
         self._changed = 0.0
 
     @property
+    def ladder(self) -> tuple[Level, ...]:
+        """From peace to the most lossy level allowed."""
+        return self._ladder
+
+    @property
     def level(self) -> Level:
         """The level in force."""
         return self._ladder[self._index]

@@ -158,6 +158,24 @@ class PolicyBody(BaseModel):
     overloaded: bool = Field(description="whether overload bends it now")
 
 
+class LevelBody(BaseModel):
+    """One level that overload may move to."""
+
+    max_accuracy_loss: float = Field(description="its bound; 1 where only the first exit answers")
+    thresholds: list[float] = Field(description="confidence that suffices, by exit but the last")
+
+
+class EngineBody(BaseModel):
+    """What the scheduler decides with, as it is now."""
+
+    seconds: dict[int, dict[int, float]] = Field(
+        description="expected seconds of a batch, by stage, then by batch size"
+    )
+    ladder: list[LevelBody] = Field(description="from peace to the most lossy level allowed")
+    max_batch: int = Field(description="most images in one stage batch")
+    backlog_seconds: float = Field(description="what is queued is expected to take so long")
+
+
 class PolicyChange(BaseModel):
     """Which operating point to put in force."""
 

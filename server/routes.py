@@ -20,7 +20,9 @@ from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
 from server.protocol import (
     AnswerBody,
     BatchBody,
+    EngineBody,
     ExitBody,
+    LevelBody,
     ModelBody,
     Parameters,
     PolicyBody,
@@ -247,6 +249,27 @@ async def get_policy(served: Served_) -> PolicyBody:
         operating_points=list(policy.operating_points),
         in_force=served.point,
         overloaded=served.bent,
+    )
+
+
+@admin.get(
+    "/engine",
+    response_model=EngineBody,
+    responses={200: openapi.good("The cost table and the ladder as they are now")},
+    summary="What the scheduler decides with",
+    openapi_extra=openapi.shown("curl -H 'Authorization: Bearer TOKEN' localhost:8000/engine"),
+)
+async def get_engine(served: Served_) -> EngineBody:
+    """The cost table, as measured so far, and the levels of overload; `deploy.sweep` reads it."""
+    scheduler = served.engine.scheduler
+    return EngineBody(
+        seconds=scheduler.costs.as_rows(),
+        ladder=[
+            LevelBody(max_accuracy_loss=x.max_accuracy_loss, thresholds=list(x.thresholds))
+            for x in scheduler.controller.ladder
+        ],
+        max_batch=scheduler.max_batch,
+        backlog_seconds=scheduler.backlog_seconds,
     )
 
 

@@ -84,7 +84,8 @@ class Settings(BaseSettings):
         (), description="comma-separated keys that clients must send; empty for none"
     )
     admin_token: SecretStr | None = Field(
-        None, description="bearer token of PUT /policy, which is not routed without one"
+        None,
+        description="bearer token of PUT /policy and GET /engine, which are not routed without one",
     )
     drain_seconds: float = Field(
         10.0, ge=0, description="how long accepted requests may take to finish on shutdown"

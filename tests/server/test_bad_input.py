@@ -328,3 +328,13 @@ def test_an_operating_point_can_be_chosen_for_one_request(server, png):
     assert cheap["exit"] == server.post(png, threshold=0.4).json()["exit"]
     both = server.post(png, max_accuracy_loss=0.05, threshold=0.5)
     check_error(both, 422, "invalid_parameter")
+
+
+def test_the_engines_table_takes_the_admin_token_and_tells_every_stage(serve):
+    with serve(admin_token="secret") as one:
+        check_error(one.client.get("/engine"), 401, "unauthenticated")
+        said = one.client.get("/engine", headers={"authorization": "Bearer secret"}).json()
+    assert sorted(said["seconds"]) == ["1", "2", "3", "4"]
+    assert [level["max_accuracy_loss"] for level in said["ladder"]] == [0.01, 0.05, 1.0]
+    with serve() as one:
+        check_error(one.client.get("/engine"), 404, "not_found")

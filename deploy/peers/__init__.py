@@ -1,0 +1,1 @@
+"""Other servers with the same network and the same images, for comparison."""

@@ -1,0 +1,203 @@
+"""Loads a running server from calm to three times its capacity, beside its simulation.
+
+    python -m deploy.sweep http://localhost:8000 --images DIR --admin-token TOKEN
+
+Each load is simulated from the very same send times and images, the confidences that the server
+itself gave them, and the cost table that the server had just after the load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from deploy.loadtest import schedules
+from deploy.loadtest.client import Client
+from deploy.loadtest.load import closed_loop, open_loop
+from deploy.loadtest.samples import Sample, read_samples
+from deploy.loadtest.summary import summarise
+from deploy.simulator import Arrival, simulate
+from model.policy import Rule
+from server.classify import RESERVE_SECONDS
+from server.costs import CostTable
+from server.overload import Level, OverloadController
+from server.scheduler import Scheduler
+
+FACTORS = (0.2, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
+KINDS: dict[str, Callable[[float, float], list[float]]] = {
+    "poisson": schedules.poisson,
+    "bursts": schedules.bursts,
+}
+CLIENTS = 16
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and simulate every load, print one table; a failure is one sentence and status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.seconds < 2 * schedules.BURST_SECONDS:
+            raise ValueError("--seconds must hold a calm and a burst, so at least 2")
+        samples = read_samples(arguments.images, arguments.most_images)
+        capacity, rows = asyncio.run(_sweep(arguments, samples))
+    except (ValueError, KeyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"full depth: {capacity:.0f} images a second\n\n{table(rows)}")
+    if arguments.json:
+        said = {"full_depth_per_second": capacity, "rows": rows}
+        arguments.json.write_text(json.dumps(said, indent=1) + "\n")
+    if arguments.plot:
+        _plot(rows, arguments.plot)
+    return 0
+
+
+async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> tuple[float, list[Row]]:
+    confidences = await record_confidences(arguments.url, samples)
+    client = Client(f"{arguments.url}/classify?threshold=1&deadline_ms=60000")
+    results = await closed_loop(client, samples, CLIENTS, arguments.seconds)
+    await client.close()
+    capacity = summarise(results, 60.0)["answered_per_second"]
+    rows = []
+    for kind in tqdm(KINDS, "loads", leave=False):
+        for factor in tqdm(FACTORS, kind, leave=False):
+            times = KINDS[kind](factor * capacity, arguments.seconds)
+            row = await _measure(arguments, samples, times)
+            said = _engine(arguments)
+            row["simulated"] = predict(said, times, confidences, arguments.deadline_ms / 1e3)
+            rows.append({"kind": kind, "load": factor, **row})
+    return capacity, rows
+
+
+async def record_confidences(url: str, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
+    """What every exit says of each image, shallow to deep."""
+    client = Client(f"{url}/classify?threshold=1&explain=true&deadline_ms=60000")
+    recorded = []
+    for sample in tqdm(samples, "recording confidences", leave=False):
+        status, body = await client.post(sample.data)
+        if not status:
+            raise ValueError(f"{url} gives no answer")
+        if status != 200:
+            raise ValueError(f"{url} answers {status}: {body.decode(errors='replace')}")
+        recorded.append(tuple(seen["confidence"] for seen in json.loads(body)["seen"]))
+    await client.close()
+    return recorded
+
+
+async def _measure(
+    arguments: argparse.Namespace, samples: list[Sample], times: Sequence[float]
+) -> Row:
+    client = Client(f"{arguments.url}/classify?deadline_ms={arguments.deadline_ms:g}")
+    results = await open_loop(client, samples, times)
+    await client.close()
+    return {"measured": summarise(results, arguments.deadline_ms / 1e3)}
+
+
+def predict(
+    engine: Row, times: Sequence[float], confidences: Sequence[tuple[float, ...]], deadline: float
+) -> Row:
+    """Simulate a load on the server's scheduler.
+
+    Args:
+        engine: as `GET /engine` gives it.
+        times: when requests are sent.
+        confidences: by image; images are drawn as the load tester draws them.
+        deadline: in seconds.
+    """
+    costs = CostTable({int(k): _by_size(row) for k, row in engine["seconds"].items()})
+    ladder = [Level(x["max_accuracy_loss"], tuple(x["thresholds"])) for x in engine["ladder"]]
+    scheduler = Scheduler(costs, OverloadController(ladder, deadline), engine["max_batch"])
+    chance, allowed = random.Random(0), deadline - RESERVE_SECONDS
+    load = [Arrival(at, chance.choice(confidences), allowed) for at in times]
+    rule = Rule((*ladder[0].thresholds, 0.0), 1, costs.stages)
+    outcomes = simulate(scheduler, load, rule)
+    in_time = [o for o in outcomes if o.in_time]
+    span = max(o.finished for o in outcomes)
+    return {
+        "goodput_per_second": len(in_time) / span,
+        "in_time_share": len(in_time) / len(outcomes),
+        "exits": {str(k): sum(o.exit == k for o in outcomes) for k in range(1, costs.stages + 1)},
+    }
+
+
+def _by_size(row: Row) -> dict[int, float]:
+    return {int(size): seconds for size, seconds in row.items()}
+
+
+def _engine(arguments: argparse.Namespace) -> Row:
+    request = urllib.request.Request(
+        f"{arguments.url}/engine", headers={"Authorization": f"Bearer {arguments.admin_token}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The loads as Markdown."""
+    lines = [
+        "| load | of full depth | offered/s | goodput/s | simulated | off by | in time "
+        "| effective accuracy | p99, ms |",
+        "| --- " * 9 + "|",
+    ]
+    for row in rows:
+        measured, simulated = row["measured"], row["simulated"]["goodput_per_second"]
+        goodput = measured["goodput_per_second"]
+        off = simulated / goodput - 1 if goodput else float("inf")
+        accuracy = measured["effective_accuracy"]
+        lines.append(
+            f"| {row['kind']} | {row['load']:g} | {measured['offered_per_second']:.0f} "
+            f"| {goodput:.0f} | {simulated:.0f} | {off:+.0%} | {measured['in_time_share']:.1%} "
+            f"| {'-' if accuracy is None else f'{accuracy:.1%}'} "
+            f"| {measured['latency_ms'].get('p99', float('nan')):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _plot(rows: Sequence[Row], file: Path) -> None:
+    import matplotlib  # wanted by this option alone
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(10, 4), layout="constrained", sharey=True)
+    for kind, axis in zip(KINDS, axes, strict=True):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        offered = [row["measured"]["offered_per_second"] for row in of_kind]
+        for name, style in (("measured", "o-"), ("simulated", "s--")):
+            axis.plot(offered, [r[name]["goodput_per_second"] for r in of_kind], style, label=name)
+        axis.plot(offered, offered, ":", color="grey", label="all in time")
+        axis.set(title=kind, xlabel="offered, images a second", ylabel="in time, images a second")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.sweep",
+        description=__doc__.split("\n", 1)[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("url", help="http://host:port of the server")
+    parser.add_argument("--images", type=Path, required=True, help="folder or tar of CLASS/*")
+    parser.add_argument("--admin-token", required=True, help="the server's, for GET /engine")
+    parser.add_argument("--deadline-ms", type=float, default=50.0, help="of every request")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each load")
+    parser.add_argument("--most-images", type=int, default=500, help="images to send")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--plot", type=Path, help="write the picture here (PNG)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -182,7 +182,7 @@ class Engine:
         except Exception:
             log.exception("stage %d failed for %d jobs", batch.stage, len(batch.jobs))
             if len(batch.jobs) == 1:
-                self._fail(batch.jobs[0])
+                self._fail(batch.jobs[0], batch.audit)
             else:
                 for job in batch.jobs:
                     self._run_batch(Batch(batch.stage, (job,), batch.seconds, batch.audit))
@@ -229,9 +229,10 @@ class Engine:
         for ticket, row in zip(staying, kept, strict=True):
             ticket.inputs = row
 
-    def _fail(self, job: Job) -> None:
+    def _fail(self, job: Job, audit: bool) -> None:
+        if not audit:  # an audited job has its answer
+            self._outbox.settle(job.payload, OfframpError())
         self.scheduler.abandon(job)
-        self._outbox.settle(job.payload, OfframpError())
         job.payload.release()
 
     # --- what happens to a job ---------------------------------------------------------------

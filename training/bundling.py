@@ -18,6 +18,7 @@ from training.folder import Folder
 from training.log import write_log
 from training.presets import Preset
 from training.run import Run
+from training.table import table
 
 CURVES = "training_curves.png"
 PAGE = "training.md"
@@ -122,7 +123,7 @@ def page(done: Finished) -> str:
     parts = [
         "# How this network was trained",
         f"```sh\n{done.command}\n```",
-        curves.table(
+        table(
             ["images", "number", *exits, "ensemble"],
             [
                 [name, str(a.images), *(f"{x:.2%}" for x in a.exits), f"{a.ensemble:.2%}"]
@@ -134,7 +135,7 @@ def page(done: Finished) -> str:
         f"{facts['training_images']} images; {facts['unreadable_files']} could not be read.",
         f"![Accuracy of each exit, loss terms, over epochs.]({CURVES})",
         "## Recipe",
-        curves.table(
+        table(
             ["option", "value"],
             [[f"--{n.replace('_', '-')}", str(v)] for n, v in facts["recipe"].items()],
         ),

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from training.log import Entry
 from training.plots import DPI, PUBLISHED, colours
 
-__all__ = ["DPI", "accuracy_over_cost", "table", "training_curves"]
+__all__ = ["DPI", "accuracy_over_cost", "training_curves"]
 
 
 def training_curves(runs: Mapping[str, Sequence[Entry]]) -> Figure:
@@ -94,13 +94,3 @@ def accuracy_over_cost(
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="lower right")
     return figure
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, its columns lined up."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    rules = ["-" * w for w in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in (head, rules, *rows)
-    )

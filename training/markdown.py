@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from training.evaluation import Report
+from training.table import table
 
 CAPTIONS = {
     "accuracy_over_cost.png": "Accuracy over cost.",
@@ -78,7 +79,7 @@ def exit_table(report: Report) -> str:
         ]
         for e in report.exits
     ]
-    return _table(head.split("|"), rows)
+    return table(head.split("|"), rows, right=True)
 
 
 def point_table(report: Report) -> str:
@@ -97,13 +98,4 @@ def point_table(report: Report) -> str:
         ]
         for p in report.operating_points
     ]
-    return _table(head.split("|"), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [head, ["-" * (w - 1) + ":" for w in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+    return table(head.split("|"), rows, right=True)

@@ -16,6 +16,7 @@ from training.log import LOG, Entry, read_log
 from training.normalisation import is_cifar100
 from training.plots import PUBLISHED
 from training.recipe import Recipe
+from training.table import table
 
 PAGE = "report.md"
 COST_PLOT = "accuracy_over_macs.png"
@@ -146,7 +147,7 @@ def ablation_table(runs: Sequence[Trained]) -> str:
         network = f"{facts.architecture} {_arguments(facts.arguments)}".strip()
         minutes = f"{run.description.training['seconds'] / 60:.1f}"
         rows.append([run.name, network, *shown, f"{ensemble:.2%}", minutes, run.changes])
-    return curves.table([*head, "minutes", "options"], rows)
+    return table([*head, "minutes", "options"], rows)
 
 
 def cost_table(runs: Sequence[Trained], cifar: bool) -> str:
@@ -164,7 +165,7 @@ def cost_table(runs: Sequence[Trained], cifar: bool) -> str:
         for k, (macs, accuracy) in enumerate(_points(run, on_test), start=1)
     ]
     published = ["against BoostNet"] if cifar else []
-    return curves.table(["run", "exit", "MACs, M", "accuracy", *published], rows)
+    return table(["run", "exit", "MACs, M", "accuracy", *published], rows)
 
 
 def published_at(macs: float) -> float | None:

@@ -1,16 +1,11 @@
 """The laws of a multi-exit network, over every registered architecture."""
 
-import warnings
-
 import pytest
 import torch
 
+from model.fold import fold_stages
 from model.network import build, build_from
 from tests.model.networks import CLASSES, FAMILIES, exact, images, rows, tiny
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch's own fusion imports what torch has deprecated
-    from model.fold import fold_stages
 
 EVERY = pytest.mark.parametrize(("architecture", "stem"), rows())
 

@@ -39,8 +39,10 @@ class Classify(Worker):
         self._labels = bundle.description.classes
         side = bundle.description.preprocess.size
         example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
+        deepest = Deepest(bundle).eval()
         with torch.inference_mode():
-            converted = openvino.convert_model(Deepest(bundle).eval(), example_input=example)
+            deepest(example)  # what it computes once must not be in the trace
+            converted = openvino.convert_model(deepest, example_input=example)
         converted.reshape([-1, side, side, 3])
         # One stream over all cores, since mosec hands its worker one batch at a time.
         self._run = openvino.Core().compile_model(

@@ -10,7 +10,7 @@ from mosec import Server, Worker
 from deploy.peers.network import MOST_IMAGES, WORKERS, Answer, Network, Pictures
 
 WAIT_MILLISECONDS = 1
-"""For a batch to fill, which mosec waits even where it is idle; a busy worker finds a batch anyhow."""
+"""For a batch to fill, which an idle server waits too; behind a busy worker it fills anyhow."""
 
 
 class Decode(Worker):

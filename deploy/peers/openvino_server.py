@@ -1,4 +1,4 @@
-"""mosec with the network in OpenVINO at bfloat16, the fastest full-depth backend for CPUs there is."""
+"""mosec with the network in OpenVINO at bfloat16, the fastest full-depth backend for CPUs."""
 
 from __future__ import annotations
 

@@ -97,8 +97,8 @@ def table(said: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {seconds:.2f} | {seconds / machine:.1%} |")
     lines.append(
         f"\nStages ran for {said['stage_seconds'] / said['seconds']:.1%} of the time; the engine "
-        f"did {said['scheduling_seconds']:.2f} s of other work. In all, {said['outside_stages']:.1%} "
-        "of the machine went to decoding, HTTP and scheduling."
+        f"did {said['scheduling_seconds']:.2f} s of other work. Decoding, HTTP and scheduling took "
+        f"{said['outside_stages']:.1%} of the machine."
     )
     return "\n".join(lines)
 

@@ -98,25 +98,29 @@ def images_needed(method: Method, delta: float, bound: float) -> int:
 
 
 def ladder(
-    certifier: Certifier, path: Sequence[Thresholds], everything: Outcomes, macs: np.ndarray
+    certifiers: Sequence[Certifier],
+    path: Sequence[Thresholds],
+    everything: Outcomes,
+    macs: np.ndarray,
 ) -> tuple[OperatingPoint, ...]:
     """The boldest certified operating point for each loss; the full network where there is none.
 
     Args:
-        certifier: with the images set aside for testing.
+        certifiers: with the images set aside for testing, one for each of the numerics. A step
+            that all of them reach holds for each, since each alone would have gone as far.
         path: nested thresholds, found without those images.
         everything: all calibration images, for the expected cost.
         macs: float64 `[exits]` as shares of the full network's.
     """
-    counts = tally(certifier.outcomes, path)
+    counts = [tally(certifier.outcomes, path) for certifier in certifiers]
+
+    def boldest(bound: float) -> int:
+        pairs = zip(certifiers, counts, strict=True)
+        return min(certifier.certified(count, bound) for certifier, count in pairs)
+
+    in_probability = certifiers[0].in_probability
     return tuple(
-        operating_point(
-            bound,
-            path[certifier.certified(counts, bound)],
-            everything,
-            macs,
-            certifier.in_probability,
-        )
+        operating_point(bound, path[boldest(bound)], everything, macs, in_probability)
         for bound in LOSSES
     )
 

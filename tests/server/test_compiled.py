@@ -81,4 +81,4 @@ def test_other_numerics_than_the_policys_are_warned_of(bundle, caplog):
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING):
         assert choose_dtype("bfloat16", bundle, CPU) is torch.bfloat16
-    assert "calibrated in float32" in caplog.text
+    assert "certified in float32" in caplog.text

@@ -44,8 +44,8 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="numerics of the network; auto takes float16 on CUDA, and on CPU those that "
-        "the policy was calibrated in, or float32 where that is faster",
+        description="numerics of the network; auto takes float16 on CUDA, and on CPU the "
+        "faster of float32 and, where the policy was certified in it, bfloat16",
     )
     compile: Literal["auto", "off", "require"] = Field(
         "auto",

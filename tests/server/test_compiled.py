@@ -82,3 +82,11 @@ def test_other_numerics_than_the_policys_are_warned_of(bundle, caplog):
     with caplog.at_level(logging.WARNING):
         assert choose_dtype("bfloat16", bundle, CPU) is torch.bfloat16
     assert "certified in float32" in caplog.text
+
+
+def test_a_policy_for_several_numerics_leaves_the_choice_to_the_server(bundle, caplog):
+    several = bundle.policy.model_copy(update={"dtypes": ("float32", "bfloat16")})
+    chosen = choose_dtype("auto", replace(bundle, policy=several), CPU)
+    assert chosen in (torch.float32, torch.bfloat16)
+    assert choose_dtype("auto", bundle, CPU) is torch.float32  # certified in nothing else
+    assert caplog.text == ""

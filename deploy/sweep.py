@@ -15,6 +15,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -99,41 +100,43 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
 
 
 async def request_overhead(url: str, samples: Sequence[Sample]) -> float:
-    """Seconds that the server's event loop spends on a request.
+    """Processor seconds that a request takes outside stages.
 
     Measured with requests whose deadline no stage could meet: they are received, decoded, scheduled
-    and answered, but never run.
+    and answered, but never run. Nearly all of that is the event loop's.
     """
     client = Client(f"{url}/classify?deadline_ms=0.001")
+    before = _metric(url, "process_cpu_seconds_total")
     results = await closed_loop(client, samples, CLIENTS, OVERHEAD_SECONDS)
     await client.close()
     if unlike := {r.status for r in results} - {504}:
         raise ValueError(f"{url} answers {min(unlike)} to a request that is too late, not 504")
-    return max(r.finished for r in results) / len(results)
+    return (_metric(url, "process_cpu_seconds_total") - before) / len(results)
 
 
 async def _saturate(arguments: argparse.Namespace, samples: list[Sample]) -> tuple[float, float]:
     """Full-depth images a second, and seconds that the engine spends between two batches."""
     client = Client(f"{arguments.url}/classify?threshold=1&deadline_ms=60000")
-    seconds, batches = _stages_run(arguments)
+    seconds, batches = _stages_run(arguments.url)
     results = await closed_loop(client, samples, CLIENTS, arguments.seconds)
     await client.close()
-    more_seconds, more_batches = _stages_run(arguments)
+    more_seconds, more_batches = _stages_run(arguments.url)
     idle = max(r.finished for r in results) - (more_seconds - seconds)
     capacity = summarise(results, 60.0)["answered_per_second"]
     return capacity, max(0.0, idle) / (more_batches - batches)
 
 
-def _stages_run(arguments: argparse.Namespace) -> tuple[float, float]:
+def _stages_run(url: str) -> tuple[float, float]:
     """Seconds spent in stages so far, and batches run."""
-    with urllib.request.urlopen(f"{arguments.url}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
     family = "offramp_stage_duration_seconds"
-    sums, counts = (
-        sum(float(line.split()[-1]) for line in lines if line.startswith(f"{family}_{end}{{"))
-        for end in ("sum", "count")
-    )
-    return sums, counts
+    return _metric(url, f"{family}_sum"), _metric(url, f"{family}_count")
+
+
+def _metric(url: str, name: str) -> float:
+    """The sum of a metric's series."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
 
 
 async def record_confidences(url: str, samples: Sequence[Sample]) -> list[tuple[float, ...]]:

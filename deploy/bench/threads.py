@@ -126,7 +126,8 @@ def run_at_once(passes: Sequence[Pass], threads: int, seconds: float) -> list[fl
         while time.perf_counter() < warm:
             run()
         together.wait()
-        taken, began = [], time.perf_counter()
+        taken: list[float] = []
+        began = time.perf_counter()
         end = began + seconds
         while True:
             run()

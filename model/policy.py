@@ -112,7 +112,7 @@ class Policy(BaseModel):
     method: str = Field(description="how the operating points were chosen")
     delta: Probability = Field(description="probability that a certified bound fails")
     calibration_images: int = Field(ge=1)
-    dtype: str | None = Field(None, description="numerics that it was calibrated in")
+    dtypes: tuple[str, ...] = Field((), description="numerics that its bounds were certified in")
     measure: Measure = Field(Measure.PROBABILITY, description="what a confidence is made from")
     calibrations: tuple[Calibration, ...] = Field(min_length=1, description="one for each exit")
     operating_points: tuple[OperatingPoint, ...] = Field(

@@ -44,8 +44,21 @@ class Preprocess(BaseModel):
     def normalise(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 `[N, H, W, 3]` to normalised `[N, 3, H, W]` in channels-last memory."""
         x = pixels.permute(0, 3, 1, 2)
-        scale, shift = (t.to(pixels.device) for t in self._affine)
+        scale, shift = self._affine_on(pixels.device)
         return torch.addcmul(shift, x.to(torch.float32), scale).to(dtype)
+
+    def _affine_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Sent to a card once only: within a CUDA graph nothing can be."""
+        if device.type == "cpu":
+            return self._affine
+        if device not in self._affines:
+            scale, shift = self._affine
+            self._affines[device] = scale.to(device), shift.to(device)
+        return self._affines[device]
+
+    @cached_property
+    def _affines(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
 
     @cached_property
     def _affine(self) -> tuple[Tensor, Tensor]:

@@ -30,11 +30,11 @@ READY = "ready"
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile what is missing; a failure is one sentence and exit status 2."""
     arguments = _parser().parse_args(argv)
-    os.nice(10)  # answers go first
-    warnings.filterwarnings("ignore")  # torch's own
     if compiler() is None:
         print("error: there is no C++ compiler (g++, or the one CXX names)", file=sys.stderr)
         return 2
+    os.nice(10)  # answers go first
+    warnings.filterwarnings("ignore")  # torch's own
     try:
         with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Compiling:
         units: the eager units, shallow to deep, that programs must agree with.
         dtype: their numerics.
         threads: inside one operation.
+        load: a program from its file.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Compiling:
         units: list[Unit],
         dtype: torch.dtype,
         threads: int,
+        load: Callable[[Path], Program] = load_program,
     ) -> None:
         self._settings = settings
         self._bundle = bundle
@@ -49,7 +52,9 @@ class Compiling:
         self._dtype = dtype
         self._threads = threads
         self._programs = Programs(settings.cache_dir, bundle, dtype, threads)
+        self._load = load
         self._used: set[tuple[int, int]] = set()
+        self._refused: set[tuple[int, int]] = set()
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -59,7 +64,7 @@ class Compiling:
         for size in order(self._settings.max_batch):
             inputs: list[tuple[Tensor, ...]] = []
             for stage in range(1, len(self._units) + 1):
-                wanted = (stage, size) not in self._used and not self._closed
+                wanted = (stage, size) not in self._used | self._refused and not self._closed
                 if wanted and self._programs.file(stage, size).exists():
                     inputs = inputs or self._examples(size)
                     self._use(stage, size, inputs[stage - 1], use)
@@ -129,16 +134,17 @@ class Compiling:
         return example_inputs(self._units, self._bundle, size, torch.device("cpu"))
 
     def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
-        self._used.add((stage, size))
         file = self._programs.file(stage, size)
         try:
-            program = load_program(file)
+            program = self._load(file)
             off = difference(program, self._units[stage - 1], inputs)
         except (RuntimeError, OSError) as error:
-            log.warning("%s cannot be used (%s); it is deleted", file, error)
+            log.warning("%s cannot be used (%s); it is deleted and compiled anew", file, error)
             file.unlink(missing_ok=True)
             return
         if not off <= TOLERANCE[self._dtype]:  # so that NaN fails
             log.warning("%s differs from the eager stage by %.1e; not used", file, off)
+            self._refused.add((stage, size))
             return
+        self._used.add((stage, size))
         use(stage, size, program, fastest(program, inputs))

@@ -9,11 +9,13 @@ import torch
 
 from model.bundle import Bundle, load_servable
 from model.policy import OperatingPoint, Policy
+from server.capturing import Capturing
 from server.compiling import Compiling, Use
 from server.costs import CostTable
 from server.decode import Decoder
 from server.engine import Engine
 from server.errors import Draining, NotReady
+from server.graphs import CudaCapture
 from server.metrics import EngineMetrics, Metrics
 from server.numerics import choose_dtype
 from server.overload import Level, OverloadController
@@ -60,9 +62,8 @@ class Served:
         self.failed = False
         self._engine: Engine | None = None
         self._compiling: Compiling | None = None
-        if settings.compile == "require" and self.device.type != "cpu":
-            raise ValueError("COMPILE is require, but stages are compiled on CPU only")
-        if settings.compile == "require" and compiler() is None:
+        on_cpu = self.device.type == "cpu"
+        if settings.compile == "require" and on_cpu and compiler() is None:
             raise ValueError("COMPILE is require, but there is no C++ compiler (g++, or CXX's)")
 
     def warm_up(self) -> None:
@@ -93,7 +94,11 @@ class Served:
 
     def _use_programs(self, runner: Runner, use: Use) -> None:
         """Hand over the compiled stages there are, and have the others compiled."""
-        if self.settings.compile == "off" or self.device.type != "cpu":
+        if self.settings.compile == "off":
+            return
+        if self.device.type == "cuda":
+            capturing = Capturing(self.bundle, runner.units, self.dtype, self.device, CudaCapture())
+            capturing.use_all(self.settings.max_batch, use, self.settings.compile == "require")
             return
         compiling = self._compiling = Compiling(
             self.settings, self.bundle, runner.units, self.dtype, self.threads

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from server.costs import CostTable
+from server.graphs import Captured
 from server.units import make_units
 
 WARM_UP_RUNS = 5
@@ -33,6 +34,8 @@ class Row:
     passed: Tensor
     """What the exit said to the next one, `[N, classes]` for the same batch."""
     index: int
+    lasting: bool = True
+    """Whether the batch stays as it is when another is run; `keep` makes a row last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +96,24 @@ class Runner:
         """
         n = len(inputs)
         program, size = self._plan(stage, n)
-        tensors = self._gather([*inputs, *[inputs[-1]] * (size - n)])
+        lasting = not isinstance(program, Captured)
+        if isinstance(program, Captured):
+            tensors = self._fill(program.buffers, inputs)
+        else:
+            tensors = self._gather([*inputs, *[inputs[-1]] * (size - n)])
         features, said, state = program(tensors) if program else self.units[stage - 1](*tensors)
-        host = said[:n].cpu().numpy()
-        rows = [Row(features, state, i) for i in range(n)]
+        host = _to_host(said[:n]).numpy()
+        rows = [Row(features, state, i, lasting) for i in range(n)]
         return StageOutput(host[:, 0].tolist(), host[:, 1:], rows)
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[Row]) -> list[Row]:
-        """The same rows in a batch of their own, so that the one they came from is freed."""
-        if not rows or len(rows) == len(rows[0].features):
+        """The same rows in a batch of their own, so that the one they came from is freed.
+
+        Args:
+            rows: of one batch, before another is run.
+        """
+        if not rows or (rows[0].lasting and len(rows) == len(rows[0].features)):
             return list(rows)
         features, passed = _join(rows)
         return [Row(features, passed, i) for i in range(len(rows))]
@@ -163,22 +174,59 @@ class Runner:
             taken.append(clock() - began)
         return output, statistics.median(taken)
 
-    def _gather(self, inputs: Sequence[np.ndarray | Row]) -> list[Tensor]:
+    def _gather(self, inputs: Sequence[np.ndarray | Row]) -> Sequence[Tensor]:
         rows = [row for row in inputs if isinstance(row, Row)]
         if not rows:
-            pixels = torch.from_numpy(np.stack([p for p in inputs if isinstance(p, np.ndarray)]))
-            return [pixels.to(self._device)]
+            return [self._pixels(inputs).to(self._device, non_blocking=True)]
         whole = rows[0]
         together = all(r.features is whole.features and r.index == i for i, r in enumerate(rows))
         if together and len(rows) == len(whole.features):
             return [whole.features, whole.passed]
         return list(_join(rows))
 
+    def _fill(
+        self, buffers: Sequence[Tensor], inputs: Sequence[np.ndarray | Row]
+    ) -> Sequence[Tensor]:
+        """Put a batch into buffers with room for it.
+
+        What is beyond it stays from an earlier batch: no row's answer depends on another row.
+        """
+        fitting = [buffer[: len(inputs)] for buffer in buffers]
+        rows = [row for row in inputs if isinstance(row, Row)]
+        if rows:
+            for parts, buffer in zip(_parts(rows), fitting, strict=True):
+                torch.cat(parts, out=buffer)
+        else:
+            fitting[0].copy_(self._pixels(inputs), non_blocking=True)
+        return buffers
+
+    def _pixels(self, inputs: Sequence[np.ndarray | Row]) -> Tensor:
+        """Images on the host; page-locked for a card, so that it fetches them unwaited for."""
+        pixels = torch.from_numpy(np.stack([p for p in inputs if isinstance(p, np.ndarray)]))
+        return pixels.pin_memory() if self._device.type == "cuda" else pixels
+
 
 def _join(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    features = torch.cat([r.features[r.index : r.index + 1] for r in rows])
-    passed = torch.cat([r.passed[r.index : r.index + 1] for r in rows])
+    features, passed = map(torch.cat, _parts(rows))
     return features.contiguous(memory_format=torch.channels_last), passed
+
+
+def _parts(rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
+    """Slices that `cat` gathers on the device, with no index to be sent there."""
+    features = [r.features[r.index : r.index + 1] for r in rows]
+    return features, [r.passed[r.index : r.index + 1] for r in rows]
+
+
+def _to_host(said: Tensor) -> Tensor:
+    """A copy on the host; waits for the device, this once a batch."""
+    on_card = said.device.type == "cuda"
+    host = torch.empty(said.shape, dtype=said.dtype, pin_memory=on_card)
+    host.copy_(said, non_blocking=on_card)
+    if on_card:
+        done = torch.cuda.Event()
+        done.record()
+        done.synchronize()
+    return host
 
 
 def batch_sizes(max_batch: int) -> Sequence[int]:

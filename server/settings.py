@@ -49,8 +49,8 @@ class Settings(BaseSettings):
     )
     compile: Literal["auto", "off", "require"] = Field(
         "auto",
-        description="compiled stages on CPU; auto answers eagerly until they are ready, require "
-        "takes no request before",
+        description="compiled stages on CPU, CUDA graphs on a card; auto does without until they "
+        "are ready, or if they fail; require takes no request before",
     )
     cache_dir: Path = Field(
         Path("~/.cache/offramp"), description="where compiled stages are kept from start to start"

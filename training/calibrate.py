@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.bundle import REPORT, Bundle, load_bundle, save_policy, write_atomically
+from model.numerics import DTYPES, likely_dtypes, name_of
 from model.policy import Measure, OperatingPoint, Policy
 from training import data as folders
 from training.calibration import Calibrated, Options, calibrate
@@ -75,18 +77,28 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--compare", action="store_true", help="print all measures side by side")
     command.add_argument("--seed", type=int, default=defaults.seed, help="of the images' split")
-    add_numerics(command)
+    command.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        nargs="+",
+        default=["auto"],
+        help="numerics that it may be served in, each of which every bound is certified for; auto "
+        "is what the server's auto may take on this machine",
+    )
+    add_cache(command)
     command.set_defaults(run=_calibrate)
 
 
 def add_numerics(command: argparse.ArgumentParser) -> None:
     """Options of every command that runs a bundle over a folder of images."""
     command.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="numerics, as it will serve; auto is what the server's auto is",
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="numerics, as it will serve"
     )
+    add_cache(command)
+
+
+def add_cache(command: argparse.ArgumentParser) -> None:
+    """The option that says where logits are kept."""
     command.add_argument("--cache", type=Path, help="folder for logits; by default beside BUNDLE")
 
 
@@ -96,20 +108,22 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     listing = held_out_if_trained_on(listing, bundle.description.training.get("files_sha256"))
     if labelled:
         check_classes(bundle, listing.classes)
-    dtype = chosen_dtype(arguments.dtype)
+    dtypes = certified_dtypes(arguments.dtype)
     images = load_images(bundle, listing)
-    logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
+    logits, *others = (
+        cached_logits(bundle, images, dtype, cache_folder(arguments)) for dtype in dtypes
+    )
     class_ids = images.class_ids if labelled else None
     names = ("measure", "ensemble", "method", "delta", "search_share", "mean_macs", "seed")
     options = Options(**{name: getattr(arguments, name) for name in names})
-    costs = stage_seconds(bundle, dtype) if arguments.cost == "measured" else None
+    costs = stage_seconds(bundle, dtypes[0]) if arguments.cost == "measured" else None
     if arguments.compare and class_ids is not None:
         print(compare_measures(bundle, logits, class_ids, options))
-    result = calibrate(bundle, logits, class_ids, options, costs)
-    policy = result.policy.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    result = calibrate(bundle, logits, class_ids, options, costs, others)
+    policy = result.policy.model_copy(update={"dtypes": tuple(map(name_of, dtypes))})
     save_policy(bundle.path, policy)
     save_record(bundle.path, result)
-    for line in summary(result):
+    for line in summary(replace(result, policy=policy)):
         print(line)
     if class_ids is not None:
         tested = result.tested
@@ -118,10 +132,15 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def chosen_dtype(name: str) -> torch.dtype:
-    """The numerics of this name; `auto` takes what the server takes on this device."""
-    if name == "auto":
-        return torch.float16 if torch.cuda.is_available() else torch.float32
-    return getattr(torch, name)
+    """The numerics of this name; `auto` takes those that any server of this device has."""
+    return certified_dtypes([name])[0]
+
+
+def certified_dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:
+    """The numerics of these names, without repetition; `auto` stands for all likely ones."""
+    likely = likely_dtypes("cuda" if torch.cuda.is_available() else "cpu")
+    given = [likely if name == "auto" else (DTYPES[name],) for name in names]
+    return tuple(dict.fromkeys(dtype for some in given for dtype in some))
 
 
 def calibration_listing(root: Path) -> tuple[Listing, bool]:
@@ -189,6 +208,8 @@ def summary(result: Calibrated) -> Iterator[str]:
         f"{policy.calibration_images} images: thresholds chosen on "
         f"{policy.calibration_images - n}, certified on {n} "
         f"({policy.method}, delta {policy.delta:g})"
+        + f" in {' and '.join(policy.dtypes)}"
+        * bool(policy.dtypes)
     )
     yield from table(policy.operating_points)
     for bound, needed in uncertifiable(certifier, policy.operating_points):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,7 @@ class Calibrated:
 
     policy: Policy
     certifier: Certifier
+    """Of the first numerics."""
     tested: np.ndarray
     """Indices of the images that had no part in choosing anything."""
     path: list[Thresholds]
@@ -55,6 +57,7 @@ def calibrate(
     class_ids: Tensor | None,
     options: Options,
     costs: np.ndarray | None = None,
+    others: Sequence[Tensor] = (),
 ) -> Calibrated:
     """Make a policy.
 
@@ -64,6 +67,8 @@ def calibrate(
         class_ids: int64 `[N]`, or None where there are no labels.
         options: what to calibrate.
         costs: `[exits]`, what the search saves; MACs by default.
+        others: the same images' logits in other numerics that may serve. Thresholds are chosen
+            without them; every bound is certified for each of them as well.
 
     Raises:
         DataError: too few images, or a label-free calibration that is impossible.
@@ -74,15 +79,20 @@ def calibrate(
     found = search_part(n, options)
     tested = np.setdiff1d(np.arange(n), found)
     calibrations, measure = _confidences(bundle, logits, class_ids, found, options)
-    outcomes = _outcomes(logits, class_ids, calibrations, measure, options)
+    outcomes, *elsewhere = (
+        _outcomes(each, class_ids, calibrations, measure, options) for each in (logits, *others)
+    )
     macs = relative_macs(bundle)
     searched = outcomes.pick(found)
     path = fill(nested_path(searched, macs if costs is None else costs / costs[-1]))
-    certifier = Certifier(outcomes.pick(tested), options.delta, options.method)
-    points = {p.max_accuracy_loss: p for p in ladder(certifier, path, outcomes, macs)}
+    certifiers = [
+        Certifier(each.pick(tested), options.delta, options.method)
+        for each in (outcomes, *elsewhere)
+    ]
+    points = {p.max_accuracy_loss: p for p in ladder(certifiers, path, outcomes, macs)}
     if options.mean_macs is not None:
         thresholds = within_budget(searched, path, macs, options.mean_macs)
-        point = budget_point(certifier, thresholds, outcomes, macs)
+        point = budget_point(certifiers, thresholds, outcomes, macs)
         points[point.max_accuracy_loss] = point
     policy = Policy(
         weights_sha256=bundle.description.weights_sha256,
@@ -93,7 +103,7 @@ def calibrate(
         calibrations=tuple(calibrations),
         operating_points=tuple(points[bound] for bound in sorted(points)),
     )
-    return Calibrated(policy, certifier, tested, path, budgeted_path(searched))
+    return Calibrated(policy, certifiers[0], tested, path, budgeted_path(searched))
 
 
 def relative_macs(bundle: Bundle) -> np.ndarray:
@@ -124,11 +134,11 @@ def within_budget(
 
 
 def budget_point(
-    certifier: Certifier, thresholds: Thresholds, outcomes: Outcomes, macs: np.ndarray
+    certifiers: Sequence[Certifier], thresholds: Thresholds, outcomes: Outcomes, macs: np.ndarray
 ) -> OperatingPoint:
     """Thresholds fixed by their cost, with the smallest loss that can be certified for them."""
-    bound = math.ceil(1e4 * certifier.upper_bound(thresholds)) / 1e4
-    return operating_point(bound, thresholds, outcomes, macs, certifier.in_probability)
+    bound = math.ceil(1e4 * max(c.upper_bound(thresholds) for c in certifiers)) / 1e4
+    return operating_point(bound, thresholds, outcomes, macs, certifiers[0].in_probability)
 
 
 def _outcomes(

@@ -51,8 +51,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     check_classes(bundle, listing.classes)
     images = load_images(bundle, listing)
     assert bundle.policy is not None
-    calibrated_in = bundle.policy.dtype if arguments.dtype == "auto" else None
-    dtype = chosen_dtype(calibrated_in or arguments.dtype)
+    certified = bundle.policy.dtypes if arguments.dtype == "auto" else ()
+    dtype = chosen_dtype(certified[0] if certified else arguments.dtype)
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
     measured = measure(bundle, images, logits, dtype)
     report = make_report(measured)

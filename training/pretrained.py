@@ -1,4 +1,4 @@
-"""Plain pretrained backbone weights, to start from."""
+"""Trained weights to start from: a plain backbone's or a whole bundle's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.backbone import Backbone
+from model.bundle import load_bundle
 from model.network import MultiExitNet
 from training.run import TrainingError
 
@@ -42,6 +43,27 @@ def load_pretrained(net: MultiExitNet, whole: Backbone, file: Path) -> None:
         ) from error
     loaded = whole.state_dict()
     net.backbone.load_state_dict({name: loaded[name] for name in net.backbone.state_dict()})
+
+
+def load_trained(net: MultiExitNet, path: Path) -> None:
+    """Give a network the weights of a bundle, so that its training goes on.
+
+    Where the data has other classes than the bundle, classifiers start afresh.
+
+    Args:
+        net: of the bundle's architecture and exits.
+        path: the bundle's folder; it may be calibrated or not.
+
+    Raises:
+        TrainingError: the bundle is of another network.
+    """
+    trained, own = load_bundle(path, with_policy=False).net.state_dict(), net.state_dict()
+    odd = trained.keys() ^ own.keys()
+    odd |= {k for k in trained.keys() & own.keys() if trained[k].shape != own[k].shape}
+    fresh = {k for k in odd & own.keys() if ".fc." in k} if trained.keys() == own.keys() else set()
+    if odd - fresh:
+        raise TrainingError(f"{path} is of another network: it differs at {min(odd - fresh)}")
+    net.load_state_dict(trained | {k: own[k] for k in fresh})
 
 
 def _read(file: Path) -> dict[str, Tensor]:

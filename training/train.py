@@ -17,7 +17,7 @@ from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
 from training.options import add_options, given
 from training.presets import PRESETS, Preset, Shape
-from training.pretrained import load_pretrained
+from training.pretrained import load_pretrained, load_trained
 from training.recipe import PLAIN, Recipe
 from training.room import check_disk
 from training.run import start
@@ -47,7 +47,11 @@ def add_command(commands: Any) -> None:
     command.add_argument("--name", default="default", help="the bundle's name")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     command.add_argument("--teacher", type=Path, help="a trained bundle that teaches too")
-    command.add_argument("--pretrained", type=Path, help="a backbone's weights to start from")
+    command.add_argument(
+        "--pretrained",
+        type=Path,
+        help="what to start from: a file with a backbone's weights, or a trained bundle",
+    )
     machine = command.add_argument_group("machine")
     machine.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     machine.add_argument("--compile", action="store_true", help="compile the network")
@@ -97,7 +101,9 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
     torch.manual_seed(recipe.seed)
     classes, plain = data.training.classes, recipe.method == PLAIN
     net, described = build_net(shape, len(classes), data.preprocess.size, plain)
-    if arguments.pretrained:
+    if arguments.pretrained and arguments.pretrained.is_dir():
+        load_trained(net, arguments.pretrained)
+    elif arguments.pretrained:
         whole = whole_backbone(shape.architecture, len(classes), described)
         load_pretrained(net, whole, arguments.pretrained)
     check_disk(out, net, recipe.ema > 0)

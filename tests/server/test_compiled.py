@@ -2,19 +2,17 @@
 
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from server.compiling import Compiling
 from server.costs import CostTable
 from server.numerics import choose_dtype
-from server.programs import TOLERANCE, Programs, compiler, difference, load_program
+from server.programs import Programs
 from server.runner import Runner
-from server.settings import Settings
-from server.units import example_inputs, make_units
 
 CPU = torch.device("cpu")
 
@@ -49,13 +47,24 @@ def test_padding_gives_the_same_answers(runner):
 
 
 def test_the_folder_depends_on_what_programs_depend_on(bundle, tmp_path, monkeypatch):
-    def folder(dtype=torch.float32, threads=1):
+    def folder(bundle=bundle, dtype=torch.float32, threads=1):
         return Programs(tmp_path, bundle, dtype, threads).folder
 
-    folders = {folder(), folder(torch.bfloat16), folder(threads=2)}
-    assert folder() in folders
+    retrained = bundle.description.model_copy(update={"weights_sha256": "0" * 64})
+    warmer = bundle.policy.calibrations[0].model_copy(update={"temperature": 3.0})
+    calibrations = (warmer, *bundle.policy.calibrations[1:])
+    recalibrated = bundle.policy.model_copy(update={"calibrations": calibrations})
+    folders = [
+        folder(),
+        folder(dtype=torch.bfloat16),
+        folder(threads=2),
+        folder(replace(bundle, description=retrained)),
+        folder(replace(bundle, policy=recalibrated)),
+    ]
+    assert folder() == folders[0]
     monkeypatch.setattr(torch, "__version__", "0.0")
-    assert len(folders | {folder()}) == 4
+    folders.append(folder())
+    assert len(set(folders)) == len(folders)
 
 
 def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(bundle, tmp_path):
@@ -67,36 +76,9 @@ def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(bundle, 
     assert not programs.folder.exists()
 
 
-def test_a_broken_program_is_deleted_and_survived(bundle, bundle_path, tmp_path, caplog):
-    chosen = Settings(bundle=bundle_path, cache_dir=tmp_path, max_batch=1)
-    units = make_units(bundle, CPU, torch.float32)
-    compiling = Compiling(chosen, bundle, units, torch.float32, 1)
-    file = compiling._programs.file(1, 1)
-    file.write_bytes(b"broken")
-    used = []
-    compiling.use_ready(lambda *program: used.append(program))
-    assert not file.exists()
-    assert used == []
-    assert "cannot be used" in caplog.text
-
-
 def test_other_numerics_than_the_policys_are_warned_of(bundle, caplog):
     assert choose_dtype("float32", bundle, CPU) is torch.float32
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING):
         assert choose_dtype("bfloat16", bundle, CPU) is torch.bfloat16
-    assert "calibrated in float32" in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's own, while compiling
-@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
-def test_a_compiled_unit_equals_the_eager_one(bundle, tmp_path):
-    from server.compile import compile_unit
-
-    units = make_units(bundle, CPU, torch.float32)
-    for size in (1, 2):
-        inputs = example_inputs(units, bundle, size, CPU)[0]
-        file = tmp_path / f"{size}.pt2"
-        compile_unit(units[0], inputs, file)
-        assert difference(load_program(file), units[0], inputs) <= TOLERANCE[torch.float32]
+    assert "certified in float32" in caplog.text

@@ -103,7 +103,7 @@ def test_expected_loss_under_conformal_risk_control_is_within_its_bound(populati
 @pytest.fixture(scope="module")
 def points(population, path):
     images = population.pick(np.arange(5000))
-    return ladder(Certifier(images, DELTA, Method.PAIRED), path, images, MACS)
+    return ladder([Certifier(images, DELTA, Method.PAIRED)], path, images, MACS)
 
 
 def test_the_ladder_starts_at_the_full_network_and_gets_cheaper(points):
@@ -115,10 +115,23 @@ def test_the_ladder_starts_at_the_full_network_and_gets_cheaper(points):
     assert costs[-1] < 0.6
 
 
+def test_a_ladder_for_several_numerics_is_as_careful_as_the_most_careful_of_them(population, path):
+    certifiers = [
+        Certifier(population.pick(np.arange(start, start + 3000)), DELTA, Method.PAIRED)
+        for start in (0, 3000, 6000)
+    ]
+    alone = [ladder([c], path, population, MACS) for c in certifiers]
+    together = ladder(certifiers, path, population, MACS)
+    assert [p.mean_macs for p in together] == [
+        max(p.mean_macs for p in rungs) for rungs in zip(*alone, strict=True)
+    ]
+    assert together not in alone  # none of them is the most careful everywhere
+
+
 def test_too_few_images_fall_back_to_the_full_network_and_say_how_many_it_takes(path):
     images = judged(150, seed=1)
     certifier = Certifier(images, DELTA, Method.PAIRED)
-    points = ladder(certifier, path, images, MACS)
+    points = ladder([certifier], path, images, MACS)
     missing = dict(uncertifiable(certifier, points))
     assert missing[0.001] == images_needed(Method.PAIRED, DELTA, 0.001) > 2000
     assert all(n > 150 for bound, n in missing.items() if bound < 0.01)
@@ -127,7 +140,7 @@ def test_too_few_images_fall_back_to_the_full_network_and_say_how_many_it_takes(
 
 def test_an_expectation_is_never_called_certified(population, path):
     images = population.pick(np.arange(2000))
-    points = ladder(Certifier(images, DELTA, Method.EXPECTATION), path, images, MACS)
+    points = ladder([Certifier(images, DELTA, Method.EXPECTATION)], path, images, MACS)
     assert [p.certified for p in points if p.mean_macs < 1] == [False] * sum(
         p.mean_macs < 1 for p in points
     )
@@ -141,7 +154,8 @@ def test_an_upper_bound_is_the_least_loss_that_would_be_certified(population, pa
         bound = certifier.upper_bound(path[-1])
         counts = tally(images, path)
         last = (int(counts.losses[-1]), int(counts.gains[-1]))
-        assert certifier.p_value(*last, bound) <= DELTA < certifier.p_value(*last, bound - 1e-4)
+        assert certifier.rejects(*last, bound)
+        assert not certifier.rejects(*last, bound - 1e-4)
 
 
 def test_the_module_offers_every_method_a_p_value_or_an_expectation():

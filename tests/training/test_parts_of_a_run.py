@@ -12,7 +12,7 @@ from model.network import build
 from tests.training.conftest import CPU, PREPROCESS, image_set, tiny_net, tiny_recipe
 from training.ema import Average
 from training.loop import fit
-from training.pretrained import load_pretrained
+from training.pretrained import load_pretrained, load_trained
 from training.recipe import Recipe
 from training.run import TrainingError, start
 from training.schedule import pace
@@ -212,6 +212,30 @@ def test_a_student_comes_to_agree_with_its_teacher(make_work):
     answers = run.net.eval()(PREPROCESS.normalise(image_set(12).pixels))[-1].argmax(1)
     assert answers.tolist() == [0] * 12
     assert {"teacher/1", "teacher/4"} <= set(run.names)
+
+
+def test_a_bundle_is_where_training_goes_on(tmp_path):
+    trained, net = tiny_net(5), tiny_net(1)
+    load_trained(net, save(tmp_path, trained))
+    for name, value in trained.state_dict().items():  # bundles keep half precision
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bundle_of_other_classes_gives_everything_but_its_classifiers(tmp_path):
+    save(tmp_path, tiny_net(5))
+    net = build("resnet10", 2, width=4)
+    fresh = net.head(1).fc.weight.clone()
+    load_trained(net, tmp_path)
+    assert torch.equal(net.head(1).fc.weight, fresh)
+    torch.testing.assert_close(
+        net.backbone.state_dict(), tiny_net(5).backbone.state_dict(), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_bundle_of_another_network_is_no_start(tmp_path):
+    wider = build("resnet10", 3, width=8)
+    with pytest.raises(TrainingError, match="is of another network: it differs at "):
+        load_trained(wider, save(tmp_path, tiny_net(5)))
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch", "nested"])

@@ -1,0 +1,26 @@
+"""Numerics that a network is served in."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype, as policies and settings hold it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def suits_cpu(dtype: torch.dtype) -> bool:
+    """Whether this processor computes in a dtype without taking a detour."""
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32
+
+
+def likely_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
+    """What a server with `DTYPE=auto` may take on this machine, given a policy for all of them."""
+    if device_type == "cuda":
+        return (torch.float16,)
+    return tuple(dtype for dtype in DTYPES.values() if suits_cpu(dtype))

@@ -1,0 +1,66 @@
+"""A unit captured as one CUDA graph, over buffers that stay where they are.
+
+`CudaCapture` has not been run on a card yet. What stands around it is tested on CPU, with a capture
+that runs the unit again over the same buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP_RUNS = 3
+
+Work = Callable[[], Sequence[Tensor]]
+Replay = Callable[[], None]
+Capture = Callable[[Work], tuple[Replay, Sequence[Tensor]]]
+"""Takes work over fixed tensors; gives what does it again, and the outputs that it overwrites."""
+
+
+class Captured:
+    """A unit for one batch size, run by a single call to the card.
+
+    Args:
+        unit: takes the buffers.
+        buffers: its inputs, channels last; whoever fills them saves a copy.
+        capture: how its work is recorded.
+    """
+
+    def __init__(self, unit: nn.Module, buffers: Sequence[Tensor], capture: Capture) -> None:
+        self.buffers = tuple(buffers)
+        self._replay, self._outputs = capture(lambda: unit(*self.buffers))
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run on these inputs; the outputs last until the next call."""
+        for buffer, tensor in zip(self.buffers, tensors, strict=True):
+            if tensor is not buffer:
+                buffer.copy_(tensor)
+        self._replay()
+        return self._outputs
+
+
+class CudaCapture:
+    """Records CUDA graphs that share one memory pool.
+
+    Sharing is safe in any order of replays: they never overlap, and the outputs of every graph are
+    held, so that no other graph is given their memory.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Work) -> tuple[Replay, Sequence[Tensor]]:
+        """Warm up on a side stream, as torch asks for, then record."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_RUNS):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local, since other threads may ask the card for its memory in the meantime.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = work()
+        return graph.replay, outputs

@@ -1,0 +1,282 @@
+"""Compiled stages come into a running server, or it says why they do not."""
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from model.policy import Rule
+from server.__main__ import main
+from server.compile import main as compile_main
+from server.compiling import Compiling
+from server.costs import CostTable
+from server.engine import Engine
+from server.metrics import EngineMetrics, Metrics
+from server.overload import Level, OverloadController
+from server.programs import TOLERANCE, compiler, difference, load_program
+from server.repository import Served
+from server.runner import Runner, batch_sizes
+from server.scheduler import Scheduler
+from server.settings import Settings
+from server.units import example_inputs, make_units
+from tests.conftest import encode, noise, running
+from tests.server.test_engine import FakeLoop
+
+CPU = torch.device("cpu")
+FULL_DEPTH = Rule((2.0, 2.0, 2.0, 0.0), 1, 4)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+
+class FakeFolder:
+    """Programs that are the eager units, each called by the name of its file."""
+
+    def __init__(self, units):
+        self.units = units
+        self.broken = set()
+        self.wrong = set()
+
+    def load(self, file):
+        if file.name in self.broken:
+            raise RuntimeError("not a zip archive")
+        unit = self.units[int(file.name[len("stage")]) - 1]
+        off = 0.5 if file.name in self.wrong else 0.0
+
+        def program(tensors):
+            features, said, state = unit(*tensors)
+            return features, said + off, state
+
+        return program
+
+
+@pytest.fixture
+def units(bundle):
+    return make_units(bundle, CPU, torch.float32)
+
+
+@pytest.fixture
+def folder(units):
+    return FakeFolder(units)
+
+
+@pytest.fixture
+def compiling(bundle, bundle_path, units, folder, tmp_path):
+    """Of batches of 1 and 2, with every program in the cache."""
+    chosen = Settings(bundle=bundle_path, cache_dir=tmp_path, max_batch=2)
+    one = Compiling(chosen, bundle, units, torch.float32, 1, load=folder.load)
+    for stage in (1, 2, 3, 4):
+        for size in (1, 2):
+            one._programs.file(stage, size).touch()
+    return one
+
+
+def handed_over(compiling):
+    said = []
+    compiling.use_ready(lambda stage, size, program, seconds: said.append((stage, size)))
+    return said
+
+
+def test_every_program_is_handed_over_once(compiling):
+    assert not compiling.complete
+    assert sorted(handed_over(compiling)) == [(k, n) for k in (1, 2, 3, 4) for n in (1, 2)]
+    assert compiling.complete
+    assert handed_over(compiling) == []
+
+
+def test_a_broken_program_makes_way_for_a_new_one(compiling, folder, caplog):
+    folder.broken = {"stage2-batch1.pt2"}
+    assert (2, 1) not in handed_over(compiling)
+    file = compiling._programs.file(2, 1)
+    assert not file.exists()
+    assert not compiling.complete
+    assert "cannot be used (not a zip archive)" in caplog.text
+    folder.broken = set()
+    file.touch()  # as the compiler would
+    assert handed_over(compiling) == [(2, 1)]
+    assert compiling.complete
+
+
+def test_a_program_that_disagrees_is_never_used_and_said_once(compiling, folder, caplog):
+    folder.wrong = {"stage3-batch2.pt2"}
+    assert (3, 2) not in handed_over(compiling)
+    assert handed_over(compiling) == []
+    assert not compiling.complete
+    assert caplog.text.count("differs from the eager stage by 5.0e-01") == 1
+
+
+def test_require_without_a_compiler_stops_the_start(bundle_path, no_compiler, capsys, monkeypatch):
+    monkeypatch.setattr("server.__main__.configure", lambda *_: None)  # the log stays pytest's
+    assert main(["--bundle", str(bundle_path), "--compile", "require"]) == 2
+    said = "error: COMPILE is require, but there is no C++ compiler (g++, or CXX's)\n"
+    assert capsys.readouterr().err == said
+
+
+def test_auto_without_a_compiler_serves_eagerly_with_one_warning(
+    serve, no_compiler, png, tmp_path, caplog
+):
+    with serve(compile="auto", cache_dir=tmp_path) as server:
+        server.served._compiling._thread.join(10)
+        assert server.post(png).status_code == 200
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warnings == [
+        "stages stay uncompiled, so answers take longer: "
+        "there is no C++ compiler (g++, or the one CXX names)"
+    ]
+
+
+def test_the_command_without_a_compiler_is_one_sentence_and_status_2(no_compiler, capsys):
+    assert compile_main([]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no C++ compiler")
+
+
+def test_a_compiler_that_fails_is_one_warning(bundle, units, tmp_path, caplog):
+    chosen = Settings(bundle=tmp_path / "gone", cache_dir=tmp_path, max_batch=1)
+    compiling = Compiling(chosen, bundle, units, torch.float32, 1)
+    compiling.compile_in_background(lambda *_: None)
+    compiling._thread.join(60)
+    compiling.close()
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warning.startswith("stages stay uncompiled")
+    assert "is not a bundle" in warning
+
+
+class Swapping:
+    """An engine over a real runner, driven step by step, with programs to change over to."""
+
+    def __init__(self, bundle):
+        self.runner = Runner(bundle, CPU, torch.float32)
+        self.costs = CostTable(self.runner.warm_up(batch_sizes(4)))
+        controller = OverloadController([Level(0.01, FULL_DEPTH.thresholds[:-1])], None)
+        metrics = EngineMetrics(Metrics("tiny", "1", 4, 4, None, {}), [1, 2, 3, 4])
+        self.engine = Engine(Scheduler(self.costs, controller, 4), self.runner, metrics, 0.0)
+        self.ran = 0
+
+    def answers(self, images, swap_after):
+        """Every image's answer, with the change between two batches."""
+        tickets = [
+            self.engine.submit(i, FULL_DEPTH, self.engine._clock(), loop=FakeLoop()) for i in images
+        ]
+        steps = 0
+        while steps == 0 or self.engine.step(False):
+            if steps == swap_after:
+                self.engine.call(self._change_over)
+            steps += 1
+        return [ticket.future.results for ticket in tickets]
+
+    def _change_over(self):
+        for stage in range(1, 5):
+            for size in batch_sizes(4):
+                self.runner.use_program(stage, size, self._program(stage, size), 1e-9)
+            self.costs.replace(stage, self.runner.expected(stage, 4))
+
+    def _program(self, stage, size):
+        def program(tensors):
+            assert all(len(t) == size for t in tensors)  # as compiled code would
+            self.ran += 1
+            return self.runner.units[stage - 1](*tensors)
+
+        return program
+
+
+@pytest.mark.parametrize("swap_after", range(7))
+def test_no_answer_is_lost_or_changed_when_programs_come_between_two_batches(bundle, swap_after):
+    images = list(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8))
+    never, swapping = Swapping(bundle), Swapping(bundle)
+    expected = never.answers(images, None)
+    answers = swapping.answers(images, swap_after)
+    assert never.ran == 0 < swapping.ran
+    for said, was in zip(answers, expected, strict=True):
+        (said,), (was,) = said, was
+        assert said.exit == 4
+        np.testing.assert_allclose(said.probabilities, was.probabilities, atol=1e-4)
+
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+
+class Asking(threading.Thread):
+    """A client that asks the same again and again, and keeps every answer."""
+
+    def __init__(self, server, image):
+        super().__init__()
+        self.server = server
+        self.image = image
+        self.answers = []
+        self.enough = threading.Event()
+
+    def run(self):
+        while not self.enough.wait(0.05):  # the compiler needs the cores too
+            response = self.server.post(self.image, explain="true", max_accuracy_loss=0.0)
+            self.answers.append((response.status_code, response.json()))
+
+
+@pytest.fixture(scope="module")
+def compiled(bundle_path, tmp_path_factory):
+    """A cache that a server filled, and what its clients were told from its start to then."""
+    cache = tmp_path_factory.mktemp("cache")
+    chosen = Settings(bundle=bundle_path, cache_dir=cache, max_batch=2, threads=1, compile="auto")
+    with running(Served(chosen)) as server:
+        clients = [Asking(server, encode(noise(seed=i))) for i in range(3)]
+        for client in clients:
+            client.start()
+        compiling = server.served._compiling
+        compiling._thread.join(600)
+        complete, told = compiling.complete, len(clients[0].answers)
+        for client in clients:
+            client.enough.set()
+            client.join(20)
+    assert complete
+    assert told > 1
+    return cache, [client.answers for client in clients]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_no_answer_is_lost_or_changed_while_a_server_compiles(compiled):
+    for answers in compiled[1]:
+        assert {status for status, _ in answers} == {200}
+        first = answers[0][1]["seen"]
+        for _, answer in answers:
+            assert [s["class_id"] for s in answer["seen"]] == [s["class_id"] for s in first]
+            said = [s["confidence"] for s in answer["seen"]]
+            assert said == pytest.approx([s["confidence"] for s in first], abs=2e-3)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_units_equal_the_eager_ones_at_every_stage_and_size(compiled, bundle, units):
+    files = {f.name: f for f in compiled[0].rglob("*.pt2")}
+    assert len(files) == len(units) * 2
+    for size in (1, 2):
+        inputs = example_inputs(units, bundle, size, CPU)
+        for k, unit in enumerate(units, start=1):
+            program = load_program(files[f"stage{k}-batch{size}.pt2"])
+            assert difference(program, unit, inputs[k - 1]) <= TOLERANCE[torch.float32]
+            with torch.inference_mode():
+                features, _, _ = unit(*inputs[k - 1])
+                torch.testing.assert_close(
+                    program(inputs[k - 1])[0], features, atol=1e-3, rtol=1e-3
+                )
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_program_is_compiled_anew(compiled, bundle, bundle_path, units, caplog, damage):
+    cache, _ = compiled
+    (file,) = cache.rglob("stage4-batch1.pt2")
+    whole = file.read_bytes()
+    half = len(whole) // 2
+    file.write_bytes(whole[:half] + (bytes(half) if damage == "overwritten" else b""))
+    chosen = Settings(bundle=bundle_path, cache_dir=cache, max_batch=2)
+    compiling = Compiling(chosen, bundle, units, torch.float32, 1)
+    assert (4, 1) not in handed_over(compiling)
+    assert caplog.text.count("cannot be used") == 1
+    assert [line.split(" in ")[0] for line in compiling.compile()] == ["ready stage 4 batch 1"]
+    assert handed_over(compiling) == [(4, 1)]
+    assert compiling.complete

@@ -1,0 +1,229 @@
+"""Captured units: their buffers, where running a unit again stands for a CUDA graph."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.capturing import Capturing
+from server.graphs import Captured, CudaCapture
+from server.runner import Runner, batch_sizes
+
+CPU = torch.device("cpu")
+LARGEST = 4
+IMAGES = list(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
+
+
+def rerun(work):
+    """As a CUDA graph: every replay reads the same inputs and overwrites the same outputs."""
+    outputs = work()
+
+    def replay():
+        for old, new in zip(outputs, work(), strict=True):
+            old.copy_(new)
+
+    return replay, outputs
+
+
+def capturing(runner, bundle, capture, device=CPU, dtype=torch.float32):
+    return Capturing(bundle, runner.units, dtype, device, capture)
+
+
+def captured_runner(bundle, capture=rerun, device=CPU, dtype=torch.float32):
+    """A runner that runs nothing but captured units."""
+    runner = Runner(bundle, device, dtype)
+
+    def use(stage, size, program, seconds):
+        runner.use_program(stage, size, program, 1e-9 * size)
+
+    capturing(runner, bundle, capture, device, dtype).use_all(LARGEST, use, required=True)
+    return runner
+
+
+@pytest.fixture(scope="module")
+def eager(bundle):
+    return Runner(bundle, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def captured(bundle):
+    return captured_runner(bundle)
+
+
+@pytest.fixture(scope="module")
+def expected(eager):
+    """By stage, every image's probabilities when it runs alone and eagerly."""
+    said = []
+    inputs = [[image] for image in IMAGES]
+    for stage in range(1, eager.exits + 1):
+        outputs = [eager.run(stage, one) for one in inputs]
+        said.append([o.probabilities[0] for o in outputs])
+        inputs = [o.rows for o in outputs]
+    return said
+
+
+def test_every_stage_and_size_is_captured_and_preferred(captured):
+    for stage in range(1, captured.exits + 1):
+        for n in range(1, LARGEST + 1):
+            program, size = captured._plan(stage, n)
+            assert isinstance(program, Captured)
+            assert size == min(s for s in batch_sizes(LARGEST) if s >= n)
+
+
+def test_all_sizes_of_a_stage_share_their_input_buffers_in_channels_last(captured):
+    for stage in range(1, captured.exits + 1):
+        programs = [captured._plan(stage, n)[0] for n in (1, 2, 4)]
+        assert len({p.buffers[0].data_ptr() for p in programs}) == 1
+    for stage in range(2, captured.exits + 1):
+        features = captured._plan(stage, 4)[0].buffers[0]
+        assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+BATCHES = st.lists(
+    st.tuples(st.integers(1, LARGEST), st.lists(st.booleans(), min_size=4, max_size=4)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(BATCHES, st.randoms(use_true_random=False))
+def test_every_row_is_its_own_whatever_ran_before_beside_or_after_it(
+    captured, expected, batches, chance
+):
+    """Images enter in batches, some leave, the others join those of other batches."""
+    waiting = {stage: [] for stage in range(1, captured.exits + 2)}
+    waiting[1] = list(enumerate(IMAGES))
+    for n, stay in batches:
+        stage = chance.choice([k for k in range(1, captured.exits + 1) if waiting[k]])
+        chance.shuffle(waiting[stage])
+        batch, waiting[stage] = waiting[stage][:n], waiting[stage][n:]
+        output = captured.run(stage, [what for _, what in batch])
+        assert len(output.rows) == len(output.probabilities) == len(output.confidences)
+        for (i, _), said in zip(batch, output.probabilities, strict=True):
+            np.testing.assert_allclose(said, expected[stage - 1][i], atol=1e-4)
+        staying = [
+            (i, row) for (i, _), row, on in zip(batch, output.rows, stay, strict=False) if on
+        ]
+        kept = captured.keep([row for _, row in staying])
+        waiting[stage + 1] += [(i, row) for (i, _), row in zip(staying, kept, strict=True)]
+        if not any(waiting[k] for k in range(1, captured.exits + 1)):
+            break
+
+
+def test_what_was_said_of_a_batch_outlives_the_next(captured):
+    first = captured.run(1, IMAGES[:2])
+    before = first.probabilities.copy()
+    captured.run(1, IMAGES[2:4])
+    np.testing.assert_array_equal(first.probabilities, before)
+
+
+def test_rows_last_once_kept_and_only_then(captured):
+    output = captured.run(1, IMAGES[:2])
+    kept = captured.keep(output.rows)  # a whole batch
+    features = kept[0].features.clone()
+    captured.run(1, IMAGES[2:4])
+    assert torch.equal(kept[0].features, features)
+    assert not torch.equal(output.rows[0].features, features)
+    assert kept[0].features.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_numbers_that_are_none_do_not_spread_from_padding(captured, expected):
+    program, _ = captured._plan(2, 3)
+    with torch.inference_mode():
+        for buffer in program.buffers:
+            buffer.fill_(float("nan"))
+    rows = captured.keep(captured.run(1, IMAGES[:3]).rows)
+    output = captured.run(2, rows)
+    np.testing.assert_allclose(output.probabilities, expected[1][:3], atol=1e-4)
+
+
+def attempt(bundle, capture, required=False):
+    runner, used = Runner(bundle, CPU, torch.float32), []
+    capturing(runner, bundle, capture).use_all(2, lambda *program: used.append(program), required)
+    return used
+
+
+def no_card(work):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def stuck(work):
+    """Replays that read what was there when it was captured."""
+    return lambda: None, work()
+
+
+def fails_at_the_last():
+    left = iter(range(7))  # of eight
+
+    def capture(work):
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rerun(work)
+
+    return capture
+
+
+@pytest.mark.parametrize(
+    ("capture", "said"),
+    [
+        (no_card, "not permitted when stream is capturing"),
+        (fails_at_the_last(), "out of memory"),
+        (stuck, "stage 1, captured for batches of 2, differs from the eager one by"),
+    ],
+)
+def test_a_failed_or_wrong_capture_leaves_every_stage_eager_with_one_warning(
+    bundle, caplog, capture, said
+):
+    assert attempt(bundle, capture) == []
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warning.startswith("stages run without CUDA graphs, so answers take longer: ")
+    assert said in warning
+
+
+def test_a_failed_capture_ends_a_start_that_requires_it(bundle):
+    with pytest.raises(RuntimeError, match="not permitted"):
+        attempt(bundle, no_card, required=True)
+
+
+# --- on a card -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_card(bundle):
+    return captured_runner(bundle, CudaCapture(), torch.device("cuda"), torch.float16)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_say_what_the_cpu_says(on_card, expected):
+    inputs = IMAGES[:3]
+    for stage in range(1, on_card.exits + 1):
+        output = on_card.run(stage, inputs)
+        inputs = on_card.keep(output.rows)
+        np.testing.assert_allclose(output.probabilities, expected[stage - 1][:3], atol=0.05)
+
+
+@pytest.mark.gpu
+def test_replays_in_any_order_disturb_no_row_that_was_kept(on_card, expected):
+    kept = [on_card.keep(on_card.run(1, IMAGES[i : i + n]).rows) for i, n in ((0, 1), (1, 4))]
+    on_card.run(4, on_card.keep(on_card.run(3, on_card.keep(on_card.run(2, kept[1]).rows)).rows))
+    said = on_card.run(2, [kept[1][3], kept[0][0]]).probabilities
+    np.testing.assert_allclose(said, [expected[1][4], expected[1][0]], atol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_stage_batch_waits_for_the_card_once(on_card, monkeypatch):
+    waits = []
+    synchronise = torch.cuda.Event.synchronize
+    monkeypatch.setattr(
+        torch.cuda.Event, "synchronize", lambda e: (waits.append(e), synchronise(e))[1]
+    )
+    torch.cuda.set_sync_debug_mode("error")  # any other way of waiting fails
+    try:
+        on_card.keep(on_card.run(1, IMAGES[:3]).rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1

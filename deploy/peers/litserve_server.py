@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+from typing import Any
 
 import litserve
 import numpy as np
@@ -30,7 +31,7 @@ class Classifier(litserve.LitAPI):
     def unbatch(self, output: list[Answer]) -> list[Answer]:
         return output
 
-    def encode_response(self, output: Answer) -> Answer:
+    def encode_response(self, output: Answer) -> dict[str, Any]:  # LitServe evaluates this type
         return output
 
 

@@ -26,7 +26,7 @@ from deploy.peers.peer import Peer, PeerError
 
 ROOT = Path(__file__).parents[2]
 PORT = 8791
-START_SECONDS = 600.0
+START_SECONDS = 300.0
 STOP_SECONDS = 15.0
 KNOCK_SECONDS = 10.0
 COMMON = (f"torch=={torch.__version__.partition('+')[0]}", "numpy", "pillow", "safetensors")

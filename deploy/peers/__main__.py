@@ -90,7 +90,8 @@ def _offered(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
             python = prepare(peer, arguments.environments.expanduser())
             with started(peer, python, bundle, mine[0]):
                 time.sleep(arguments.quiet_seconds)
-                rows.extend(offered.measure(peer, mine, loads))
+                for row in offered.measure(peer, mine, loads):
+                    rows.append(row)  # at once, since a later one may fail
         except (PeerError, OSError) as error:
             rows.append({"name": peer.name, "kind": kind, "failed": str(error)})
     aimed = goals.of_offered(rows, full_depth, first_exit)

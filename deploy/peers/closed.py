@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.loadtest.load import closed_loop, once
@@ -48,12 +48,12 @@ async def _measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: flo
     return row
 
 
-def saturated(row: Row) -> float:
+def saturated(row: Mapping[str, Any]) -> float:
     """The most images a second that a server answered."""
     return max(summary["answered_per_second"] for summary in row["clients"].values())
 
 
-def unloaded_ms(row: Row) -> float:
+def unloaded_ms(row: Mapping[str, Any]) -> float:
     """The median latency of one client alone."""
     median: float = row["clients"]["1"]["latency_ms"]["p50"]
     return median

@@ -9,32 +9,33 @@ from typing import Any
 import litserve
 import numpy as np
 
-from deploy.peers.network import Network
+from deploy.peers.network import MOST_IMAGES, WORKERS, Answer, Network, Pictures
 
 
 class Classifier(litserve.LitAPI):
-    """One network in one worker process; batches as long as it was busy, 5 ms at most."""
+    """Each worker process decodes for itself and runs a network of its own."""
 
     def setup(self, device: str) -> None:
+        self.pictures = Pictures()
         self.network = Network()
 
     def decode_request(self, request: dict[str, str]) -> np.ndarray:
-        return self.network.pixels(base64.b64decode(request["image"]))
+        return self.pictures.pixels(base64.b64decode(request["image"]))
 
     def batch(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         return inputs
 
-    def predict(self, images: list[np.ndarray]) -> list[dict[str, Any]]:
+    def predict(self, images: list[np.ndarray]) -> list[Answer]:
         return self.network.classify(images)
 
-    def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def unbatch(self, output: list[Answer]) -> list[Answer]:
         return output
 
-    def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+    def encode_response(self, output: Answer) -> dict[str, Any]:  # LitServe evaluates this type
         return output
 
 
 if __name__ == "__main__":
-    api = Classifier(max_batch_size=32, batch_timeout=0.005, api_path="/classify")
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
+    api = Classifier(max_batch_size=MOST_IMAGES, batch_timeout=0.001, api_path="/classify")
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=WORKERS)
     server.run(port=int(os.environ["PEER_PORT"]), generate_client_file=False)

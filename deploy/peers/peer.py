@@ -39,8 +39,8 @@ class Peer:
 def offramp(name: str, *query: str, exit: int | None = None) -> Peer:
     """The server itself, asked so."""
     command = ("-m", "server", "--bundle", "{bundle}", "--port", "{port}")
-    command += ("--compile", "require", "--log-level", "warning")
-    return Peer(name, command, query=query, ours=True, exit=exit)
+    flags = ("--compile", "require", "--log-level", "warning")
+    return Peer(name, (*command, *flags), query=query, ours=True, exit=exit)
 
 
 def pinned(exit: int) -> Peer:

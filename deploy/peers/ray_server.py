@@ -32,7 +32,7 @@ class Classifier:
         self.pictures = Pictures()
         self.network = Network()
 
-    @serve.batch(max_batch_size=MOST_IMAGES, batch_wait_timeout_s=0.001)
+    @serve.batch(max_batch_size=MOST_IMAGES, batch_wait_timeout_s=0.001)  # type: ignore[untyped-decorator]
     async def classify(self, images: list[np.ndarray]) -> list[Answer]:
         return self.network.classify(images)
 
@@ -48,7 +48,7 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     ray.init(num_cpus=WORKERS, include_dashboard=False, object_store_memory=STORE_BYTES)
     serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["PEER_PORT"])})
-    serve.run(Classifier.bind(), route_prefix="/classify")
+    serve.run(Classifier.bind(), route_prefix="/classify")  # type: ignore[attr-defined]
     stop.wait()
     serve.shutdown()
     ray.shutdown()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from deploy.peers.peer import Peer, PeerError
 
 ROOT = Path(__file__).parents[2]
 PORT = 8791
-START_SECONDS = 600.0
+START_SECONDS = 300.0
 STOP_SECONDS = 15.0
 KNOCK_SECONDS = 10.0
 COMMON = (f"torch=={torch.__version__.partition('+')[0]}", "numpy", "pillow", "safetensors")
@@ -67,8 +68,9 @@ def started(peer: Peer, python: str, bundle: Path, sample: Sample) -> Iterator[i
         sample: what it must answer, as it wants it.
 
     Raises:
-        PeerError: it ends or stays silent.
+        PeerError: it ends or stays silent, or its port is taken.
     """
+    _need_port()
     mark = uuid.uuid4().hex
     environment = {
         **os.environ,
@@ -92,6 +94,13 @@ def started(peer: Peer, python: str, bundle: Path, sample: Sample) -> Iterator[i
             yield process.pid
         finally:
             _stop(process, mark)
+
+
+def _need_port() -> None:
+    """Lest another program's answers be taken for the peer's."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+            raise PeerError(f"port {PORT} is in use by another program")
 
 
 def _wait(peer: Peer, process: subprocess.Popen[bytes], said: IO[bytes], sample: Sample) -> None:

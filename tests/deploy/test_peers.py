@@ -1,6 +1,7 @@
 """The comparison with other servers: what it needs of none of them."""
 
 import json
+import socket
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from deploy.loadtest.load import Result
 from deploy.loadtest.summary import summarise
 from deploy.peers import __main__ as peers
-from deploy.peers import closed, goals, offered, profile
+from deploy.peers import closed, goals, offered, profile, running
 from deploy.peers.peer import BEST_BACKEND, OURS, PLAIN, Peer, offramp, pinned
 from tests.conftest import CLASSES, encode, noise
 
@@ -140,7 +141,24 @@ def test_queries_of_a_server_are_joined():
     assert url == "http://127.0.0.1:80/classify?threshold=1&deadline_ms=50"
 
 
-def test_a_peer_that_ends_while_starting_is_a_row_that_says_so(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def listener(monkeypatch):
+    """A socket on the port that peers are to use; close it to free the port."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        monkeypatch.setattr(running, "PORT", bound.getsockname()[1])
+        yield bound
+
+
+def test_a_port_that_is_taken_is_a_row_that_says_so(tmp_path, capsys, listener):
+    (tmp_path / "x.png").write_bytes(encode(noise()))
+    assert peers.main(["--images", str(tmp_path), "--only", "FastAPI"]) == 0
+    assert f"port {running.PORT} is in use by another program" in capsys.readouterr().out
+
+
+def test_a_peer_that_ends_while_starting_is_a_row_that_says_so(
+    tmp_path, capsys, monkeypatch, listener
+):
+    listener.close()
     (tmp_path / "x.png").write_bytes(encode(noise()))
     broken = Peer("broken", ("-c", "raise SystemExit('it needs Java')"))
     monkeypatch.setattr(peers, "OTHERS", (broken,))

@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from deploy.bench.stages import measure, table
+from deploy.bench.stages import CLOCKS, measure, table
 from model.bundle import BundleError, load_servable
 from server.programs import compiler
 
@@ -18,12 +18,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     warnings.filterwarnings("ignore")  # torch's own, while compiling
     try:
+        if arguments.clock == "cpu" and arguments.threads != 1:
+            raise RuntimeError("--clock cpu counts one thread, so --threads must be 1")
         if compiler() is None:
             raise RuntimeError("there is no C++ compiler (g++, or the one CXX names)")
         bundle = load_servable(arguments.bundle)
-        rows = measure(bundle, arguments.batches, arguments.threads, arguments.seconds)
+        clock = CLOCKS[arguments.clock]
+        rows = measure(bundle, arguments.batches, arguments.threads, arguments.seconds, clock)
         if arguments.json:
-            said = [{**row.as_dict(), "threads": arguments.threads} for row in rows]
+            said = [
+                {**row.as_dict(), "threads": arguments.threads, "clock": arguments.clock}
+                for row in rows
+            ]
             arguments.json.write_text(json.dumps(said, indent=2) + "\n")
     except (BundleError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     stages.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes")
     stages.add_argument("--threads", type=int, default=1, help="inside one operation")
     stages.add_argument("--seconds", type=float, default=4.0, help="length of each measurement")
+    stages.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu leaves out what other programs take of the core",
+    )
     stages.add_argument("--json", type=Path, help="write every figure here")
     return parser
 

@@ -210,7 +210,7 @@ class Asking(threading.Thread):
         self.enough = threading.Event()
 
     def run(self):
-        while not self.enough.wait(0.05):  # the compiler needs the cores too
+        while not self.enough.wait(0.2):  # the compiler needs the cores too
             response = self.server.post(self.image, explain="true", max_accuracy_loss=0.0)
             self.answers.append((response.status_code, response.json()))
 

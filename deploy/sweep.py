@@ -3,13 +3,16 @@
     python -m deploy.sweep http://localhost:8000 --images DIR --admin-token TOKEN
 
 Each load is simulated from the very same send times and images, the confidences that the server
-itself gave them, and the cost table that the server had just after the load.
+itself gave them, the cost table that the server had just after the load, and what it spends outside
+stages. That is measured before: of the event loop with requests that are too late to be run, of the
+engine as what it does not spend in stages while there is always something to run.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import sys
@@ -22,10 +25,10 @@ from tqdm import tqdm
 
 from deploy.loadtest import schedules
 from deploy.loadtest.client import Client
-from deploy.loadtest.load import closed_loop, open_loop
+from deploy.loadtest.load import Result, closed_loop, open_loop
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.summary import summarise
-from deploy.simulator import Arrival, simulate
+from deploy.simulator import Arrival, Overhead, simulate
 from model.policy import Rule
 from server.classify import RESERVE_SECONDS
 from server.costs import CostTable
@@ -37,7 +40,9 @@ KINDS: dict[str, Callable[[float, float], list[float]]] = {
     "poisson": schedules.poisson,
     "bursts": schedules.bursts,
 }
-CLIENTS = 16
+CLIENTS = 64
+"""Enough that the engine finds a full batch whenever it is done with one."""
+OVERHEAD_SECONDS = 2.0
 Row = dict[str, Any]
 
 
@@ -48,34 +53,87 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.seconds < 2 * schedules.BURST_SECONDS:
             raise ValueError("--seconds must hold a calm and a burst, so at least 2")
         samples = read_samples(arguments.images, arguments.most_images)
-        capacity, rows = asyncio.run(_sweep(arguments, samples))
+        said = asyncio.run(_sweep(arguments, samples))
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"full depth: {capacity:.0f} images a second\n\n{table(rows)}")
+    print(
+        f"full depth: {said['full_depth_per_second']:.0f} images a second; outside stages "
+        f"{said['request_overhead_ms']:.2f} ms a request and {said['batch_overhead_ms']:.2f} ms a "
+        f"batch\n\n{table(said['rows'])}"
+    )
     if arguments.json:
-        said = {"full_depth_per_second": capacity, "rows": rows}
         arguments.json.write_text(json.dumps(said, indent=1) + "\n")
     if arguments.plot:
-        _plot(rows, arguments.plot)
+        _plot(said["rows"], arguments.plot)
     return 0
 
 
-async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> tuple[float, list[Row]]:
+async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
+    loads = list(itertools.product(KINDS, FACTORS))
+    seconds = (len(loads) + 1) * arguments.seconds + OVERHEAD_SECONDS
+    print(f"{len(loads)} loads, about {1.3 * seconds / 60:.1f} minutes", file=sys.stderr)
     confidences = await record_confidences(arguments.url, samples)
+    request_seconds = await request_overhead(arguments.url, samples)
+    capacity, batch_seconds = await _saturate(arguments, samples)
+    overhead = Overhead(request_seconds, batch_seconds)
+    rows = []
+    with tqdm(loads, "loads", leave=False) as bar:
+        for kind, factor in bar:
+            bar.set_description(f"{kind} at {factor:g} of full depth")
+            times = KINDS[kind](factor * capacity, arguments.seconds)
+            results = await _measure(arguments, samples, times)
+            deadline = arguments.deadline_ms / 1e3
+            measured = summarise(results, deadline)
+            sent = [(r.intended, r.sent) for r in results]
+            simulated = predict(_engine(arguments), sent, confidences, deadline, overhead)
+            rows.append(
+                {"kind": kind, "load": factor, "measured": measured, "simulated": simulated}
+            )
+    return {
+        "full_depth_per_second": capacity,
+        "request_overhead_ms": 1e3 * request_seconds,
+        "batch_overhead_ms": 1e3 * batch_seconds,
+        "rows": rows,
+    }
+
+
+async def request_overhead(url: str, samples: Sequence[Sample]) -> float:
+    """Seconds that the server's event loop spends on a request.
+
+    Measured with requests whose deadline no stage could meet: they are received, decoded, scheduled
+    and answered, but never run.
+    """
+    client = Client(f"{url}/classify?deadline_ms=0.001")
+    results = await closed_loop(client, samples, CLIENTS, OVERHEAD_SECONDS)
+    await client.close()
+    if unlike := {r.status for r in results} - {504}:
+        raise ValueError(f"{url} answers {min(unlike)} to a request that is too late, not 504")
+    return max(r.finished for r in results) / len(results)
+
+
+async def _saturate(arguments: argparse.Namespace, samples: list[Sample]) -> tuple[float, float]:
+    """Full-depth images a second, and seconds that the engine spends between two batches."""
     client = Client(f"{arguments.url}/classify?threshold=1&deadline_ms=60000")
+    seconds, batches = _stages_run(arguments)
     results = await closed_loop(client, samples, CLIENTS, arguments.seconds)
     await client.close()
+    more_seconds, more_batches = _stages_run(arguments)
+    idle = max(r.finished for r in results) - (more_seconds - seconds)
     capacity = summarise(results, 60.0)["answered_per_second"]
-    rows = []
-    for kind in tqdm(KINDS, "loads", leave=False):
-        for factor in tqdm(FACTORS, kind, leave=False):
-            times = KINDS[kind](factor * capacity, arguments.seconds)
-            row = await _measure(arguments, samples, times)
-            said = _engine(arguments)
-            row["simulated"] = predict(said, times, confidences, arguments.deadline_ms / 1e3)
-            rows.append({"kind": kind, "load": factor, **row})
-    return capacity, rows
+    return capacity, max(0.0, idle) / (more_batches - batches)
+
+
+def _stages_run(arguments: argparse.Namespace) -> tuple[float, float]:
+    """Seconds spent in stages so far, and batches run."""
+    with urllib.request.urlopen(f"{arguments.url}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    family = "offramp_stage_duration_seconds"
+    sums, counts = (
+        sum(float(line.split()[-1]) for line in lines if line.startswith(f"{family}_{end}{{"))
+        for end in ("sum", "count")
+    )
+    return sums, counts
 
 
 async def record_confidences(url: str, samples: Sequence[Sample]) -> list[tuple[float, ...]]:
@@ -95,32 +153,38 @@ async def record_confidences(url: str, samples: Sequence[Sample]) -> list[tuple[
 
 async def _measure(
     arguments: argparse.Namespace, samples: list[Sample], times: Sequence[float]
-) -> Row:
+) -> list[Result]:
     client = Client(f"{arguments.url}/classify?deadline_ms={arguments.deadline_ms:g}")
     results = await open_loop(client, samples, times)
     await client.close()
-    return {"measured": summarise(results, arguments.deadline_ms / 1e3)}
+    return results
 
 
 def predict(
-    engine: Row, times: Sequence[float], confidences: Sequence[tuple[float, ...]], deadline: float
+    engine: Row,
+    sent: Sequence[tuple[float, float]],
+    confidences: Sequence[tuple[float, ...]],
+    deadline: float,
+    overhead: Overhead,
 ) -> Row:
     """Simulate a load on the server's scheduler.
 
     Args:
         engine: as `GET /engine` gives it.
-        times: when requests are sent.
+        sent: when each request should have been sent, and when it was.
         confidences: by image; images are drawn as the load tester draws them.
         deadline: in seconds.
+        overhead: what the server spends outside stages.
     """
     costs = CostTable({int(k): _by_size(row) for k, row in engine["seconds"].items()})
     ladder = [Level(x["max_accuracy_loss"], tuple(x["thresholds"])) for x in engine["ladder"]]
     scheduler = Scheduler(costs, OverloadController(ladder, deadline), engine["max_batch"])
     chance, allowed = random.Random(0), deadline - RESERVE_SECONDS
-    load = [Arrival(at, chance.choice(confidences), allowed) for at in times]
+    load = [Arrival(at, chance.choice(confidences), allowed) for _, at in sent]
+    late = {id(a): at - intended for a, (intended, at) in zip(load, sent, strict=True)}
     rule = Rule((*ladder[0].thresholds, 0.0), 1, costs.stages)
-    outcomes = simulate(scheduler, load, rule)
-    in_time = [o for o in outcomes if o.in_time]
+    outcomes = simulate(scheduler, load, rule, overhead=overhead)
+    in_time = [o for o in outcomes if o.exit and o.seconds + late[id(o.arrival)] <= deadline]
     span = max(o.finished for o in outcomes)
     return {
         "goodput_per_second": len(in_time) / span,

@@ -12,6 +12,7 @@ from model import image
 from model.preprocess import Preprocess
 from server.errors import BrokenImage, ImageTooLarge, NoImage, OfframpError, UnsupportedImage
 from server.metrics import Metrics
+from server.threads import name_thread
 
 SMALL_PIXELS = 128 * 128
 """Decoding fewer takes about 0.2 ms at most, which is what a thread hop may cost under load."""
@@ -38,7 +39,7 @@ class Decoder:
     ) -> None:
         self._preprocess = preprocess
         self._max_pixels = max_pixels
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(threads, "decode", name_thread, ("decode",))
         self._seconds = metrics.phase_seconds.labels("decode")
         self._rejected = metrics.rejected_images
 

@@ -19,6 +19,7 @@ from server.metrics import EngineMetrics
 from server.overload import OverloadController
 from server.runner import Row, StageOutput, StageRunner
 from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
+from server.threads import name_thread
 from server.tickets import Answer, Loop, Outbox, Seen, Ticket
 
 log = logging.getLogger("offramp.engine")
@@ -133,6 +134,7 @@ class Engine:
     # --- the loop ----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        name_thread("engine")
         busy = False
         while busy or not self._stopping:
             busy = self.step(wait=not busy)

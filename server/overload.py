@@ -1,23 +1,35 @@
 """The controller that trades accuracy for time under load.
 
 It moves along a ladder of operating points, from the one in force in peace to the most lossy one
-allowed. The level follows the predicted wait, as a share of the time that requests usually allow:
-up at once, down one level at a time, so that full depth is back within `RECOVERY_SECONDS` of the
-end of a burst without flapping between two levels on the way.
+allowed. Up at once, as far as the predicted wait asks, as a share of the time that requests usually
+allow. Down a level at a time, and only to a level that bears the load: the present rate of arrivals
+times the work that an answer took when that level was last in force must leave the device some
+rest. The wait alone cannot tell, since a shallower level makes it short while the load is as large
+as before. At the end of a burst the rate falls at once, and full depth is back within a second.
+What is known of a level fades, so that under a load that stays each is tried again now and then.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 CALM = 0.3
 """Share of the usual deadline that may be spent waiting before answers get shallower."""
-RECOVERY_SECONDS = 0.8
-"""From the most lossy level back to peace, once the wait is calm."""
+BEARABLE = 0.9
+"""Share of the device's time that the load may be expected to take at a level moved down to."""
+RECOVERY_SECONDS = 0.6
+"""From the most lossy level back to peace, once that bears the load…"""
+RATE_SECONDS = 0.15
+"""…which takes about so long to be noticed: the rate of arrivals is an average over that time."""
+FADING_SECONDS = 60.0
+"""Having been out of force for so long, a level counts for a third of the work it was known by."""
 UNLIMITED_BUDGET_SECONDS = 0.5
 """What counts as the usual deadline where requests have none."""
 LEARNING_RATE = 0.05
+WORK_LEARNING_RATE = 0.01
+"""Weight of one answer in the work known of a level."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,11 @@ class OverloadController:
         self._budget = deadline_seconds or UNLIMITED_BUDGET_SECONDS
         self._index = 0
         self._changed = 0.0
+        self._rate = 0.0
+        self._arrived = 0.0
+        # By level; one that was never in force is known by no work, so it will be tried.
+        self._work = [0.0] * len(self._ladder)
+        self._in_force = [0.0] * len(self._ladder)
 
     @property
     def ladder(self) -> tuple[Level, ...]:
@@ -59,13 +76,32 @@ class OverloadController:
         """Whether answers are shallower than in peace."""
         return self._index > 0
 
+    @property
+    def calm_seconds(self) -> float:
+        """The longest wait that bends nothing."""
+        return CALM * self._budget
+
+    def saw_arrival(self, now: float) -> None:
+        """Count one request; `now` is in seconds of the engine's clock, like all that follow."""
+        self._rate = self._rate_at(now) + 1 / RATE_SECONDS
+        self._arrived = now
+
+    def saw_answers(self, count: int, work_seconds: float) -> None:
+        """Learn what the level in force costs: so much device time for each of these answers."""
+        known = self._work[self._index] or work_seconds
+        weight = min(1.0, WORK_LEARNING_RATE * count)
+        self._work[self._index] = known + weight * (work_seconds - known)
+
     def saw_deadline(self, seconds: float) -> None:
         """Learn how long requests usually allow."""
         self._budget += LEARNING_RATE * (seconds - self._budget)
 
     def update(self, predicted_wait_seconds: float, now: float) -> Level:
-        """The level for this predicted wait; `now` is in seconds of the engine's clock."""
+        """The level for this predicted wait."""
+        self._in_force[self._index] = now
         wanted = self._wanted(predicted_wait_seconds)
+        while wanted < self._index and not self._bears(wanted, now):
+            wanted += 1
         if wanted >= self._index:
             self._index, self._changed = wanted, now
             return self.level
@@ -75,9 +111,16 @@ class OverloadController:
             self._index, self._changed = max(wanted, self._index - steps), now
         return self.level
 
+    def _rate_at(self, now: float) -> float:
+        return self._rate * math.exp((self._arrived - now) / RATE_SECONDS)
+
+    def _bears(self, index: int, now: float) -> bool:
+        known = math.exp((self._in_force[index] - now) / FADING_SECONDS)
+        return self._rate_at(now) * self._work[index] * known < BEARABLE
+
     def _wanted(self, wait: float) -> int:
         top = len(self._ladder) - 1
-        pressure = (wait / self._budget - CALM) / (1 - CALM)
+        pressure = (wait - self.calm_seconds) / (self._budget - self.calm_seconds)
         if pressure <= 0:
             return 0
         return min(top, 1 + int(pressure * top))

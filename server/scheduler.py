@@ -152,6 +152,7 @@ class Scheduler:
         """
         job.state = JobState.DONE
         self._live_until = now
+        self.controller.saw_arrival(now)
         if now + self.costs.seconds(1, 1) > job.deadline:
             raise TooLate
         if math.isfinite(job.deadline):
@@ -223,6 +224,8 @@ class Scheduler:
             else:
                 job.state = JobState.DONE
                 answered.append((job, reason))
+        if answered:
+            self.controller.saw_answers(len(answered), self._work(batch.stage))
         return answered
 
     def settle_audit(self, batch: Batch) -> list[Job]:
@@ -271,6 +274,20 @@ class Scheduler:
     def _first_exit_seconds(self, job: Job, now: float) -> float:
         ahead = bisect_left(self._queues[1], job.urgency, key=lambda j: j.urgency)
         return max(0.0, self._busy_until - now) + self._seconds_for(1, ahead + 1)
+
+    def _work(self, stage: int) -> float:
+        """Seconds of an answer's share in calm batches, up to a stage.
+
+        Those are the largest that pass all stages within the wait that bends nothing. The batches
+        that ran would mislead: a light load makes them small, and so its answers dear.
+        """
+        size = self.max_batch
+        while size > 1 and self._pass(self.exits, size) > self.controller.calm_seconds:
+            size -= (size + 3) // 4
+        return self._pass(stage, size) / size
+
+    def _pass(self, stage: int, size: int) -> float:
+        return sum(self.costs.seconds(k, size) for k in range(1, stage + 1))
 
     def _take_overdue(self, start: float) -> list[Job]:
         """Take off the jobs that would be late if they started no sooner than `start`."""

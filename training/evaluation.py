@@ -177,9 +177,8 @@ def loss_interval(differences: np.ndarray) -> tuple[float, float]:
 
     def bound(losses: int, gains: int) -> float:
         delta = (1 - LEVEL) / 2
-        nuisance = risk.NUISANCE_SHARE * delta
         return risk.upper_bound(
-            lambda b: risk.paired_p_value(losses, gains, n, b, nuisance), delta, low=-1.0
+            lambda b: risk.paired_p_value(losses, gains, n, b) <= delta, low=-1.0
         )
 
     return -bound(gains, losses), bound(losses, gains)

@@ -63,13 +63,16 @@ class Certifier:
             return 0
         if self.method is Method.EXPECTATION:
             return risk.conformal_risk_control(counts.ever_lost, len(self.outcomes), bound)
-        pairs = zip(counts.losses[1:].tolist(), counts.gains[1:].tolist(), strict=True)
-        p_values = (self.p_value(losses, gains, bound) for losses, gains in pairs)
-        return risk.fixed_sequence(p_values, self.delta)
+        losses, gains, n = counts.losses[1:], counts.gains[1:], len(self.outcomes)
+        if self.method is Method.PAIRED:
+            scores = risk.paired_score(losses, gains, n, bound)
+            return risk.fixed_sequence(scores <= risk.critical_score(n, bound, self.delta))
+        pairs = zip(losses.tolist(), gains.tolist(), strict=True)
+        return risk.fixed_sequence(self.rejects(*pair, bound) for pair in pairs)
 
-    def p_value(self, losses: int, gains: int, bound: float) -> float:
-        """P-value of "more than `bound` is lost" after these counts."""
-        return _p_value(self.method, self.delta, losses, gains, len(self.outcomes), bound)
+    def rejects(self, losses: int, gains: int, bound: float) -> bool:
+        """Whether these counts show that no more than `bound` is lost."""
+        return _rejects(self.method, self.delta, losses, gains, len(self.outcomes), bound)
 
     def upper_bound(self, thresholds: Thresholds) -> float:
         """What one threshold vector loses at most, by this method."""
@@ -77,24 +80,24 @@ class Certifier:
         losses, gains = int((differences > 0).sum()), int((differences < 0).sum())
         if self.method is Method.EXPECTATION:
             return (losses + 1) / (len(self.outcomes) + 1)
-        return risk.upper_bound(lambda bound: self.p_value(losses, gains, bound), self.delta)
+        return risk.upper_bound(lambda bound: self.rejects(losses, gains, bound))
 
 
-def _p_value(method: Method, delta: float, losses: int, gains: int, n: int, bound: float) -> float:
+def _rejects(method: Method, delta: float, losses: int, gains: int, n: int, bound: float) -> bool:
     match method:
         case Method.PAIRED:
-            return risk.paired_p_value(losses, gains, n, bound, risk.NUISANCE_SHARE * delta)
+            return risk.paired_p_value(losses, gains, n, bound) <= delta
         case Method.HOEFFDING_BENTKUS:
-            return risk.hoeffding_bentkus_p_value(losses / n, n, bound)
+            return risk.hoeffding_bentkus_p_value(losses / n, n, bound) <= delta
         case _:
-            return risk.binomial_p_value(losses, n, bound)
+            return risk.binomial_p_value(losses, n, bound) <= delta
 
 
 def images_needed(method: Method, delta: float, bound: float) -> int:
     """The fewest test images that certify `bound` for a policy that never loses one."""
     if method is Method.EXPECTATION:
         return math.ceil(1 / bound) - 1
-    return risk.images_needed(lambda n: _p_value(method, delta, 0, 0, n, bound), delta)
+    return risk.images_needed(lambda n: _rejects(method, delta, 0, 0, n, bound))
 
 
 def ladder(

@@ -8,16 +8,23 @@ p+ - p-. No statement here is asymptotic; docs/calibration.md says which needs w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from numpy.typing import ArrayLike
+from scipy import special, stats
+from scipy.special import xlog1py, xlogy
 
-NUISANCE_SHARE = 0.05
-"""Share of delta spent on bounding how often the two answers differ in being right."""
-NEGLIGIBLE = 1e-13
-"""Probability of the terms that a sum may leave out at either end; it is added back."""
+SHARES_TRIED = 50
+"""How many of the possible shares of images with differing answers a paired test looks at."""
+NEGLIGIBLE = 7.0
+"""Standard deviations beyond which a binomial's terms are left out; they sum to less than 1e-11."""
+LOWEST_SCORE = -8.0
+ROUNDING = 1e-9
+"""By which equal scores may differ."""
 
 
 def binomial_p_value(failures: int, n: int, bound: float) -> float:
@@ -38,41 +45,92 @@ def hoeffding_bentkus_p_value(mean: float, n: int, bound: float) -> float:
     return float(min(1.0, math.exp(-n * entropy), bentkus))
 
 
-def paired_p_value(losses: int, gains: int, n: int, bound: float, nuisance: float) -> float:
+def paired_p_value(losses: int, gains: int, n: int, bound: float) -> float:
     """Exact p-value of "the accuracy lost, p+ - p-, exceeds `bound`".
 
-    The statistic is s = losses - gains, a sum of n values in {-1, 0, +1}. Its law under
-    p+ - p- = bound still depends on v = p+ + p-, which is bounded first (Berger and Boos, "P values
-    maximized over a confidence set for the nuisance parameter", JASA 1994):
+    The statistic is the score Z of `paired_score`: how far losses - gains falls below n * bound, in
+    standard deviations. Its law under p+ - p- = bound still depends on v = p+ + p-, the share of
+    images where the two answers differ in being right, so the largest probability over all v
+    counts, as in Barnard's test (Biometrika 1947):
 
-    1. v <= V except with probability `nuisance` (Clopper-Pearson on losses + gains).
-    2. For v <= 1/2 each value plus one is a sum of two independent Bernoullis with means q, q' the
-       roots of q + q' = 1 + bound, q q' = (v + bound) / 2. So n + s is Bin(n, q) + Bin(n, q').
-    3. d/dv P(s' <= s) = n/2 (P(t = s + 1) - P(t = s)) with t the sum of n - 1 values. By 2., t is
-       unimodal with a mode above its mean minus one (Darroch 1964), so P(s' <= s) rises in v as
-       long as s <= (n - 1) bound - 2; beyond that we return 1. Its maximum is therefore at V.
-    4. A larger p+ - p- only makes small s rarer. Hence p = P(s' <= s at V) + nuisance is valid.
-       (Since v >= |p+ - p-|, V is raised to -bound where that is larger.)
+    1. Of n images, m ~ Bin(n, v) differ, and of these Bin(m, (1 + bound / v) / 2) are losses.
+    2. For a given m, Z rises with the losses. So Z <= z means "at most l(m) losses", and
+       P(Z <= z) = sum over m of P(m) P(at most l(m) losses): the level at v.
+    3. A larger p+ - p- at the same v only makes losses likelier, hence Z <= z rarer. So no
+       distribution under the hypothesis has a higher level than the worst v at its edge.
+    4. Levels are computed on a grid of v from |bound| to 1. Between neighbours they move little,
+       since Z is scaled so that its law hardly depends on v; as much as they move is added.
 
     Args:
         losses, gains: counts among the `n` images.
         n: how many images.
-        bound: accuracy lost under the hypothesis, in -1..1.
-        nuisance: probability spent on step 1; the p-value is never below it.
+        bound: accuracy lost under the hypothesis, in -1..1, both excluded.
     """
-    s = losses - gains
-    most = clopper_pearson_upper(losses + gains, n, nuisance)
-    if max(most, -bound) > 0.5 or s > (n - 1) * bound - 2:
-        return 1.0
-    if most <= bound:  # answers that differ so rarely cannot lose as much
-        return nuisance
-    most = max(most, -bound)
-    root = math.sqrt(1 + bound * bound - 2 * most)
-    high, low = (1 + bound + root) / 2, (1 + bound - root) / 2
-    first, last = stats.binom.ppf(NEGLIGIBLE, n, low), stats.binom.isf(NEGLIGIBLE, n, low)
-    ones = np.arange(first, last + 1)
-    tail = stats.binom.pmf(ones, n, low) @ stats.binom.cdf(n + s - ones, n, high)
-    return min(1.0, float(tail) + 2 * NEGLIGIBLE + nuisance)
+    return _worst_level(float(paired_score(losses, gains, n, bound)), n, bound)
+
+
+def paired_score(losses: ArrayLike, gains: ArrayLike, n: int, bound: float) -> np.ndarray:
+    """Tango's score for paired proportions (Statistics in Medicine 1998): float64, shaped alike.
+
+    losses - gains - n * bound over its standard deviation, for the likeliest p- given that
+    p+ - p- = bound: the larger root of 2n p-^2 - b p- - gains * bound * (1 - bound) = 0.
+    """
+    losses, gains = np.asarray(losses, dtype=float), np.asarray(gains, dtype=float)
+    b = losses * (1 + bound) + gains * (1 - bound) - 2 * n * bound
+    minus = (b + np.sqrt(np.maximum(0.0, b * b + 8 * n * gains * bound * (1 - bound)))) / (4 * n)
+    variance = 2 * np.maximum(minus, max(0.0, -bound)) + bound - bound * bound
+    return (losses - gains - n * bound) / np.sqrt(n * np.maximum(variance, 1 / n**2))
+
+
+@lru_cache(maxsize=256)
+def critical_score(n: int, bound: float, delta: float) -> float:
+    """Scores up to this are rejected at `delta`: the p-value rises with the score.
+
+    Found once, to 0.002 below, so that a long path of thresholds is tested by comparing scores.
+    """
+    low, high = LOWEST_SCORE, 0.0
+    while high - low > 2e-3:
+        middle = (low + high) / 2
+        rejected = _worst_level(middle, n, bound) <= delta
+        low, high = (middle, high) if rejected else (low, middle)
+    return low if low > LOWEST_SCORE else -math.inf
+
+
+def _worst_level(score: float, n: int, bound: float) -> float:
+    """The largest P(Z <= score) over the shares v that a bound leaves possible."""
+    most = _most_losses(score, n, bound)
+    beyond = np.geomspace(0.1 / n, 1 - abs(bound), SHARES_TRIED)
+    shares = abs(bound) + np.append(0.0, beyond)
+    levels = np.array([_level(most, n, bound, v) for v in shares])
+    between = np.maximum(levels[1:], levels[:-1]) + np.abs(np.diff(levels))
+    return float(min(1.0, between.max()))
+
+
+def _most_losses(score: float, n: int, bound: float) -> np.ndarray:
+    """For each m = 0..n, the most losses among m differing images with Z <= score, or -1."""
+    m = np.arange(n + 1)
+    low, high = np.full(n + 1, -1), m.copy()  # Z at `low` is at most the score, or low is -1
+    while (low < high).any():
+        middle = (low + high + 1) // 2
+        tried = np.maximum(middle, 0)
+        below = paired_score(tried, m - tried, n, bound) <= score + ROUNDING
+        low, high = np.where(below, middle, low), np.where(below, high, middle - 1)
+    return low
+
+
+def _level(most: np.ndarray, n: int, bound: float, v: float) -> float:
+    """P(at most `most[m]` losses), summed over the likely m of n images that differ."""
+    spread = NEGLIGIBLE * math.sqrt(n * v * max(0.0, 1 - v)) + NEGLIGIBLE**2
+    m = np.arange(max(0, math.floor(n * v - spread)), min(n, math.ceil(n * v + spread)) + 1)
+    share = (1 + bound / v) / 2 if v else 0.5
+    at_most = np.where(most[m] < 0, 0.0, special.bdtr(np.maximum(most[m], 0), m, share))
+    return float(np.exp(_log_choose(n)[m] + xlogy(m, v) + xlog1py(n - m, -v)) @ at_most)
+
+
+@lru_cache(maxsize=4)
+def _log_choose(n: int) -> np.ndarray:
+    m = np.arange(n + 1)
+    return special.gammaln(n + 1) - special.gammaln(m + 1) - special.gammaln(n - m + 1)
 
 
 def clopper_pearson_upper(successes: int, n: int, delta: float) -> float:
@@ -80,33 +138,27 @@ def clopper_pearson_upper(successes: int, n: int, delta: float) -> float:
     return 1.0 if successes >= n else float(stats.beta.ppf(1 - delta, successes + 1, n - successes))
 
 
-def upper_bound(p_value: Callable[[float], float], delta: float, low: float = 0.0) -> float:
-    """The risk is at most this, with probability at least 1 - `delta`.
+def upper_bound(rejects: Callable[[float], bool], low: float = 0.0) -> float:
+    """The risk is at most this, with the confidence that `rejects` has.
 
     Args:
-        p_value: of "the risk exceeds this bound", falling in the bound.
-        delta: the level at which bounds are rejected, by bisection to 1e-5.
-        low: the least that the risk can be.
+        rejects: "the risk exceeds this bound"; from some bound on it always does.
+        low: the least that the risk can be; the answer is found by bisection to 1e-5.
     """
     high = 1.0
     while high - low > 1e-5:
         middle = (low + high) / 2
-        low, high = (low, middle) if p_value(middle) <= delta else (middle, high)
+        low, high = (low, middle) if rejects(middle) else (middle, high)
     return high
 
 
-def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
+def fixed_sequence(rejected: Iterable[bool]) -> int:
     """How many hypotheses are rejected from the start of a sequence fixed in advance.
 
-    Each is tested at the whole `delta`, and testing ends at the first that is not rejected, so any
-    false rejection has probability at most `delta` (Angelopoulos et al., "Learn then Test", 2021).
+    Each is tested at the whole delta, and testing ends at the first that is not rejected, so any
+    false rejection has probability at most delta (Angelopoulos et al., "Learn then Test", 2021).
     """
-    rejected = 0
-    for p in p_values:
-        if p > delta:
-            break
-        rejected += 1
-    return rejected
+    return sum(1 for _ in itertools.takewhile(bool, rejected))
 
 
 def conformal_risk_control(ever_lost: np.ndarray, n: int, bound: float) -> int:
@@ -131,20 +183,19 @@ def conformal_risk_control(ever_lost: np.ndarray, n: int, bound: float) -> int:
     return max(0, int(allowed) - 1)
 
 
-def images_needed(p_value: Callable[[int], float], delta: float) -> int:
+def images_needed(rejects: Callable[[int], bool]) -> int:
     """The fewest images at which a policy that never lost one would be certified.
 
     Args:
-        p_value: of such a policy, by number of images; falling to 0.
-        delta: the level.
+        rejects: the hypothesis for such a policy, by number of images; from some number on always.
     """
     high = 1
-    while p_value(high) > delta:
+    while not rejects(high):
         high *= 2
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if p_value(middle) <= delta else (middle, high)
+        low, high = (low, middle) if rejects(middle) else (middle, high)
     return high
 
 

@@ -1,63 +1,168 @@
-"""The command line: python -m deploy.bench stages --bundle DIR."""
+"""The command line: python -m deploy.bench stages, threads or memory."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from deploy.bench.stages import CLOCKS, measure, table
+from deploy.bench import memory, stages, threads
+from deploy.loadtest.samples import read_samples
 from model.bundle import BundleError, load_servable
 from server.programs import compiler
 
+HOURLY_RATE = 100
+"""Requests a second of the hour that `memory` stands for."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print a table; a failure is one sentence and exit status 2."""
+    """Measure, print what was seen; a failure is one sentence and exit status 2."""
     arguments = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore")  # torch's own, while compiling
     try:
-        if arguments.clock == "cpu" and arguments.threads != 1:
-            raise RuntimeError("--clock cpu counts one thread, so --threads must be 1")
-        if compiler() is None:
-            raise RuntimeError("there is no C++ compiler (g++, or the one CXX names)")
-        bundle = load_servable(arguments.bundle)
-        clock = CLOCKS[arguments.clock]
-        rows = measure(bundle, arguments.batches, arguments.threads, arguments.seconds, clock)
-        if arguments.json:
-            said = [
-                {**row.as_dict(), "threads": arguments.threads, "clock": arguments.clock}
-                for row in rows
-            ]
-            arguments.json.write_text(json.dumps(said, indent=2) + "\n")
-    except (BundleError, OSError, RuntimeError) as error:
+        status: int = arguments.measure(arguments)
+    except (BundleError, ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(rows))
+    return status
+
+
+def _stages(arguments: argparse.Namespace) -> int:
+    if arguments.clock == "cpu" and arguments.threads != 1:
+        raise ValueError("--clock cpu counts one thread, so --threads must be 1")
+    _need_compiler()
+    bundle = load_servable(arguments.bundle)
+    clock = stages.CLOCKS[arguments.clock]
+    rows = stages.measure(bundle, arguments.batches, arguments.threads, arguments.seconds, clock)
+    asked = {"threads": arguments.threads, "clock": arguments.clock}
+    _write(arguments.json, [{**row.as_dict(), **asked} for row in rows])
+    print(stages.table(rows))
     return 0
+
+
+def _threads(arguments: argparse.Namespace) -> int:
+    if arguments.way == "compiled":
+        _need_compiler()
+    bundle = load_servable(arguments.bundle)
+    rows = threads.measure(
+        bundle,
+        arguments.way,
+        arguments.dtypes,
+        arguments.batches,
+        arguments.cores,
+        arguments.seconds,
+    )
+    _write(arguments.json, [row.as_dict() for row in rows])
+    print(threads.table(rows))
+    return 0
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    """Status 1 where memory grew by more than is allowed, or a request failed."""
+    samples = read_samples(arguments.images)
+    crowd = memory.Crowd(arguments.url, samples, arguments.requests)
+    seen = asyncio.run(crowd.run(arguments.clients))
+    _write(arguments.json, seen.as_dict())
+    if arguments.plot:
+        memory.plot(seen, arguments.plot)
+    flat = seen.growth_mib <= arguments.most_mib
+    failed = sum(n for status, n in seen.statuses.items() if status in ("0", "500"))
+    print(
+        f"{seen.looks[-1].requests} requests in {seen.seconds:.0f} s; {seen.looks[0].mib:.0f} MiB "
+        f"at the start, {seen.looks[-1].mib:.0f} at the end\n"
+        f"the last half grew by {seen.growth_mib:+.2f} MiB, {seen.bytes_per_request:+.1f} bytes a "
+        f"request: {'flat' if flat else 'NOT flat'} (allowed: {arguments.most_mib:g} MiB)\n"
+        f"by status: {seen.statuses}"
+    )
+    return 0 if flat and not failed else 1
+
+
+def _need_compiler() -> None:
+    warnings.filterwarnings("ignore")  # torch's own, while compiling
+    if compiler() is None:
+        raise RuntimeError("there is no C++ compiler (g++, or the one CXX names)")
+
+
+def _write(file: Path | None, figures: Any) -> None:
+    if file:
+        file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deploy.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    stages = commands.add_parser(
-        "stages",
-        help="what it costs to run a network stage by stage, against the whole at once",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    stages.add_argument("--bundle", type=Path, default=Path("model/default"), help="what to run")
-    stages.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes")
-    stages.add_argument("--threads", type=int, default=1, help="inside one operation")
-    stages.add_argument("--seconds", type=float, default=4.0, help="length of each measurement")
-    stages.add_argument(
+
+    def add(name: str, measure: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.set_defaults(measure=measure)
+        command.add_argument("--json", type=Path, help="write every figure here")
+        return command
+
+    def add_network(command: argparse.ArgumentParser, batches: Sequence[int]) -> None:
+        command.add_argument(
+            "--bundle", type=Path, default=Path("model/default"), help="what to run"
+        )
+        command.add_argument(
+            "--batches", type=_count, nargs="+", default=batches, help="batch sizes"
+        )
+        command.add_argument(
+            "--seconds", type=float, default=4.0, help="length of each measurement"
+        )
+
+    one = add("stages", _stages, "what it costs to run a network stage by stage, not at once")
+    add_network(one, [1, 8])
+    one.add_argument("--threads", type=_count, default=1, help="inside one operation")
+    one.add_argument(
         "--clock",
-        choices=CLOCKS,
+        choices=stages.CLOCKS,
         default="wall",
         help="cpu leaves out what other programs take of the core",
     )
-    stages.add_argument("--json", type=Path, help="write every figure here")
+
+    one = add("threads", _threads, "threads inside an operation, against stage batches at once")
+    add_network(one, [1, 8, 32])
+    one.add_argument(
+        "--cores", type=_count, default=os.cpu_count() or 1, help="to be shared out evenly"
+    )
+    one.add_argument("--way", choices=stages.WAYS, default="compiled", help="how stages run")
+    one.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["float32", "bfloat16"],
+        help="numerics",
+    )
+
+    one = add("memory", _memory, "whether a running server's memory stays flat")
+    one.add_argument("url", help="http://host:port of the server")
+    one.add_argument("--images", type=Path, required=True, help="folder or tar of CLASS/*")
+    one.add_argument(
+        "--requests",
+        type=_count,
+        default=HOURLY_RATE * 3600,
+        help=f"how many; an hour of {HOURLY_RATE} a second, sent as fast as they are answered",
+    )
+    one.add_argument("--clients", type=_count, default=32, help="at the same time")
+    one.add_argument("--most-mib", type=float, default=8.0, help="growth allowed in the last half")
+    one.add_argument("--plot", type=Path, help="write the picture here (PNG)")
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+_count.__name__ = "positive number"  # as argparse names it in its message
 
 
 if __name__ == "__main__":

@@ -96,33 +96,57 @@ def passes(
     bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path
 ) -> tuple[Pass, Pass]:
     """The staged and the fused pass over the same random images."""
-    units = make_units(bundle, torch.device("cpu"), dtype)
-    if way == "eager":
-        for k, unit in enumerate(units, start=1):
-            stage = Stage(copy.deepcopy(bundle.net), k).to(dtype=dtype)
-            unit.stage = stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    examples = example_inputs(units, bundle, batch, torch.device("cpu"))
-    programs: list[Program] = [_eager(unit) for unit in units]
-    whole = _eager(Whole(units))
-    if way == "compiled":
-        programs = [
-            _compiled(unit, inputs, folder) for unit, inputs in zip(units, examples, strict=True)
-        ]
-        whole = _compiled(Whole(units), examples[0], folder)
-    pixels = examples[0]
-
-    def staged() -> None:
-        inputs: Sequence[Tensor] = pixels
-        for program in programs:
-            features, said, state = program(inputs)
-            said[:, 0].tolist()
-            inputs = (features, state)
+    units = _units(bundle, way, dtype)
+    pixels = example_inputs(units, bundle, batch, torch.device("cpu"))[0]
+    whole = _programs([Whole(units)], [pixels], way, folder / f"whole-{dtype}-{batch}")[0]
 
     def fused() -> None:
         for said in whole(pixels):
             said[:, 0].tolist()
 
-    return staged, fused
+    return staged_pass(bundle, way, dtype, batch, folder), fused
+
+
+def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path) -> Pass:
+    """A pass over random images, stage after stage with a look at each exit's confidences.
+
+    What is compiled in `folder` already is only loaded.
+    """
+    units = _units(bundle, way, dtype)
+    examples = example_inputs(units, bundle, batch, torch.device("cpu"))
+    threads = torch.get_num_threads()  # compiled programs are made for a number of them
+    programs = _programs(units, examples, way, folder / f"{dtype}-{batch}-{threads}")
+
+    def staged() -> None:
+        inputs: Sequence[Tensor] = examples[0]
+        for program in programs:
+            features, said, state = program(inputs)
+            said[:, 0].tolist()
+            inputs = (features, state)
+
+    return staged
+
+
+def _units(bundle: Bundle, way: str, dtype: torch.dtype) -> list[Unit]:
+    units = make_units(bundle, torch.device("cpu"), dtype)
+    if way == "eager":
+        for k, unit in enumerate(units, start=1):
+            stage = Stage(copy.deepcopy(bundle.net), k).to(dtype=dtype)
+            unit.stage = stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return units
+
+
+def _programs(
+    modules: Sequence[nn.Module], examples: Sequence[tuple[Tensor, ...]], way: str, folder: Path
+) -> list[Program]:
+    if way != "compiled":
+        return [_eager(module) for module in modules]
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{k}.pt2" for k in range(len(modules))]
+    for module, inputs, file in zip(modules, examples, files, strict=True):
+        if not file.exists():
+            compile_unit(module, inputs, file)
+    return [load_program(file) for file in files]
 
 
 @torch.inference_mode()
@@ -156,9 +180,3 @@ def table(rows: Sequence[Measured]) -> str:
 
 def _eager(module: nn.Module) -> Program:
     return lambda tensors: module(*tensors)
-
-
-def _compiled(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Program:
-    with tempfile.NamedTemporaryFile(suffix=".pt2", dir=folder) as file:
-        compile_unit(module, inputs, Path(file.name))
-        return load_program(Path(file.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
@@ -35,9 +36,17 @@ class Result:
 
 
 async def open_loop(
-    client: Client, samples: Sequence[Sample], times: Sequence[float], seed: int = 0
+    client: Client,
+    samples: Sequence[Sample],
+    times: Sequence[float],
+    seed: int = 0,
+    patience: float | None = None,
 ) -> list[Result]:
-    """Send at these times, whatever has been answered by then."""
+    """Send at these times, whatever has been answered by then.
+
+    Args:
+        patience: seconds after which a request is given up, as status 0.
+    """
     chance, began = random.Random(seed), time.perf_counter()
     tasks = []
     for at in times:
@@ -45,7 +54,7 @@ async def open_loop(
         if delay > 0:
             await asyncio.sleep(delay)
         sample = chance.choice(samples)
-        tasks.append(asyncio.create_task(_send(client, sample, began, at)))
+        tasks.append(asyncio.create_task(_send(client, sample, began, at, patience)))
     return list(await asyncio.gather(*tasks))
 
 
@@ -64,9 +73,28 @@ async def closed_loop(
     return [r for rs in await asyncio.gather(*map(one, range(clients))) for r in rs]
 
 
-async def _send(client: Client, sample: Sample, began: float, intended: float) -> Result:
+async def once(client: Client, samples: Sequence[Sample], clients: int) -> list[Result]:
+    """Send every sample once, from so many clients."""
+    began, left = time.perf_counter(), iter(samples)
+
+    async def one() -> list[Result]:
+        return [await _send(client, s, began, time.perf_counter() - began) for s in left]
+
+    return [r for rs in await asyncio.gather(*(one() for _ in range(clients))) for r in rs]
+
+
+async def _send(
+    client: Client,
+    sample: Sample,
+    began: float,
+    intended: float,
+    patience: float | None = None,
+) -> Result:
     sent = time.perf_counter() - began
-    status, body = await client.post(sample.data)
+    status, body = 0, b""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(patience):
+            status, body = await client.post(sample.data)
     finished = time.perf_counter() - began
     if status != 200:
         return Result(intended, sent, finished, status, None if sample.label is None else False)

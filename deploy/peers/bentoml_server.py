@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import bentoml
 import numpy as np
 from starlette.applications import Starlette
@@ -11,20 +9,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deploy.peers.network import Network
+from deploy.peers.network import MOST_IMAGES, WORKERS, Answer, Network, Pictures
 
 front = Starlette()
 
 
-@bentoml.service(workers=1)
+@bentoml.service(workers=WORKERS)
 class Classifier:
     """The network."""
 
     def __init__(self) -> None:
         self.network = Network()
 
-    @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=100)  # type: ignore[untyped-decorator]
-    def classify(self, images: np.ndarray) -> list[dict[str, Any]]:
+    # No max_latency_ms: it is no waiting time, but when BentoML gives requests up with a 503.
+    @bentoml.api(batchable=True, max_batch_size=MOST_IMAGES)  # type: ignore[untyped-decorator]
+    def classify(self, images: np.ndarray) -> list[Answer]:
         return self.network.classify(list(images))
 
 
@@ -36,10 +35,10 @@ class Front:
     classifier = bentoml.depends(Classifier)
 
     def __init__(self) -> None:
-        self.network = Network()
+        self.pictures = Pictures()
         front.router.routes.append(Route("/classify", self.post, methods=["POST"]))
 
     async def post(self, request: Request) -> Response:
-        pixels = self.network.pixels(await request.body())
+        pixels = self.pictures.pixels(await request.body())
         said = await self.classifier.to_async.classify(pixels[None])
         return JSONResponse(said[0])

@@ -1,4 +1,4 @@
-"""The network as every peer serves it: whole, eager, float32, one forward pass a batch."""
+"""The network as every eager peer serves it: whole, in float32, one forward pass a batch."""
 
 from __future__ import annotations
 
@@ -8,39 +8,63 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from model.bundle import load_servable
+from model.bundle import DESCRIPTION, Description, load_servable
 from model.image import decode
 
 MOST_PIXELS = 50_000_000
+MOST_IMAGES = 32
+"""In one batch, as Offramp has it."""
+WORKERS = os.cpu_count() or 1
+"""Processes that run the network, each with one thread.
+
+With so many, cores are neither idle nor shared: this is what the guides of TorchServe and Ray Serve
+start from, and torch's own default of one team of threads for each process spends most of a busy
+machine's time at the team's barriers.
+"""
+Answer = dict[str, object]
 
 
-class Network:
-    """The bundle that `PEER_BUNDLE` names, at full depth."""
+class Pictures:
+    """Encoded bytes to pixels, as the bundle that `PEER_BUNDLE` names wants them."""
 
     def __init__(self) -> None:
-        self._bundle = load_servable(Path(os.environ["PEER_BUNDLE"]))
-        net = self._bundle.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._net = net
-        self._labels = self._bundle.description.classes
-        self.classify([np.zeros((self._side, self._side, 3), np.uint8)])
-
-    @property
-    def _side(self) -> int:
-        return self._bundle.description.preprocess.size
+        file = Path(os.environ["PEER_BUNDLE"]) / DESCRIPTION
+        self._preprocess = Description.model_validate_json(file.read_bytes()).preprocess
 
     def pixels(self, data: bytes) -> np.ndarray:
         """Encoded bytes to uint8 `[H, W, 3]`."""
-        preprocess = self._bundle.description.preprocess
-        return preprocess.pixels(decode(data, preprocess.size, MOST_PIXELS))
+        return self._preprocess.pixels(decode(data, self._preprocess.size, MOST_PIXELS))
+
+
+class Network:
+    """The bundle that `PEER_BUNDLE` names, at full depth.
+
+    Args:
+        threads: inside one operation; None for torch's own default, which is every core.
+    """
+
+    def __init__(self, threads: int | None = 1) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._bundle = load_servable(Path(os.environ["PEER_BUNDLE"]))
+        self._net = self._bundle.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        side = self._bundle.description.preprocess.size
+        for size in (1, 2, MOST_IMAGES):
+            self.classify([np.zeros((side, side, 3), np.uint8)] * size)
 
     @torch.inference_mode()
-    def classify(self, images: Sequence[np.ndarray]) -> list[dict[str, object]]:
+    def classify(self, images: Sequence[np.ndarray]) -> list[Answer]:
         """The answer of the deepest exit for each image."""
         x = self._bundle.description.preprocess.normalise(torch.from_numpy(np.stack(images)))
-        logits = self._net(x)[-1]
-        confidences, class_ids = logits.softmax(dim=1).max(dim=1)
-        return [
-            {"label": self._labels[i], "confidence": c}
-            for i, c in zip(class_ids.tolist(), confidences.tolist(), strict=True)
-        ]
+        return answers(self._net(x)[-1], self._bundle.description.classes)
+
+
+def answers(logits: Tensor, labels: Sequence[str]) -> list[Answer]:
+    """What is sent for each image, from logits `[N, classes]`."""
+    confidences, class_ids = logits.softmax(dim=1).max(dim=1)
+    return [
+        {"label": labels[i], "confidence": c}
+        for i, c in zip(class_ids.tolist(), confidences.tolist(), strict=True)
+    ]

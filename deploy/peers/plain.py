@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 
-from deploy.peers.network import Network
+from deploy.peers.network import Answer, Network, Pictures
 
-app, network = FastAPI(), Network()
+app = FastAPI()
+# Requests are answered one by one, so every core may work for each.
+pictures, network = Pictures(), Network(threads=None)
 
 
 @app.post("/classify")
-async def classify(request: Request) -> dict[str, Any]:
+async def classify(request: Request) -> Answer:
     """The body is the encoded image."""
-    return network.classify([network.pixels(await request.body())])[0]
+    return network.classify([pictures.pixels(await request.body())])[0]
 
 
 if __name__ == "__main__":

@@ -1,43 +1,167 @@
 """The comparison with other servers: what it needs of none of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from deploy.loadtest.load import Result
+from deploy.loadtest.summary import summarise
 from deploy.peers import __main__ as peers
+from deploy.peers import closed, goals, offered, profile
+from deploy.peers.peer import BEST_BACKEND, OURS, PLAIN, Peer, offramp, pinned
 from tests.conftest import CLASSES, encode, noise
 
 SUMMARY = {
     "answered_per_second": 120.4,
     "in_time_share": 0.99,
     "latency_ms": {"p50": 8.04, "p99": 12.0},
-    "accuracy_of_answers": 0.731,
 }
 
 
+def closed_row(name, rate, p50, accuracy=0.731, overhead=0.1):
+    summary = {**SUMMARY, "answered_per_second": rate, "latency_ms": {"p50": p50, "p99": 12.0}}
+    clients = {str(n): summary for n in closed.CLIENTS}
+    said = {"outside_stages": overhead}
+    return {"name": name, "clients": clients, "accuracy": accuracy, "profile": said}
+
+
+def offered_row(name, load, accuracy, late=0.0, refused=0.0):
+    shares = {"late_share": late, "refused_share": refused, "failed_share": 0.0}
+    accuracies = {"effective_accuracy": accuracy}
+    return {"name": name, "kind": "poisson", "load": load, **accuracies, **shares}
+
+
 def test_the_table_holds_a_row_a_server_with_its_failures():
-    measured = {"name": "fast", "clients": {str(n): SUMMARY for n in peers.CLIENTS}}
-    *_, good, bad = peers.table([measured, {"name": "gone", "failed": "did not answer"}]).split(
-        "\n"
-    )
+    rows = [closed_row("fast", 120.4, 8.04), {"name": "gone", "failed": "did not answer"}]
+    *_, good, bad = closed.table(rows).split("\n")
     assert good.startswith("| fast | 120 (8.0, 12.0), 1.0% failed |")
     assert good.endswith("| 73.1% |")
     assert bad == "| gone | did not answer | | | |"
 
 
+def test_a_goal_stands_beside_what_was_measured():
+    rows = [
+        closed_row("FastAPI", 100, 12.0),
+        closed_row("mosec", 250, 20.0),
+        closed_row(BEST_BACKEND.name, 500, 3.0),
+        closed_row("Offramp", 1000, 2.0, accuracy=0.725, overhead=0.2),
+    ]
+    measured = goals.of_closed(rows)
+    assert [goal.value for goal in measured] == pytest.approx([6.0, 1.5, 4.0, 2.0, 0.2, 0.006])
+    assert [goal.met for goal in measured] == [True, True, True, True, False, True]
+    assert "mosec |" in str(measured[2])
+    assert goals.table(measured).endswith("| 0.6% | at most 1.0% | met |")
+
+
+def test_goals_leave_out_servers_that_failed():
+    failed = {"name": BEST_BACKEND.name, "failed": "cannot be installed"}
+    assert goals.of_closed([failed]) == []
+    names = [g.name for g in goals.of_closed([failed, closed_row("Offramp", 1000, 2.0)])]
+    assert names == ["share of the machine outside stages at saturation"]
+
+
+def test_offered_loads_are_multiples_of_our_capacity_with_the_same_mean_in_bursts():
+    for kind in offered.KINDS:
+        made = offered.loads(kind, capacity=500, seconds=8)
+        assert [load.factor for load in made] == list(offered.FACTORS)
+        for load in made:
+            assert len(load.times) == pytest.approx(load.factor * 500 * 8, rel=0.1)
+    calm = [t for t in offered.loads("bursts", 500, 8)[-1].times if t % 2 < 1]
+    assert len(calm) == pytest.approx(0.1 * 3 * 500 * 8, rel=0.15)
+
+
+def test_every_request_of_an_offered_load_is_in_time_late_refused_or_failed():
+    statuses = [(200, 0.01), (200, 0.2), (0, 0.5), (429, 0.01), (500, 0.01)]
+    results = [Result(0.0, 0.0, seconds, status, status == 200) for status, seconds in statuses]
+    said = offered.outcomes(summarise(results, offered.DEADLINE_SECONDS))
+    shares = [said[f"{name}_share"] for name in ("in_time", "late", "refused", "failed")]
+    assert shares == pytest.approx([0.2, 0.4, 0.2, 0.2])
+    assert said["effective_accuracy"] == pytest.approx(0.2)
+
+
+def test_an_exit_alone_gets_no_help_from_another():
+    shallow = Result(0.0, 0.0, 0.01, 200, True, exit=1)
+    own = replace(shallow, exit=3)
+    assert offered._own(pinned(3), own) is own
+    assert offered._own(pinned(3), shallow).status == 504
+    assert offered._own(OURS, shallow) is shallow
+
+
+def test_the_goals_of_offered_loads_name_the_worst_place():
+    rows = [
+        offered_row("Offramp", 0.5, 0.73),
+        offered_row("Offramp", 1.0, 0.70, late=0.01),
+        offered_row("Offramp", 3.0, 0.50, refused=0.3),
+        offered_row("exit 1", 1.0, 0.66),
+        offered_row("exit 1", 3.0, 0.52),
+        {"name": "gone", "kind": "poisson", "failed": "did not answer"},
+    ]
+    calm, margin = goals.of_offered(rows, full_depth=100, first_exit=200)
+    assert (calm.value, calm.met) == (pytest.approx(0.01), False)
+    assert "worst at 1 (poisson)" in calm.name
+    assert (margin.value, margin.met) == (pytest.approx(-0.02), False)
+    assert "over exit 1 at 3 (poisson)" in margin.name
+
+
+def test_the_table_and_picture_of_offered_loads_show_where_a_server_was_given_up(tmp_path):
+    rows = [
+        offered_row("Offramp", 0.2, 0.73),
+        {"name": "gone", "kind": "poisson", "failed": "did not answer"},
+    ]
+    said = offered.table(rows)
+    assert "| Offramp | 73.0% (0.0%, 0.0%) | - | - | - | - | - |" in said
+    assert "| gone | - | - | - | - | - | - | did not answer" in said
+    offered.plot(rows, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_profile_counts_as_outside_what_is_neither_stage_nor_idle():
+    def moment(seconds, engine, ready, team, loop, stages):
+        counts = {10: (loop, 0), 11: (engine, ready), 12: (team, 0)}
+        threads = {
+            n: profile.Thread(n, "engine" if n > 10 else "python", int(r * 1e9), int(w * 1e9))
+            for n, (r, w) in counts.items()
+        }
+        return profile.Moment(seconds, threads, stages, 0.0)
+
+    before = moment(0.0, engine=1.0, ready=0.0, team=1.0, loop=1.0, stages=1.0)
+    after = moment(10.0, engine=9.0, ready=1.0, team=8.0, loop=3.0, stages=9.0)
+    said = profile.profile(10, before, after)
+    assert said["cpu_seconds"][profile.TEAM] == pytest.approx(7.0)
+    assert said["scheduling_seconds"] == pytest.approx(1.0)  # 8 running + 1 ready - 8 in stages
+    assert said["outside_stages"] == pytest.approx((1.0 + 2.0) / (10 * said["cores"]))
+    assert "event loop | 2.00" in profile.table(said)
+
+
+def test_queries_of_a_server_are_joined():
+    assert PLAIN.url(80) == "http://127.0.0.1:80/classify"
+    url = offramp("x", "threshold=1").url(80, "deadline_ms=50")
+    assert url == "http://127.0.0.1:80/classify?threshold=1&deadline_ms=50"
+
+
 def test_a_peer_that_ends_while_starting_is_a_row_that_says_so(tmp_path, capsys, monkeypatch):
     (tmp_path / "x.png").write_bytes(encode(noise()))
-    monkeypatch.setattr(peers, "PEERS", (peers.Peer("broken", ("-c", "raise SystemExit(3)")),))
-    assert peers.main(["--images", str(tmp_path)]) == 0
-    assert "| broken | ended with status 3 while starting |" in capsys.readouterr().out
+    broken = Peer("broken", ("-c", "raise SystemExit('it needs Java')"))
+    monkeypatch.setattr(peers, "OTHERS", (broken,))
+    assert peers.main(["--images", str(tmp_path), "--only", "broken"]) == 0
+    said = capsys.readouterr().out
+    assert "| broken | ended with status 1 while starting: it needs Java |" in said
+
+
+def test_an_unknown_server_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(encode(noise()))
+    assert peers.main(["--images", str(tmp_path), "--only", "fastapi"]) == 2
+    assert "no server is called fastapi; there are FastAPI, LitServe" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_plainest_peer_answers_with_the_networks_own_labels(bundle_path, tmp_path, capsys):
+def test_the_plainest_peer_answers_with_the_networks_own_labels(bundle_path, tmp_path):
     (tmp_path / CLASSES[0]).mkdir()
     (tmp_path / CLASSES[0] / "x.png").write_bytes(encode(noise()))
     out = tmp_path / "peers.json"
     command = ["--images", str(tmp_path), "--bundle", str(bundle_path), "--only", "FastAPI"]
     assert peers.main([*command, "--seconds", "0.2", "--json", str(out)]) == 0
-    (row,) = json.loads(out.read_text())
-    assert row["clients"]["8"]["accuracy_of_answers"] in (0.0, 1.0)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["accuracy"] in (0.0, 1.0)
+    assert row["clients"]["8"]["status"].keys() == {"200"}

@@ -1,6 +1,13 @@
+import random
+
 import pytest
 
+from deploy.loadtest.schedules import poisson
+from deploy.simulator import Arrival, simulate
+from model.policy import Rule
+from server.costs import CostTable
 from server.overload import RECOVERY_SECONDS, Level, OverloadController
+from server.scheduler import Scheduler
 
 LADDER = [Level(0.01, (0.9,)), Level(0.02, (0.7,)), Level(0.05, (0.5,)), Level(1.0, (0.0,))]
 DEADLINE = 1.0
@@ -59,3 +66,83 @@ def test_a_ladder_of_one_level_never_bends():
     controller = OverloadController(LADDER[:1], DEADLINE)
     assert controller.update(100.0, now=0.0) is LADDER[0]
     assert controller.update(0.0, now=1.0) is LADDER[0]
+
+
+def arrive(controller, rate, start, end, wait):
+    """Look at every arrival of a steady load; the levels seen."""
+    seen = []
+    for i in range(int(rate * (end - start))):
+        now = start + i / rate
+        controller.saw_arrival(now)
+        seen.append(controller.update(wait(controller), now))
+        controller.saw_answers(1, 0.002 if controller.level is LADDER[0] else 0.0005)
+    return seen
+
+
+def short_when_bent(controller):
+    return 0.0 if controller.bent else 0.6
+
+
+def test_a_level_that_cannot_bear_the_load_is_not_gone_back_to(controller):
+    arrive(controller, 400, 0.0, 2.0, lambda _: 0.0)
+    seen = arrive(controller, 1000, 2.0, 12.0, short_when_bent)
+    assert LADDER[0] not in seen[1000:]
+
+
+def test_what_is_known_of_a_level_fades_so_that_it_is_tried_again(controller):
+    arrive(controller, 400, 0.0, 2.0, lambda _: 0.0)
+    seen = arrive(controller, 1000, 2.0, 62.0, short_when_bent)
+    assert LADDER[0] in seen[10_000:]
+
+
+def test_full_depth_is_back_within_a_second_of_the_fall_to_a_load_it_bears(controller):
+    arrive(controller, 400, 0.0, 2.0, lambda _: 0.0)
+    arrive(controller, 1500, 2.0, 4.0, short_when_bent)
+    assert controller.bent
+    arrive(controller, 400, 4.0, 5.0, lambda _: 0.0)
+    assert not controller.bent
+
+
+class Watched(OverloadController):
+    """Notes when it moves, and where to."""
+
+    def __init__(self, ladder, deadline):
+        super().__init__(ladder, deadline)
+        self.moves = []
+
+    def update(self, predicted_wait_seconds, now):
+        before, level = self.level, super().update(predicted_wait_seconds, now)
+        if level is not before:
+            self.moves.append((now, level))
+        return level
+
+
+STAGES, MAX_BATCH, ALLOWED = 4, 8, 0.05
+COSTS = {k: {n: 1e-3 + 0.25e-3 * n for n in (1, 2, 4, 8)} for k in range(1, STAGES + 1)}
+FULL_DEPTH = MAX_BATCH / sum(row[MAX_BATCH] for row in COSTS.values())
+STEPS = [Level(0.01, (0.9, 0.9, 0.9)), Level(0.05, (0.5, 0.5, 0.5)), Level(1.0, (0.0, 0.0, 0.0))]
+
+
+def watch(times):
+    """The moves under a load of images of which a fifth is easy and a fifth hard."""
+    controller, chance = Watched(STEPS, ALLOWED), random.Random(0)
+    seen = [(0.95,) * STAGES, *[(0.6, 0.6, 0.7, 0.8)] * 3, (0.1, 0.2, 0.6, 0.7)]
+    load = [Arrival(at, chance.choice(seen), ALLOWED) for at in times]
+    rule = Rule((*STEPS[0].thresholds, 0.0), 1, STAGES)
+    simulate(Scheduler(CostTable(COSTS), controller, MAX_BATCH), load, rule)
+    return controller.moves
+
+
+@pytest.mark.parametrize("load", [1.2, 1.5, 2.0])
+def test_a_steady_overload_settles_at_a_level(load):
+    moves = watch(poisson(load * FULL_DEPTH, 9.0))
+    assert moves, "the load is none"
+    assert sum(at > 3.0 for at, _ in moves) <= 6, "more than one move a second"
+
+
+@pytest.mark.parametrize("load", [1.5, 3.0])
+def test_full_depth_is_back_within_a_second_of_the_end_of_a_simulated_burst(load):
+    burst = poisson(load * FULL_DEPTH, 3.0)
+    moves = watch([*burst, *(3.0 + at for at in poisson(0.5 * FULL_DEPTH, 3.0))])
+    assert moves[-1][1] is STEPS[0]
+    assert moves[-1][0] <= 4.0

@@ -99,4 +99,4 @@ def test_an_interval_for_the_loss_holds_it_and_narrows_with_more_images():
     assert low < few.mean() < high
     many_low, many_high = loss_interval(np.tile(few, 10))
     assert low < many_low < few.mean() < many_high < high
-    assert risk.paired_p_value(6, 3, 200, high, risk.NUISANCE_SHARE * 0.05) <= 0.05
+    assert risk.paired_p_value(6, 3, 200, high) <= 0.05

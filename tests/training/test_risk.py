@@ -11,9 +11,6 @@ from scipy import stats
 
 from training import risk
 
-NUISANCE = risk.NUISANCE_SHARE * 0.1
-"""Of the paired test, at delta = 0.1."""
-
 
 def trinomial(n, losses, gains):
     """Every likely outcome of n images: losses, gains, probabilities."""
@@ -31,14 +28,13 @@ def trinomial(n, losses, gains):
 
 @functools.cache
 def paired(losses, gains, n, bound):
-    return risk.paired_p_value(losses, gains, n, bound, NUISANCE)
+    return risk.paired_p_value(losses, gains, n, bound)
 
 
 def paired_level(n, bound, losses, gains, delta=0.1):
     """The probability, exact but for 1e-6, that the paired test rejects at `delta`."""
     plus, minus, probability = trinomial(n, losses, gains)
-    pairs = zip(plus.tolist(), minus.tolist(), strict=True)
-    rejected = np.array([paired(*pair, n, bound) <= delta for pair in pairs])
+    rejected = risk.paired_score(plus, minus, n, bound) <= risk.critical_score(n, bound, delta)
     return float(probability @ rejected)
 
 
@@ -51,7 +47,7 @@ def test_paired_test_rejects_a_true_hypothesis_at_most_delta_of_the_time(n, boun
 
 def test_paired_test_wastes_little_of_its_level():
     # An invalid test is caught by the one above, one that never rejects by this one.
-    assert paired_level(2000, 0.01, 0.04, 0.03) > 0.06
+    assert paired_level(2000, 0.01, 0.04, 0.03) > 0.08
 
 
 def test_paired_test_is_more_powerful_than_the_one_that_ignores_gains():
@@ -89,33 +85,47 @@ def test_hoeffding_bentkus_counts_whole_failures():
     assert risk.hoeffding_bentkus_p_value(failures / n, n, bound) <= bentkus
 
 
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(81, 3000), st.data())
-def test_paired_p_value_falls_in_the_bound(losses, gains, n, data):
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(81, 1000), st.data())
+def test_paired_score_falls_in_the_bound(losses, gains, n, data):
     low, high = sorted(data.draw(st.tuples(*[st.floats(-0.5, 0.5)] * 2)))
-    assert paired(losses, gains, n, high) <= paired(losses, gains, n, low) + 1e-12
+    scores = [risk.paired_score(losses, gains, n, bound) for bound in (low, high)]
+    assert scores[1] <= scores[0] + 1e-9
 
 
-@given(st.integers(0, 30), st.integers(0, 30), st.integers(100, 3000), st.floats(0.001, 0.3))
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(602, 3000), st.floats(-0.3, 0.3))
 def test_one_more_loss_never_makes_a_policy_look_better(losses, gains, n, bound):
-    now = paired(losses, gains, n, bound)
-    assert paired(losses + 1, gains, n, bound) >= now - 1e-12
-    assert risk.binomial_p_value(losses + 1, n, bound) >= risk.binomial_p_value(losses, n, bound)
+    now, then = risk.paired_score([losses, losses + 1], gains, n, bound)
+    assert then >= now
+    assert risk.paired_score(losses + 1, max(0, gains - 1), n, bound) >= now  # as many differ
+    if bound > 0:
+        assert risk.binomial_p_value(losses + 1, n, bound) >= risk.binomial_p_value(
+            losses, n, bound
+        )
 
 
-@pytest.mark.parametrize("n", [137, 400])
-def test_paired_tail_is_that_of_the_sum_it_claims(n):
-    losses, gains, bound = 3, 4, 0.02
-    most = risk.clopper_pearson_upper(losses + gains, n, NUISANCE)
-    one = np.array([(most - bound) / 2, 1 - most, (most + bound) / 2])  # of -1, 0, +1
-    law = np.array([1.0])
-    for _ in range(n):
-        law = np.convolve(law, one)
-    tail = law[: n + losses - gains + 1].sum()
-    assert paired(losses, gains, n, bound) == pytest.approx(tail + NUISANCE, abs=1e-10)
+@pytest.mark.parametrize("v", [0.02, 0.05, 0.3])
+def test_a_level_is_the_probability_of_the_outcomes_with_such_a_score(v):
+    n, bound, score = 150, 0.02, -1.3
+    plus, minus, probability = trinomial(n, (v + bound) / 2, (v - bound) / 2)
+    scores = risk.paired_score(plus, minus, n, bound)
+    level = probability[scores <= score + 1e-9].sum()
+    assert risk._level(risk._most_losses(score, n, bound), n, bound, v) == pytest.approx(
+        level, abs=1e-6
+    )
 
 
-def test_paired_p_value_of_a_policy_that_never_differs_is_the_nuisance():
-    assert paired(0, 0, 100_000, 0.001) == NUISANCE
+def test_the_critical_score_is_where_the_p_value_crosses_delta():
+    n, bound = 800, 0.02
+    critical = risk.critical_score(n, bound, 0.1)
+    for losses in range(60):
+        rejected = risk.paired_score(losses, 30, n, bound) <= critical
+        # What is added between the grid's points differs from score to score.
+        p_value = paired(losses, 30, n, bound)
+        assert p_value < 0.105 if rejected else p_value > 0.095
+
+
+def test_a_level_beyond_reach_rejects_nothing():
+    assert risk.critical_score(2000, 0.2, 1e-30) == -math.inf
 
 
 def test_clopper_pearson_covers():
@@ -127,16 +137,16 @@ def test_clopper_pearson_covers():
 
 
 def test_upper_bound_is_where_the_p_value_crosses_delta():
-    bound = risk.upper_bound(lambda b: risk.binomial_p_value(3, 100, b), 0.1)
+    bound = risk.upper_bound(lambda b: risk.binomial_p_value(3, 100, b) <= 0.1)
     assert bound == pytest.approx(risk.clopper_pearson_upper(3, 100, 0.1), abs=2e-5)
 
 
 def test_fixed_sequence_stops_at_the_first_that_is_not_rejected_and_looks_no_further():
-    def p_values():
-        yield from (0.01, 0.1, 0.11)
+    def rejected():
+        yield from (True, True, False)
         raise AssertionError("tested beyond the first failure")
 
-    assert risk.fixed_sequence(p_values(), 0.1) == 2
+    assert risk.fixed_sequence(rejected()) == 2
 
 
 def test_conformal_risk_control_keeps_the_expected_loss():
@@ -159,8 +169,8 @@ def test_conformal_risk_control_allows_nothing_that_it_cannot():
 
 @pytest.mark.parametrize("bound", [0.001, 0.01, 0.05])
 def test_images_needed_is_the_fewest_that_certify(bound):
-    def p_value(n):
-        return risk.paired_p_value(0, 0, n, bound, NUISANCE)
+    def rejects(n):
+        return paired(0, 0, n, bound) <= 0.1
 
-    n = risk.images_needed(p_value, 0.1)
-    assert p_value(n) <= 0.1 < p_value(n - 1)
+    n = risk.images_needed(rejects)
+    assert rejects(n) and not rejects(n - 1)

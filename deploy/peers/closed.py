@@ -1,0 +1,88 @@
+"""Every server under a closed loop of clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from deploy.loadtest.load import closed_loop, once
+from deploy.loadtest.samples import Sample
+from deploy.loadtest.summary import summarise
+from deploy.peers.peer import Peer
+from deploy.peers.profile import look, profile
+from deploy.peers.running import PORT, client_of
+
+CLIENTS = (1, 8, 32)
+AT_ONCE = 8
+"""Clients that send every image once, which warms a server and tells its accuracy."""
+NEVER_LATE = 60.0
+Row = dict[str, Any]
+
+
+def measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: float) -> Row:
+    """A row for a server that runs.
+
+    Args:
+        peer: the server.
+        pid: its process; Offramp's is profiled while most clients load it.
+        samples: images as the server wants them.
+        seconds: of each load.
+    """
+    return asyncio.run(_measure(peer, pid, samples, seconds))
+
+
+async def _measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: float) -> Row:
+    row: Row = {"name": peer.name, "clients": {}}
+    client = client_of(peer)
+    each = summarise(await once(client, samples, AT_ONCE), NEVER_LATE)
+    row["accuracy"] = each["accuracy_of_answers"]
+    for clients in CLIENTS:
+        profiled = peer.ours and clients == CLIENTS[-1]
+        before = look(pid, f"http://127.0.0.1:{PORT}") if profiled else None
+        results = await closed_loop(client, samples, clients, seconds, seed=1)
+        if before:
+            row["profile"] = profile(pid, before, look(pid, f"http://127.0.0.1:{PORT}"))
+        row["clients"][str(clients)] = summarise(results, NEVER_LATE)
+    await client.close()
+    return row
+
+
+def saturated(row: Row) -> float:
+    """The most images a second that a server answered."""
+    return max(summary["answered_per_second"] for summary in row["clients"].values())
+
+
+def unloaded_ms(row: Row) -> float:
+    """The median latency of one client alone."""
+    median: float = row["clients"]["1"]["latency_ms"]["p50"]
+    return median
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The servers as Markdown."""
+    columns = [f"{n} client{'s' * (n > 1)}" for n in CLIENTS]
+    lines = [
+        f"| server | {' | '.join(f'{c}, images/s (p50, p99 in ms)' for c in columns)} | accuracy |",
+        "| --- " * (2 + len(CLIENTS)) + "|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | {row['failed']}" + " |" * (1 + len(CLIENTS)))
+            continue
+        said = [row["clients"][str(n)] for n in CLIENTS]
+        lines.append(f"| {row['name']} | {' | '.join(map(_cell, said))} | {_share(row)} |")
+    return "\n".join(lines)
+
+
+def _cell(summary: Row) -> str:
+    latency = summary["latency_ms"]
+    failed = 1 - summary["in_time_share"]
+    said = f"{summary['answered_per_second']:.0f}"
+    if latency:
+        said += f" ({latency['p50']:.1f}, {latency['p99']:.1f})"
+    return said + (f", {failed:.1%} failed" if failed else "")
+
+
+def _share(row: Row) -> str:
+    return "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"

@@ -1,0 +1,120 @@
+"""What was aimed at, beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.peers import closed
+from deploy.peers.peer import BEST_BACKEND, EAGER, OTHERS, OURS, PLAIN
+
+LATENCY_TIMES_PLAIN = 6.0
+LATENCY_TIMES_BEST_BACKEND = 1.5
+THROUGHPUT_TIMES_EAGER = 4.0
+THROUGHPUT_TIMES_BEST_BACKEND = 1.8
+MOST_OVERHEAD = 0.15
+MOST_ACCURACY_LOSS = 0.01
+CALM_SHARE = 0.9
+"""Of first-exit capacity: up to it nothing may be refused or late."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One goal and what became of it."""
+
+    name: str
+    value: float
+    goal: float
+    at_most: bool = False
+    form: str = "{:.2f} times"
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is on the right side of the goal."""
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
+
+    def __str__(self) -> str:
+        said, goal = self.form.format(self.value), self.form.format(self.goal)
+        bound = "at most" if self.at_most else "at least"
+        return f"| {self.name} | {said} | {bound} {goal} | {'met' if self.met else 'missed'} |"
+
+
+def table(goals: Sequence[Goal]) -> str:
+    """Goals as Markdown."""
+    lines = ["| goal | measured | aimed at | |", "| --- | --- | --- | --- |"]
+    return "\n".join([*lines, *map(str, goals)])
+
+
+def of_closed(rows: Sequence[Row]) -> list[Goal]:
+    """The goals of the closed loop, as far as the servers that they name were measured."""
+    measured = {row["name"]: row for row in rows if "failed" not in row}
+    ours = measured.get(OURS.name)
+    return [] if ours is None else list(_of_closed(ours, measured))
+
+
+def _of_closed(ours: Row, measured: Mapping[str, Row]) -> Iterator[Goal]:
+    plain, best = measured.get(PLAIN.name), measured.get(BEST_BACKEND.name)
+    eager = [measured[peer.name] for peer in EAGER if peer.name in measured]
+    others = [measured[peer.name] for peer in OTHERS if peer.name in measured]
+    for name, other, goal in (
+        ("plain FastAPI", plain, LATENCY_TIMES_PLAIN),
+        (BEST_BACKEND.name, best, LATENCY_TIMES_BEST_BACKEND),
+    ):
+        if other:
+            times = closed.unloaded_ms(other) / closed.unloaded_ms(ours)
+            yield Goal(f"unloaded median latency of {name} over ours", times, goal)
+    if eager:
+        fastest = max(eager, key=closed.saturated)
+        times = closed.saturated(ours) / closed.saturated(fastest)
+        name = f"our saturated throughput over the best eager peer's, {fastest['name']}"
+        yield Goal(name, times, THROUGHPUT_TIMES_EAGER)
+    if best:
+        times = closed.saturated(ours) / closed.saturated(best)
+        name = f"our saturated throughput over that of {BEST_BACKEND.name}"
+        yield Goal(name, times, THROUGHPUT_TIMES_BEST_BACKEND)
+    overhead = ours["profile"]["outside_stages"]
+    name = "share of the machine outside stages at saturation"
+    yield Goal(name, overhead, MOST_OVERHEAD, at_most=True, form="{:.1%}")
+    if others and ours["accuracy"] is not None:
+        loss = max(other["accuracy"] for other in others) - ours["accuracy"]
+        name = "accuracy below the best peer's"
+        yield Goal(name, loss, MOST_ACCURACY_LOSS, at_most=True, form="{:.1%}")
+
+
+def of_offered(rows: Sequence[Row], full_depth: float, first_exit: float) -> list[Goal]:
+    """The goals of the offered loads.
+
+    Args:
+        rows: one a server and load.
+        full_depth: our capacity, images a second.
+        first_exit: our capacity if every image left at the first exit.
+    """
+    measured = [row for row in rows if "failed" not in row]
+    ours = [row for row in measured if row["name"] == OURS.name]
+    goals = []
+    calm = [row for row in ours if row["load"] * full_depth <= CALM_SHARE * first_exit]
+    if calm:
+        worst = max(calm, key=lambda r: r["late_share"] + r["refused_share"])
+        share = worst["late_share"] + worst["refused_share"]
+        name = f"late or refused up to {CALM_SHARE:g} of first-exit capacity, worst at {_at(worst)}"
+        goals.append(Goal(name, share, 0.0, at_most=True, form="{:.2%}"))
+    margins = [margin for row in ours for margin in _margins(row, measured)]
+    if margins:
+        margin, name = min(margins)
+        name = f"effective accuracy above every other's at every load, least {name}"
+        goals.append(Goal(name, margin, 0.0, form="{:+.1%}"))
+    return goals
+
+
+def _margins(ours: Row, measured: Sequence[Row]) -> Iterator[tuple[float, str]]:
+    for row in measured:
+        same = (row["kind"], row["load"]) == (ours["kind"], ours["load"])
+        if same and row["name"] != ours["name"] and row["effective_accuracy"] is not None:
+            margin = ours["effective_accuracy"] - row["effective_accuracy"]
+            yield margin, f"over {row['name']} at {_at(ours)}"
+
+
+def _at(row: Row) -> str:
+    return f"{row['load']:g} ({row['kind']})"

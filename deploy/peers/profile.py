@@ -1,0 +1,121 @@
+"""Where a loaded Offramp spends its machine's time."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import urllib.request
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STAGE_SECONDS = re.compile(r"^offramp_stage_duration_seconds_sum\{.*\} (\S+)$", re.MULTILINE)
+ENGINE, TEAM, LOOP, DECODERS, REST = (
+    "engine",
+    "engine's team of threads",
+    "event loop",
+    "decoders",
+    "other threads",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """One thread of a process, with its nanoseconds so far."""
+
+    number: int
+    name: str
+    running: int
+    ready: int
+    """While others had the cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Everything that counts up, at one time."""
+
+    seconds: float
+    threads: Mapping[int, Thread]
+    stage_seconds: float
+    tester_seconds: float
+    """CPU time of the load tester, which is this process."""
+
+
+def look(pid: int, url: str) -> Moment:
+    """Read the counters of a running Offramp.
+
+    Args:
+        pid: of its process.
+        url: `http://host:port`.
+    """
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+        exposition = response.read().decode()
+    stage_seconds = sum(map(float, STAGE_SECONDS.findall(exposition)))
+    threads = {t.number: t for t in _threads(pid)}
+    return Moment(time.perf_counter(), threads, stage_seconds, time.process_time())
+
+
+def profile(pid: int, before: Moment, after: Moment) -> dict[str, Any]:
+    """What happened between two moments, as seconds and as shares of the whole machine.
+
+    Outside stages is the event loop, decoding and whatever else is not the engine; and of the
+    engine thread the time that it ran, or was ready to run, less the time it spent in stages.
+    """
+    cores = os.cpu_count() or 1
+    seconds = after.seconds - before.seconds
+    stages = after.stage_seconds - before.stage_seconds
+    running = dict.fromkeys((ENGINE, TEAM, LOOP, DECODERS, REST), 0.0)
+    engine = min((t.number for t in after.threads.values() if t.name == "engine"), default=0)
+    scheduling = -stages
+    for number, thread in after.threads.items():
+        was = before.threads.get(number, Thread(number, thread.name, 0, 0))
+        group = _group(thread, pid, engine)
+        running[group] += (thread.running - was.running) / 1e9
+        if group == ENGINE:
+            ready = thread.ready - was.ready
+            scheduling += (thread.running - was.running + ready) / 1e9
+    outside = max(0.0, scheduling) + running[LOOP] + running[DECODERS] + running[REST]
+    tester = after.tester_seconds - before.tester_seconds
+    return {
+        "seconds": seconds,
+        "cores": cores,
+        "cpu_seconds": running | {"load tester": tester},
+        "stage_seconds": stages,
+        "scheduling_seconds": max(0.0, scheduling),
+        "outside_stages": outside / (seconds * cores),
+    }
+
+
+def table(said: Mapping[str, Any]) -> str:
+    """A profile as Markdown."""
+    machine = said["seconds"] * said["cores"]
+    lines = ["| at saturation | CPU seconds | of the machine |", "| --- | --- | --- |"]
+    for name, seconds in said["cpu_seconds"].items():
+        lines.append(f"| {name} | {seconds:.2f} | {seconds / machine:.1%} |")
+    lines.append(
+        f"\nStages ran for {said['stage_seconds'] / said['seconds']:.1%} of the time; the engine "
+        f"did {said['scheduling_seconds']:.2f} s of other work. Decoding, HTTP and scheduling took "
+        f"{said['outside_stages']:.1%} of the machine."
+    )
+    return "\n".join(lines)
+
+
+def _group(thread: Thread, pid: int, engine: int) -> str:
+    if thread.number == pid:
+        return LOOP
+    if thread.name == "engine":  # its team has inherited the name
+        return ENGINE if thread.number == engine else TEAM
+    return DECODERS if thread.name.startswith("decode") else REST
+
+
+def _threads(pid: int) -> list[Thread]:
+    found = []
+    for folder in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended meanwhile
+            running, ready, _ = (folder / "schedstat").read_text().split()
+            name = (folder / "comm").read_text().strip()
+            found.append(Thread(int(folder.name), name, int(running), int(ready)))
+    return found

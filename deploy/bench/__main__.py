@@ -33,10 +33,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stages(arguments: argparse.Namespace) -> int:
+    if arguments.clock == "cpu" and arguments.threads != 1:
+        raise ValueError("--clock cpu counts one thread, so --threads must be 1")
     _need_compiler()
     bundle = load_servable(arguments.bundle)
-    rows = stages.measure(bundle, arguments.batches, arguments.threads, arguments.seconds)
-    _write(arguments.json, [{**row.as_dict(), "threads": arguments.threads} for row in rows])
+    clock = stages.CLOCKS[arguments.clock]
+    rows = stages.measure(bundle, arguments.batches, arguments.threads, arguments.seconds, clock)
+    asked = {"threads": arguments.threads, "clock": arguments.clock}
+    _write(arguments.json, [{**row.as_dict(), **asked} for row in rows])
     print(stages.table(rows))
     return 0
 
@@ -115,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     one = add("stages", _stages, "what it costs to run a network stage by stage, not at once")
     add_network(one, [1, 8])
     one.add_argument("--threads", type=_count, default=1, help="inside one operation")
+    one.add_argument(
+        "--clock",
+        choices=stages.CLOCKS,
+        default="wall",
+        help="cpu leaves out what other programs take of the core",
+    )
 
     one = add("threads", _threads, "threads inside an operation, against stage batches at once")
     add_network(one, [1, 8, 32])

@@ -28,6 +28,9 @@ WAYS = ("eager", "folded", "compiled")
 DTYPES = (torch.float32, torch.bfloat16)
 WARM_UP_RUNS = 10
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+Clock = Callable[[], float]
 Pass = Callable[[], None]
 """Takes one batch through all stages, as far as numbers on the host."""
 
@@ -72,7 +75,9 @@ class Whole(nn.Module):
         return tuple(judged)
 
 
-def measure(bundle: Bundle, batches: Sequence[int], threads: int, seconds: float) -> list[Measured]:
+def measure(
+    bundle: Bundle, batches: Sequence[int], threads: int, seconds: float, clock: Clock
+) -> list[Measured]:
     """Time every way, dtype and batch size, staged and fused in turns."""
     torch.set_num_threads(threads)
     rows = []
@@ -83,7 +88,7 @@ def measure(bundle: Bundle, batches: Sequence[int], threads: int, seconds: float
             name = str(dtype).removeprefix("torch.")
             print(f"{i}/{len(cases)} {way} {name} batch {batch}", file=sys.stderr, flush=True)
             staged, fused = passes(bundle, way, dtype, batch, Path(scratch))
-            rows.append(Measured(way, name, batch, *medians(staged, fused, seconds)))
+            rows.append(Measured(way, name, batch, *medians(staged, fused, seconds, clock)))
     return rows
 
 
@@ -145,7 +150,7 @@ def _programs(
 
 
 @torch.inference_mode()
-def medians(staged: Pass, fused: Pass, seconds: float) -> tuple[float, float]:
+def medians(staged: Pass, fused: Pass, seconds: float, clock: Clock) -> tuple[float, float]:
     """Milliseconds of each, run in turns so that a busy machine disturbs both alike."""
     for run in (staged, fused) * WARM_UP_RUNS:
         run()
@@ -153,9 +158,9 @@ def medians(staged: Pass, fused: Pass, seconds: float) -> tuple[float, float]:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for run, times in taken.items():
-            began = time.perf_counter()
+            began = clock()
             run()
-            times.append(1e3 * (time.perf_counter() - began))
+            times.append(1e3 * (clock() - began))
     return statistics.median(taken[staged]), statistics.median(taken[fused])
 
 

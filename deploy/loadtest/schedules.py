@@ -15,13 +15,16 @@ def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
     return list(_poisson(random.Random(seed), rate, 0.0, seconds))
 
 
-def bursts(rate: float, seconds: float, peak: float = 3.0, seed: int = 0) -> list[float]:
-    """Poisson sends whose rate swings between `peak` and 2 - `peak` (at least 0) times `rate`."""
+def bursts(rate: float, seconds: float, peak: float = 1.8, seed: int = 0) -> list[float]:
+    """Poisson sends whose rate swings between `peak` and 2 - `peak` times the mean `rate`.
+
+    Over whole swings, of two seconds, the mean is kept; so `peak` is from 1 to 2.
+    """
     chance, start, high = random.Random(seed), 0.0, False
     times: list[float] = []
     while start < seconds:
         end = min(seconds, start + BURST_SECONDS)
-        factor = peak if high else max(0.0, 2 - peak)
+        factor = peak if high else 2 - peak
         times += _poisson(chance, factor * rate, start, end)
         start, high = end, not high
     return times

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from deploy.peers.running import client_of
 
 FACTORS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Of our full-depth capacity."""
-PEAK = 1.8
-"""Of the mean rate, in a burst; the calm after it has 0.2, so that the mean is kept."""
 KINDS: dict[str, Callable[[float, float], list[float]]] = {
     "poisson": schedules.poisson,
-    "bursts": partial(schedules.bursts, peak=PEAK),
+    "bursts": schedules.bursts,
 }
 DEADLINE_SECONDS = 0.05
 PATIENCE_SECONDS = 10 * DEADLINE_SECONDS

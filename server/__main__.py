@@ -12,11 +12,16 @@ import uvicorn
 
 from model.bundle import BundleError
 from server.app import create_app
+from server.arrival import Protocol
 from server.logs import configure
 from server.repository import Served
 from server.settings import Settings, SettingsError, load_settings
 
 log = logging.getLogger("offramp")
+
+SWITCH_SECONDS = 0.0005
+"""After so long a thread lets go of Python's lock if another waits. With the usual 5 ms, the engine
+would wait that long after every operation of torch whenever the event loop is busy."""
 
 
 class Server(uvicorn.Server):
@@ -53,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except (SettingsError, BundleError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    sys.setswitchinterval(SWITCH_SECONDS)
     server = Server(_config(served, settings), served)
     server.run()
     return 1 if served.failed else 0
@@ -61,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def _config(served: Served, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(served),
+        http=Protocol,
         host=settings.host,
         port=settings.port,
         log_config=None,

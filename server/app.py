@@ -82,7 +82,7 @@ async def _warm_up(served: Served) -> None:
 async def _render(request: Request, error: Exception) -> Response:
     """The one place where an error becomes a response."""
     assert isinstance(error, OfframpError)
-    context = routes.context_of(request)
+    context = await routes.context_of(request)
     context.fields["code"] = error.code
     headers = dict(error.headers)
     if error.status == 413:

@@ -15,7 +15,7 @@ from starlette.types import Receive
 
 from model.policy import OperatingPoint, Rule
 from server.engine import Engine
-from server.errors import InvalidParameter, OfframpError, Overloaded
+from server.errors import DeadlineExceeded, InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
 from server.protocol import Parameters, answer_body
 from server.repository import Served
@@ -125,13 +125,17 @@ async def classify(
         ClientDisconnect: nobody waits for the answer any more.
     """
     parameters, engine = admission.parameters, admission.engine
+    deadline = deadline_for(parameters, served, context.arrived)
     with place(served):
+        if time.perf_counter() > deadline:
+            served.metrics.deadlines.labels("missed").inc()
+            raise DeadlineExceeded
         pixels, decode_seconds = await served.decoder(data)
         ticket = engine.submit(
             pixels,
             admission.rule,
             context.arrived,
-            deadline_for(parameters, served, context.arrived),
+            deadline,
             bends=parameters.bends,
             on_exit=on_exit,
         )

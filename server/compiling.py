@@ -14,7 +14,8 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from server.compile import READY, order
-from server.programs import TOLERANCE, Programs, compiler, difference, fastest, load_program
+from server.library import Library
+from server.programs import TOLERANCE, Programs, compiler, difference, fastest
 from server.runner import Program
 from server.settings import Settings
 from server.units import Unit, example_inputs
@@ -44,7 +45,7 @@ class Compiling:
         units: list[Unit],
         dtype: torch.dtype,
         threads: int,
-        load: Callable[[Path], Program] = load_program,
+        load: Callable[[Path], Program] = Library,
     ) -> None:
         self._settings = settings
         self._bundle = bundle

@@ -13,6 +13,7 @@ from uuid import uuid4
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.arrival import ARRIVED
 from server.errors import BodyTooLarge, OfframpError
 from server.metrics import ROUTES, Metrics
 from server.protocol import error_body
@@ -67,7 +68,7 @@ class Surroundings:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = Context(_request_id(scope), time.perf_counter())
+        context = Context(_request_id(scope), scope.get(ARRIVED) or time.perf_counter())
         scope.setdefault("state", {})["context"] = context
         if self._tracer and scope["path"] in ROUTES:
             context.trace = self._tracer.request(

@@ -64,17 +64,6 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def load_program(file: Path) -> Program:
-    """Load a compiled unit.
-
-    Raises:
-        RuntimeError, OSError: the file is missing or broken.
-    """
-    loaded = torch._inductor.aoti_load_package(str(file))
-    # Its own call parses two JSON tree descriptions a call, 0.1 ms in all.
-    return lambda tensors: loaded.loader.boxed_run(list(tensors))
-
-
 @torch.inference_mode()
 def difference(program: Program, unit: Unit, inputs: Sequence[Tensor]) -> float:
     """Largest difference of a confidence or probability from the eager unit's; NaN counts."""

@@ -43,7 +43,7 @@ class Served:
         self.policy: Policy = self.bundle.policy
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = _device(settings)
-        self.threads = settings.threads or os.cpu_count() or 1
+        self.threads = settings.threads or max(1, (os.cpu_count() or 1) - 1)
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
         self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)

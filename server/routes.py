@@ -37,12 +37,15 @@ Query_ = Annotated[Parameters, Query()]
 MAX_BATCH_IMAGES = 256
 
 
-def served_of(request: Request) -> Served:
+# Dependencies are coroutines, since FastAPI would run each plain function in a thread of its own.
+
+
+async def served_of(request: Request) -> Served:
     """The bundle that this application serves."""
     return cast(Served, request.app.state.served)
 
 
-def context_of(request: Request) -> Context:
+async def context_of(request: Request) -> Context:
     """What the middleware gave this request."""
     return cast(Context, request.state.context)
 
@@ -51,14 +54,14 @@ Served_ = Annotated[Served, Depends(served_of)]
 Context_ = Annotated[Context, Depends(context_of)]
 
 
-def check_key(request: Request) -> None:
+async def check_key(request: Request) -> None:
     """Let a request through if it carries an API key, or none is configured.
 
     Raises:
         Unauthenticated: no key was sent.
         Forbidden: a wrong one was.
     """
-    keys = served_of(request).settings.api_keys
+    keys = (await served_of(request)).settings.api_keys
     if not keys:
         return
     sent = _sent_key(request)
@@ -66,9 +69,9 @@ def check_key(request: Request) -> None:
         raise Forbidden
 
 
-def check_admin(request: Request) -> None:
+async def check_admin(request: Request) -> None:
     """Like `check_key`, for the admin token."""
-    token = served_of(request).settings.admin_token
+    token = (await served_of(request)).settings.admin_token
     if token is None or not _same(_sent_key(request), token.get_secret_value()):
         raise Forbidden
 

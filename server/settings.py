@@ -56,7 +56,10 @@ class Settings(BaseSettings):
         Path("~/.cache/offramp"), description="where compiled stages are kept from start to start"
     )
     threads: int = Field(
-        0, ge=0, le=1024, description="threads inside one operation on CPU; 0 takes every core"
+        0,
+        ge=0,
+        le=1024,
+        description="threads inside one operation on CPU; 0 leaves one core for HTTP",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.bundle import Bundle, load_bundle
+from training import risk
 from training.calibrate import (
     add_numerics,
     cache_folder,
@@ -22,7 +23,7 @@ from training.calibrate import (
     load_images,
     share,
 )
-from training.calibration import Calibrated, Options, calibrate, relative_macs
+from training.calibration import Options, calibrate, relative_macs
 from training.data import DataError
 from training.ladder import LOSSES
 from training.logits import cached_logits
@@ -37,6 +38,8 @@ class Splits:
     """float64 `[splits, bounds]`: accuracy lost on the images measured."""
     mean_macs: np.ndarray
     """float64 `[splits, bounds]`: on the same, as a share of the full network's."""
+    beyond_chance: np.ndarray
+    """bool `[splits, bounds]`: whether the images measured refute the bound, at delta."""
 
     def violations(self) -> np.ndarray:
         """How many splits lost more than each bound: int64 `[bounds]`."""
@@ -82,13 +85,14 @@ def _resample(arguments: argparse.Namespace) -> None:
     used = round(arguments.calibrate_share * len(logits))
     drawn = draw(len(logits), used, arguments.splits, arguments.as_population)
     splits = resample(bundle, logits, images.class_ids, options, drawn)
-    for line in table(splits, used, len(drawn[0][1])):
+    for line in table(splits, used, len(drawn[0][1]), not arguments.as_population):
         print(line)
     if not arguments.as_population:
         print(
             f"the bound is on the accuracy lost over all images, with probability "
             f"{1 - options.delta:.0%}; the images that measure it add an error of their own, "
-            "which counts here as well (--as-population leaves it out)"
+            "which counts here as well (--as-population leaves it out); beyond chance are those "
+            "whose loss that error does not explain"
         )
 
 
@@ -131,35 +135,39 @@ def resample(
         drawn: what `draw` returned.
     """
     macs = relative_macs(bundle)
-    losses, costs = [], []
+    losses, costs, beyond = [], [], []
     for seed, (part, rest) in enumerate(tqdm(drawn, "calibrating again", leave=False)):
         result = calibrate(bundle, logits[part], class_ids[part], replace(options, seed=seed))
-        loss, cost = _measure(result, logits[rest], class_ids[rest], macs)
-        losses.append(loss)
-        costs.append(cost)
-    return Splits(np.array(losses), np.array(costs))
+        policy = result.policy
+        fresh = outcomes_of(logits[rest], class_ids[rest], policy.calibrations, policy.measure)
+        taken = [fresh.taken(point.thresholds) for point in policy.operating_points]
+        losses.append([fresh.differences(t).mean() for t in taken])
+        costs.append([shares(t, fresh.exits) @ macs for t in taken])
+        beyond.append(
+            [
+                _shows_more(fresh.differences(t), bound, options.delta)
+                for t, bound in zip(taken, LOSSES, strict=True)
+            ]
+        )
+    return Splits(np.array(losses), np.array(costs), np.array(beyond))
 
 
-def _measure(
-    result: Calibrated, logits: Tensor, class_ids: Tensor, macs: np.ndarray
-) -> tuple[list[float], list[float]]:
-    policy = result.policy
-    fresh = outcomes_of(logits, class_ids, policy.calibrations, policy.measure)
-    taken = [fresh.taken(point.thresholds) for point in policy.operating_points]
-    return (
-        [float(fresh.differences(t).mean()) for t in taken],
-        [float(shares(t, fresh.exits) @ macs) for t in taken],
-    )
+def _shows_more(differences: np.ndarray, bound: float, delta: float) -> bool:
+    """Whether differences `[N]` in {-1, 0, +1} refute "at most `bound` is lost" at `delta`."""
+    losses, gains, n = (differences > 0).sum(), (differences < 0).sum(), len(differences)
+    gained = risk.paired_score(gains, losses, n, -bound)
+    return bool(gained <= risk.critical_score(n, -bound, delta))
 
 
-def table(splits: Splits, used: int, measured: int) -> Iterator[str]:
-    """The splits for people."""
+def table(splits: Splits, used: int, measured: int, sampled: bool) -> Iterator[str]:
+    """The splits for people; `sampled` where the images that measure are not all there are."""
     count = len(splits.loss)
     yield f"{count} splits: calibrated on {used} images, measured on {measured}"
-    yield "loss at most   mean loss   largest   mean MACs   splits over the bound"
-    for i, (bound, over) in enumerate(zip(LOSSES, splits.violations(), strict=True)):
+    heads = "loss at most   mean loss   largest   mean MACs   splits over the bound"
+    yield heads + "   beyond chance" * sampled
+    rows = zip(LOSSES, splits.violations(), splits.beyond_chance.sum(axis=0), strict=True)
+    for i, (bound, over, beyond) in enumerate(rows):
         loss, cost = splits.loss[:, i], splits.mean_macs[:, i]
-        yield (
-            f"{bound:12.2%} {loss.mean():11.2%} {loss.max():9.2%} {cost.mean():11.1%}   "
-            f"{over} of {count}"
-        )
+        said = f"{bound:12.2%} {loss.mean():11.2%} {loss.max():9.2%} {cost.mean():11.1%}   "
+        said += f"{f'{over} of {count}':21}"
+        yield (said + f"   {beyond} of {count}" * sampled).rstrip()

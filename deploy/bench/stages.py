@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model.bundle import Bundle
 from model.fold import Stage
 from server.compile import compile_unit
-from server.programs import load_program
+from server.library import Library
 from server.runner import Program
 from server.units import Unit, example_inputs, make_units
 
@@ -146,7 +146,7 @@ def _programs(
     for module, inputs, file in zip(modules, examples, files, strict=True):
         if not file.exists():
             compile_unit(module, inputs, file)
-    return [load_program(file) for file in files]
+    return [Library(file) for file in files]
 
 
 @torch.inference_mode()

@@ -97,10 +97,17 @@ def started(peer: Peer, python: str, bundle: Path, sample: Sample) -> Iterator[i
 
 
 def _need_port() -> None:
-    """Lest another program's answers be taken for the peer's."""
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+    """Lest another program's answers be taken for the peer's; the last peer's may end late."""
+    ends = time.monotonic() + STOP_SECONDS
+    while _port_is_taken():
+        if time.monotonic() > ends:
             raise PeerError(f"port {PORT} is in use by another program")
+        time.sleep(0.5)
+
+
+def _port_is_taken() -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", PORT)) == 0
 
 
 def _wait(peer: Peer, process: subprocess.Popen[bytes], said: IO[bytes], sample: Sample) -> None:

@@ -146,6 +146,7 @@ def listener(monkeypatch):
     """A socket on the port that peers are to use; close it to free the port."""
     with socket.create_server(("127.0.0.1", 0)) as bound:
         monkeypatch.setattr(running, "PORT", bound.getsockname()[1])
+        monkeypatch.setattr(running, "STOP_SECONDS", 0.0)
         yield bound
 
 

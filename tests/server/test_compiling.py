@@ -13,9 +13,10 @@ from server.compile import main as compile_main
 from server.compiling import Compiling
 from server.costs import CostTable
 from server.engine import Engine
+from server.library import Library
 from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
-from server.programs import TOLERANCE, compiler, difference, load_program
+from server.programs import TOLERANCE, compiler, difference
 from server.repository import Served
 from server.runner import Runner, batch_sizes
 from server.scheduler import Scheduler
@@ -254,7 +255,7 @@ def test_compiled_units_equal_the_eager_ones_at_every_stage(compiled, bundle, un
     assert len(files) == len(units)
     inputs = example_inputs(units, bundle, 1, CPU)
     for k, unit in enumerate(units, start=1):
-        program = load_program(files[f"stage{k}-batch1.pt2"])
+        program = Library(files[f"stage{k}-batch1.pt2"])
         assert difference(program, unit, inputs[k - 1]) <= TOLERANCE[torch.float32]
         with torch.inference_mode():
             features, _, _ = unit(*inputs[k - 1])

@@ -19,6 +19,7 @@ from training.fit import fit_calibrations
 from training.ladder import LOSSES, Method
 from training.outcomes import outcomes_of
 from training.reliability import calibration_error, exit_errors
+from training.resample import _shows_more
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,13 @@ def test_a_policy_for_other_weights_is_replaced_by_calibrating_and_refused_elsew
     assert load_servable(bundle)
 
 
+def test_a_loss_is_beyond_chance_where_the_images_leave_no_doubt():
+    differences = np.repeat([1, -1, 0], [60, 30, 910])  # 3 points lost
+    assert not _shows_more(differences, 0.03, 0.1)
+    assert not _shows_more(differences, 0.025, 0.1)
+    assert _shows_more(differences, 0.01, 0.1)
+
+
 def test_resampling_reports_every_bound_and_leaves_the_bundle_as_it_was(command, bundle):
     before = sorted(p.name for p in bundle.iterdir())
     status, said = command("--splits", 2, command="resample")
@@ -196,6 +204,7 @@ def test_resampling_reports_every_bound_and_leaves_the_bundle_as_it_was(command,
     assert sorted(p.name for p in bundle.iterdir()) == before
     said = command("--splits", 2, "--as-population", command="resample")[1]
     assert "calibrated on 240 images, measured on 480" in said
+    assert "beyond chance" not in said  # these are all images, so there is no chance in it
     assert "--splits above 0" in command("--splits", 0, command="resample")[1]
 
 

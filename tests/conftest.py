@@ -24,6 +24,7 @@ from model.network import build
 from model.policy import Calibration, OperatingPoint, Policy
 from model.preprocess import Preprocess
 from server.app import create_app
+from server.arrival import Protocol
 from server.repository import Served
 from server.settings import Settings
 
@@ -124,7 +125,12 @@ class RunningServer:
 def running(served, warm=True):
     """Serve on a free port until the block ends."""
     config = uvicorn.Config(
-        create_app(served), port=0, host="127.0.0.1", log_config=None, access_log=False
+        create_app(served),
+        http=Protocol,
+        port=0,
+        host="127.0.0.1",
+        log_config=None,
+        access_log=False,
     )
     server, started, wait = uvicorn.Server(config), threading.Event(), threading.Event()
     startup, warm_up = server.startup, served.warm_up

@@ -133,3 +133,14 @@ def test_a_deadline_that_passes_after_the_first_exit_is_an_answer(one, png):
     assert answer.status_code == 200
     body = answer.json()
     assert (body["exit"], body["reason"], body["degraded"]) == (1, "deadline", True)
+
+
+def test_a_deadline_counts_from_a_requests_first_byte(one, png):
+    """Its head comes in two parts, further apart than its deadline allows."""
+    connection = one.send(b"POST /classify?deadline_ms=20 HTTP/1.1\r\n")
+    threading.Event().wait(0.04)
+    connection.sendall(b"Host: x\r\nContent-Length: %d\r\n\r\n" % len(png) + png)
+    assert connection.recv(64).startswith(b"HTTP/1.1 504")
+    connection.close()
+    assert one.metric("deadlines_total", outcome="missed") == 1
+    assert one.metric("batch_size_count", model="default", stage="1") == 0

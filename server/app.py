@@ -66,6 +66,7 @@ def create_app(served: Served) -> FastAPI:
         Surroundings,
         metrics=served.metrics,
         max_body_bytes=served.settings.max_body_bytes,
+        deadline_ms=served.settings.default_deadline_ms,
         tracer=served.tracer,
     )
     return app

@@ -1,13 +1,20 @@
-"""When a request came."""
+"""When a request came, and how far the event loop is behind."""
 
 from __future__ import annotations
 
+import re
 import time
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-ARRIVED = "offramp.arrived"
-"""In a request's scope: seconds of `time.perf_counter` when its first byte was read."""
+ARRIVED, READ = "offramp.arrived", "offramp.read"
+"""In a request's scope: `time.perf_counter` when its first byte and its whole head were read."""
+TIMES_BEHIND = 16
+"""A request whose beginning came late has waited before, where it cannot be seen, to be read, and will
+wait again to be admitted and for its answer to be sent. Of 4, 8 and 16 times what is seen, 16 gave
+the most right answers in time at 1 to 2 times what two cores can answer."""
+_DEADLINE = re.compile(rb"(?:^|&)deadline_ms=(\d{1,9})")
 
 
 class Protocol(HttpToolsProtocol):
@@ -20,3 +27,31 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope[ARRIVED] = time.perf_counter()  # type: ignore[typeddict-unknown-key]
+
+    def on_headers_complete(self) -> None:
+        self.scope[READ] = time.perf_counter()  # type: ignore[typeddict-unknown-key]
+        super().on_headers_complete()
+
+
+def arrival(scope: Scope, now: float) -> float:
+    """When a request's first byte came."""
+    came: float = scope.get(ARRIVED, now)
+    return came
+
+
+def seconds_behind(scope: Scope, now: float) -> float:
+    """How long a request whose head is complete has waited for the event loop to begin it."""
+    return now - float(scope.get(READ, now))
+
+
+def is_hopeless(scope: Scope, behind: float, default_deadline_ms: float | None) -> bool:
+    """Whether the event loop is so far behind that an answer would be late.
+
+    Args:
+        scope: of a request for an answer.
+        behind: as `seconds_behind` says.
+        default_deadline_ms: of requests that name none, if they have one.
+    """
+    named = _DEADLINE.search(scope["query_string"])
+    deadline_ms = float(named[1]) if named else default_deadline_ms
+    return deadline_ms is not None and TIMES_BEHIND * behind > deadline_ms / 1e3

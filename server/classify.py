@@ -75,13 +75,14 @@ def _point_for(parameters: Parameters, served: Served) -> OperatingPoint:
         raise InvalidParameter(f"max_accuracy_loss: {error}") from None
 
 
-def deadline_for(parameters: Parameters, served: Served, arrived: float) -> float:
+def deadline_for(parameters: Parameters, served: Served, context: Context) -> float:
     """When the engine must have answered, on its clock."""
     milliseconds = parameters.deadline_ms or served.settings.default_deadline_ms
     if milliseconds is None:
         return math.inf
     seconds = milliseconds / 1e3
-    return arrived + seconds - min(RESERVE_SECONDS, RESERVE_SHARE * seconds)
+    reserve = min(RESERVE_SECONDS, RESERVE_SHARE * seconds)
+    return context.arrived + seconds - max(reserve, context.behind)
 
 
 @contextmanager
@@ -125,7 +126,7 @@ async def classify(
         ClientDisconnect: nobody waits for the answer any more.
     """
     parameters, engine = admission.parameters, admission.engine
-    deadline = deadline_for(parameters, served, context.arrived)
+    deadline = deadline_for(parameters, served, context)
     with place(served):
         if time.perf_counter() > deadline:
             served.metrics.deadlines.labels("missed").inc()

@@ -13,8 +13,8 @@ from uuid import uuid4
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.arrival import ARRIVED
-from server.errors import BodyTooLarge, OfframpError
+from server.arrival import arrival, is_hopeless, seconds_behind
+from server.errors import BodyTooLarge, OfframpError, Overloaded
 from server.metrics import ROUTES, Metrics
 from server.protocol import error_body
 from server.tracing import RequestTrace, RequestTracer
@@ -33,6 +33,8 @@ class Context:
     request_id: str
     arrived: float
     """When its first byte came, on the engine's clock."""
+    behind: float = 0.0
+    """Seconds that the event loop took to begin it."""
     status: int = CLIENT_CLOSED
     fields: dict[str, object] = field(default_factory=dict)
     """What the log line says beside the usual."""
@@ -49,6 +51,7 @@ class Surroundings:
         app: what it surrounds.
         metrics: where requests are counted.
         max_body_bytes: where a body is cut off, announced or not.
+        deadline_ms: of requests that name none, if they have one.
         tracer: makes its spans, where somebody wants them.
     """
 
@@ -57,18 +60,21 @@ class Surroundings:
         app: ASGIApp,
         metrics: Metrics,
         max_body_bytes: int,
+        deadline_ms: float | None,
         tracer: RequestTracer | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._deadline_ms = deadline_ms
         self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = Context(_request_id(scope), scope.get(ARRIVED) or time.perf_counter())
+        now = time.perf_counter()
+        context = Context(_request_id(scope), arrival(scope, now), seconds_behind(scope, now))
         scope.setdefault("state", {})["context"] = context
         if self._tracer and scope["path"] in ROUTES:
             context.trace = self._tracer.request(
@@ -76,6 +82,7 @@ class Surroundings:
             )
         sender = _sender(context, send)
         try:
+            self._refuse_hopeless(scope, context)
             self._refuse_announced(scope)
             await self._app(scope, self._limited(receive), sender)
         except ClientDisconnect:
@@ -87,6 +94,12 @@ class Surroundings:
             await send_error(sender, context, OfframpError())
         finally:
             self._record(scope, context)
+
+    def _refuse_hopeless(self, scope: Scope, context: Context) -> None:
+        """Before any work: a loop that is behind falls further behind with each thing it begins."""
+        if scope["path"] in ROUTES and is_hopeless(scope, context.behind, self._deadline_ms):
+            self._metrics.refused.labels("not_in_time").inc()
+            raise Overloaded(context.behind)
 
     def _refuse_announced(self, scope: Scope) -> None:
         for name, value in scope["headers"]:

@@ -11,9 +11,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 ARRIVED, READ = "offramp.arrived", "offramp.read"
 """In a request's scope: `time.perf_counter` when its first byte and its whole head were read."""
 TIMES_BEHIND = 16
-"""A request whose beginning came late has waited before, where it cannot be seen, to be read, and will
+"""A request that is begun late has waited before, where it cannot be seen, to be read, and will
 wait again to be admitted and for its answer to be sent. Of 4, 8 and 16 times what is seen, 16 gave
 the most right answers in time at 1 to 2 times what two cores can answer."""
+NOT_BEHIND_SECONDS = 0.001
+"""What a loop with nothing else to do may take to begin a request."""
 _DEADLINE = re.compile(rb"(?:^|&)deadline_ms=(\d{1,9})")
 
 
@@ -54,4 +56,6 @@ def is_hopeless(scope: Scope, behind: float, default_deadline_ms: float | None) 
     """
     named = _DEADLINE.search(scope["query_string"])
     deadline_ms = float(named[1]) if named else default_deadline_ms
-    return deadline_ms is not None and TIMES_BEHIND * behind > deadline_ms / 1e3
+    if deadline_ms is None or behind <= NOT_BEHIND_SECONDS:
+        return False
+    return TIMES_BEHIND * behind > deadline_ms / 1e3

@@ -28,10 +28,10 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope[ARRIVED] = time.perf_counter()  # type: ignore[typeddict-unknown-key]
+        self.scope[ARRIVED] = time.perf_counter()  # type: ignore[literal-required]
 
     def on_headers_complete(self) -> None:
-        self.scope[READ] = time.perf_counter()  # type: ignore[typeddict-unknown-key]
+        self.scope[READ] = time.perf_counter()  # type: ignore[literal-required]
         super().on_headers_complete()
 
 

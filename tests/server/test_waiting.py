@@ -143,4 +143,3 @@ def test_a_deadline_counts_from_a_requests_first_byte(one, png):
     assert connection.recv(64).startswith(b"HTTP/1.1 504")
     connection.close()
     assert one.metric("deadlines_total", outcome="missed") == 1
-    assert one.metric("batch_size_count", model="default", stage="1") == 0

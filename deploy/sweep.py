@@ -18,16 +18,16 @@ import random
 import re
 import sys
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from deploy.loadtest import schedules
 from deploy.loadtest.client import Client
 from deploy.loadtest.load import Result, closed_loop, open_loop
 from deploy.loadtest.samples import Sample, read_samples
+from deploy.loadtest.schedules import BURST_SECONDS, KINDS
 from deploy.loadtest.summary import summarise
 from deploy.simulator import Arrival, Overhead, simulate
 from model.policy import Rule
@@ -37,10 +37,6 @@ from server.overload import Level, OverloadController
 from server.scheduler import Scheduler
 
 FACTORS = (0.2, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
-KINDS: dict[str, Callable[[float, float], list[float]]] = {
-    "poisson": schedules.poisson,
-    "bursts": schedules.bursts,
-}
 CLIENTS = 64
 """Enough that the engine finds a full batch whenever it is done with one."""
 OVERHEAD_SECONDS = 2.0
@@ -51,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and simulate every load, print one table; a failure is one sentence and status 2."""
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.seconds < 2 * schedules.BURST_SECONDS:
+        if arguments.seconds < 2 * BURST_SECONDS:
             raise ValueError("--seconds must hold a calm and a burst, so at least 2")
         samples = read_samples(arguments.images, arguments.most_images)
         said = asyncio.run(_sweep(arguments, samples))

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from model.bundle import BundleError, load_servable
-from server.programs import Programs, compiler
+from model.numerics import DTYPES
+from server.programs import Programs, need_compiler
 from server.runner import batch_sizes
-from server.settings import Settings
+from server.settings import Settings, threads_inside
 from server.units import example_inputs, make_units
 
 READY = "ready"
@@ -30,12 +31,10 @@ READY = "ready"
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile what is missing; a failure is one sentence and exit status 2."""
     arguments = _parser().parse_args(argv)
-    if compiler() is None:
-        print("error: there is no C++ compiler (g++, or the one CXX names)", file=sys.stderr)
-        return 2
-    os.nice(10)  # answers go first
-    warnings.filterwarnings("ignore")  # torch's own
     try:
+        need_compiler()
+        os.nice(10)  # answers go first
+        warnings.filterwarnings("ignore")  # torch's own
         with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
             compile_missing(arguments)
@@ -47,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compile_missing(arguments: argparse.Namespace) -> None:
     """Compile every unit and batch size that the cache lacks."""
-    threads = arguments.threads or os.cpu_count() or 1
+    threads = threads_inside(arguments.threads)
     torch.set_num_threads(threads)
     bundle = load_servable(arguments.bundle)
-    dtype = getattr(torch, arguments.dtype)
+    dtype = DTYPES[arguments.dtype]
     programs = Programs(arguments.cache_dir, bundle, dtype, threads)
     units = make_units(bundle, torch.device("cpu"), dtype)
     for size in order(arguments.max_batch):
@@ -96,12 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, default=defaults["bundle"], help="what is served")
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=list(DTYPES),
         default="float32",
         help="as it will serve; the server's log says which it chose",
     )
     parser.add_argument(
-        "--threads", type=int, default=defaults["threads"], help="as it will serve; 0: every core"
+        "--threads",
+        type=int,
+        default=defaults["threads"],
+        help="as it will serve; 0: as it does by default",
     )
     parser.add_argument(
         "--max-batch", type=int, default=defaults["max_batch"], help="as it will serve"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle
+from model.numerics import name_of
 from server.compile import READY, order
 from server.library import Library
-from server.programs import TOLERANCE, Programs, compiler, difference, fastest
+from server.programs import TOLERANCE, Programs, difference, fastest, need_compiler
 from server.runner import Program
 from server.settings import Settings
 from server.units import Unit, example_inputs
@@ -123,10 +124,9 @@ class Compiling:
         self._programs.close()
 
     def _command(self) -> list[str]:
-        if compiler() is None:
-            raise RuntimeError("there is no C++ compiler (g++, or the one CXX names)")
+        need_compiler()
         command = [sys.executable, "-m", "server.compile", "--bundle", str(self._settings.bundle)]
-        command += ["--dtype", str(self._dtype).removeprefix("torch.")]
+        command += ["--dtype", name_of(self._dtype)]
         command += ["--threads", str(self._threads)]
         command += ["--max-batch", str(self._settings.max_batch)]
         return [*command, "--cache-dir", str(self._programs.cache)]

@@ -64,6 +64,12 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def need_compiler() -> None:
+    """Raise RuntimeError unless there is one."""
+    if compiler() is None:
+        raise RuntimeError("there is no C++ compiler (g++, or the one CXX names)")
+
+
 @torch.inference_mode()
 def difference(program: Program, unit: Unit, inputs: Sequence[Tensor]) -> float:
     """Largest difference of a confidence or probability from the eager unit's; NaN counts."""

@@ -8,6 +8,7 @@ import os
 import torch
 
 from model.bundle import Bundle, load_servable
+from model.numerics import name_of
 from model.policy import OperatingPoint, Policy
 from server.capturing import Capturing
 from server.compiling import Compiling, Use
@@ -22,7 +23,7 @@ from server.overload import Level, OverloadController
 from server.programs import compiler
 from server.runner import Program, Runner, batch_sizes
 from server.scheduler import Scheduler
-from server.settings import Settings
+from server.settings import Settings, threads_inside
 from server.tracing import tracer_from
 
 log = logging.getLogger("offramp")
@@ -43,7 +44,7 @@ class Served:
         self.policy: Policy = self.bundle.policy
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = _device(settings)
-        self.threads = settings.threads or max(1, (os.cpu_count() or 1) - 1)
+        self.threads = threads_inside(settings.threads)
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
         self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)
@@ -123,7 +124,7 @@ class Served:
             "ready: %s on %s in %s, one image takes %.1f ms to the first exit, %.1f to the last",
             self.bundle.description.name,
             self.device.type,
-            str(self.dtype).removeprefix("torch."),
+            name_of(self.dtype),
             1e3 * costs.seconds(1, 1),
             full,
         )
@@ -219,7 +220,7 @@ def _metrics(
         {
             "architecture": description.architecture,
             "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_of(dtype),
             "weights_sha256": description.weights_sha256[:12],
         },
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
+from model.numerics import name_of
 from server import errors, openapi, uploads
 from server.classify import Admission, admit, classify, classify_or_error
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
@@ -219,7 +220,7 @@ async def get_model(served: Served_) -> ModelBody:
         architecture=description.architecture,
         weights_sha256=description.weights_sha256,
         device=served.device.type,
-        dtype=str(served.dtype).removeprefix("torch."),
+        dtype=name_of(served.dtype),
         input_size=description.preprocess.size,
         labels=list(description.classes),
         exits=[

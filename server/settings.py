@@ -118,6 +118,11 @@ class Settings(BaseSettings):
         return init_settings, env_settings
 
 
+def threads_inside(asked: int) -> int:
+    """Threads inside one operation on CPU, where `asked` is a setting and 0 leaves it open."""
+    return asked or max(1, (os.cpu_count() or 1) - 1)
+
+
 def load_settings(argv: Sequence[str]) -> Settings:
     """Read the command line and the environment.
 

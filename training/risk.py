@@ -133,11 +133,6 @@ def _log_choose(n: int) -> np.ndarray:
     return special.gammaln(n + 1) - special.gammaln(m + 1) - special.gammaln(n - m + 1)
 
 
-def clopper_pearson_upper(successes: int, n: int, delta: float) -> float:
-    """The probability that exceeds the true one with probability at least 1 - `delta`."""
-    return 1.0 if successes >= n else float(stats.beta.ppf(1 - delta, successes + 1, n - successes))
-
-
 def upper_bound(rejects: Callable[[float], bool], low: float = 0.0) -> float:
     """The risk is at most this, with the confidence that `rejects` has.
 

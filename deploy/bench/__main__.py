@@ -15,7 +15,7 @@ from typing import Any
 from deploy.bench import memory, stages, threads
 from deploy.loadtest.samples import read_samples
 from model.bundle import BundleError, load_servable
-from server.programs import compiler
+from server.programs import need_compiler
 
 HOURLY_RATE = 100
 """Requests a second of the hour that `memory` stands for."""
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 def _stages(arguments: argparse.Namespace) -> int:
     if arguments.clock == "cpu" and arguments.threads != 1:
         raise ValueError("--clock cpu counts one thread, so --threads must be 1")
-    _need_compiler()
+    _prepare_to_compile()
     bundle = load_servable(arguments.bundle)
     clock = stages.CLOCKS[arguments.clock]
     rows = stages.measure(bundle, arguments.batches, arguments.threads, arguments.seconds, clock)
@@ -47,7 +47,7 @@ def _stages(arguments: argparse.Namespace) -> int:
 
 def _threads(arguments: argparse.Namespace) -> int:
     if arguments.way == "compiled":
-        _need_compiler()
+        _prepare_to_compile()
     bundle = load_servable(arguments.bundle)
     rows = threads.measure(
         bundle,
@@ -82,10 +82,9 @@ def _memory(arguments: argparse.Namespace) -> int:
     return 0 if flat and not failed else 1
 
 
-def _need_compiler() -> None:
-    warnings.filterwarnings("ignore")  # torch's own, while compiling
-    if compiler() is None:
-        raise RuntimeError("there is no C++ compiler (g++, or the one CXX names)")
+def _prepare_to_compile() -> None:
+    warnings.filterwarnings("ignore")  # torch's own
+    need_compiler()
 
 
 def _write(file: Path | None, figures: Any) -> None:

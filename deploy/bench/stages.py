@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.bundle import Bundle
 from model.fold import Stage
+from model.numerics import name_of
 from server.compile import compile_unit
 from server.library import Library
 from server.runner import Program
@@ -85,7 +86,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
         for i, (dtype, batch, way) in enumerate(cases, start=1):
-            name = str(dtype).removeprefix("torch.")
+            name = name_of(dtype)
             print(f"{i}/{len(cases)} {way} {name} batch {batch}", file=sys.stderr, flush=True)
             staged, fused = passes(bundle, way, dtype, batch, Path(scratch))
             rows.append(Measured(way, name, batch, *medians(staged, fused, seconds, clock)))

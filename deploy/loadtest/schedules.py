@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 BURST_SECONDS = 1.0
@@ -28,6 +28,10 @@ def bursts(rate: float, seconds: float, peak: float = 1.8, seed: int = 0) -> lis
         times += _poisson(chance, factor * rate, start, end)
         start, high = end, not high
     return times
+
+
+KINDS: dict[str, Callable[[float, float], list[float]]] = {"poisson": poisson, "bursts": bursts}
+"""By name: a mean rate and a length to send times."""
 
 
 def recorded(file: Path) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from deploy.loadtest.samples import Sample, read_samples
-from deploy.loadtest.schedules import BURST_SECONDS
+from deploy.loadtest.schedules import BURST_SECONDS, KINDS
 from deploy.peers import closed, goals, offered, profile
 from deploy.peers.peer import FULL_DEPTH, OTHERS, OURS, Peer, PeerError, pinned
 from deploy.peers.running import prepare, started
@@ -82,7 +82,7 @@ def _offered(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
         full_depth = offered.capacity(OURS, samples, seconds, "threshold=1")
         first_exit = offered.capacity(OURS, samples, seconds, "max_exit=1")
     rows: list[Row] = []
-    runs = [(peer, kind) for peer in peers for kind in offered.KINDS]
+    runs = [(peer, kind) for peer in peers for kind in KINDS]
     for peer, kind in tqdm(runs, "servers and kinds of load"):
         loads = offered.loads(kind, full_depth, seconds)
         mine = _wrapped(peer, samples)

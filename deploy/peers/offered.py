@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.loadtest import schedules
 from deploy.loadtest.load import Result, closed_loop, once, open_loop
 from deploy.loadtest.samples import Sample
+from deploy.loadtest.schedules import KINDS
 from deploy.loadtest.summary import summarise
 from deploy.peers.peer import Peer, PeerError
 from deploy.peers.running import client_of
 
 FACTORS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Of our full-depth capacity."""
-KINDS: dict[str, Callable[[float, float], list[float]]] = {
-    "poisson": schedules.poisson,
-    "bursts": schedules.bursts,
-}
 DEADLINE_SECONDS = 0.05
 PATIENCE_SECONDS = 10 * DEADLINE_SECONDS
 """After which a client gives up, so that a server's backlog ends with its load."""

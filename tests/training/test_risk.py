@@ -128,17 +128,21 @@ def test_a_level_beyond_reach_rejects_nothing():
     assert risk.critical_score(2000, 0.2, 1e-30) == -math.inf
 
 
-def test_clopper_pearson_covers():
+def binomial_upper_bound(failures, n, delta):
+    return risk.upper_bound(lambda b: risk.binomial_p_value(failures, n, b) <= delta)
+
+
+def test_the_upper_bound_of_a_binomial_covers():
     n, delta = 80, 0.1
     for p in (0.01, 0.1, 0.5):
         successes = np.arange(n + 1)
-        above = np.array([risk.clopper_pearson_upper(int(s), n, delta) >= p for s in successes])
+        above = np.array([binomial_upper_bound(int(s), n, delta) >= p for s in successes])
         assert stats.binom.pmf(successes, n, p) @ above >= 1 - delta
 
 
 def test_upper_bound_is_where_the_p_value_crosses_delta():
-    bound = risk.upper_bound(lambda b: risk.binomial_p_value(3, 100, b) <= 0.1)
-    assert bound == pytest.approx(risk.clopper_pearson_upper(3, 100, 0.1), abs=2e-5)
+    clopper_pearson = stats.beta.ppf(1 - 0.1, 3 + 1, 100 - 3)
+    assert binomial_upper_bound(3, 100, 0.1) == pytest.approx(clopper_pearson, abs=2e-5)
 
 
 def test_fixed_sequence_stops_at_the_first_that_is_not_rejected_and_looks_no_further():

@@ -88,6 +88,7 @@ def _config(served: Served, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks who the client is
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
 

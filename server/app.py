@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from server import routes
+from server.direct import Direct
 from server.errors import BadRequest, InvalidParameter, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
 from server.middleware import Surroundings
@@ -23,9 +24,6 @@ from server.protocol import error_body
 from server.repository import Served
 
 log = logging.getLogger("offramp")
-
-LONGEST_NAME = 100
-"""Characters of an unknown parameter's name that its error repeats."""
 
 DESCRIPTION = "Image classification that answers from the shallowest sufficient exit."
 
@@ -62,6 +60,7 @@ def create_app(served: Served) -> FastAPI:
     app.add_exception_handler(OfframpError, _render)
     app.add_exception_handler(HTTPException, _render_http)
     app.add_exception_handler(RequestValidationError, _render_validation)
+    app.add_middleware(Direct)
     app.add_middleware(
         Surroundings,
         metrics=served.metrics,
@@ -121,5 +120,4 @@ def _methods(request: Request) -> list[str]:
 async def _render_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])[:LONGEST_NAME] or "request"
-    return await _render(request, InvalidParameter(f"{where}: {first['msg']}"))
+    return await _render(request, InvalidParameter.of(first["loc"][1:], first["msg"]))

@@ -163,20 +163,21 @@ async def classify_or_error(
 async def _answer(ticket: Ticket, receive: Receive | None) -> Answer:
     if receive is None:
         return await ticket.future
-    gone: asyncio.Future[None] = asyncio.ensure_future(_gone(receive))
+    watching = asyncio.ensure_future(_give_up_if_gone(ticket.future, receive))
     try:
-        waiting: set[asyncio.Future[Any]] = {ticket.future, gone}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not ticket.future.done():
-            raise ClientDisconnect
-        return ticket.future.result()
+        return await ticket.future
+    except asyncio.CancelledError:
+        if watching.done():
+            raise ClientDisconnect from None
+        raise
     finally:
-        gone.cancel()
+        watching.cancel()
 
 
-async def _gone(receive: Receive) -> None:
+async def _give_up_if_gone(answer: asyncio.Future[Answer], receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    answer.cancel()
 
 
 def _body(

@@ -15,6 +15,7 @@ OfframpError 500 internal
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -108,6 +109,14 @@ class InvalidParameter(OfframpError):
     status = 422
     code = "invalid_parameter"
     sentence = "a parameter is out of range"
+    longest_name: ClassVar[int] = 100
+    """Characters of an unknown parameter's name that its error repeats."""
+
+    @classmethod
+    def of(cls, path: Iterable[int | str], fault: str) -> InvalidParameter:
+        """Names the parameter, by its path, and its fault."""
+        where = ".".join(map(str, path))[: cls.longest_name] or "request"
+        return cls(f"{where}: {fault}")
 
 
 class Overloaded(OfframpError):

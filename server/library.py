@@ -64,6 +64,9 @@ class Library:
         Raises:
             RuntimeError: the unit failed; torch has then written why to stderr.
         """
+        # torch gives a thread its number of threads at its first own operation, and this is none:
+        # without asking, oneDNN would take every core for the first units that a thread runs.
+        torch.get_num_threads()
         aoti: Any = torch._C._aoti
         handles = aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
         inputs = (c_void_p * len(handles))(*(_pointer_of(handle, None) for handle in handles))

@@ -39,10 +39,10 @@ def scrape(url: str, timeout: float = 10.0) -> Exposition:
         timeout: in seconds.
 
     Raises:
-        ValueError: it is gone, or gives something else.
+        ConnectionError: it is gone, or gives something else.
     """
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=timeout) as response:
             return Exposition(response.read().decode())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{url} gives no metrics: {error}") from None
+        raise ConnectionError(f"{url} gives no metrics: {error}") from None

@@ -111,7 +111,8 @@ class Crowd:
         """Send everything, and look at the server's memory all along.
 
         Raises:
-            ValueError: the server is gone, or exports no memory.
+            ConnectionError: the server is gone.
+            ValueError: it does not export its memory.
         """
         began = time.perf_counter()
         await self._look()
@@ -152,7 +153,8 @@ def resident_mib(url: str) -> float:
     """The server's resident memory, as it says itself.
 
     Raises:
-        ValueError: it is gone, or does not say.
+        ConnectionError: it is gone.
+        ValueError: it does not say.
     """
     return scrape(url, timeout=60).total("process_resident_memory_bytes") / MIB
 

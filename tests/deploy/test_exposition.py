@@ -34,7 +34,7 @@ def test_a_running_server_is_read(server):
 
 
 def test_a_server_that_is_gone_is_one_sentence():
-    with pytest.raises(ValueError, match=r"^http://127.0.0.1:9 gives no metrics: "):
+    with pytest.raises(ConnectionError, match=r"^http://127.0.0.1:9 gives no metrics: "):
         scrape("http://127.0.0.1:9")
 
 

@@ -38,7 +38,7 @@ def test_beyond_capacity_goodput_stays_near_what_first_exits_allow():
 
 
 def test_an_event_loop_lets_through_only_what_it_has_time_for():
-    busy = Overhead(request_seconds=0.002)
+    busy = Overhead(begin_seconds=0.001, answer_seconds=0.001)
     said = sweep.predict(ENGINE, evenly(400), [SURE], 0.05, busy)
     assert said["in_time_share"] == 1.0
     said = sweep.predict(ENGINE, evenly(1000), [SURE], 0.05, busy)

@@ -34,11 +34,11 @@ async def record(
         "client_ms": 1e3 * working / len(results),
         "spent": asdict(spent),
         "engine": engine(url, admin_token),
-        "requests": _columns(results),
+        "requests": columns(results),
     }
 
 
-def _columns(results: Sequence[Result]) -> Row:
+def columns(results: Sequence[Result]) -> Row:
     """One list for each figure, which is a third as long as one object for each request."""
     return {
         "intended_ms": [round(1e3 * r.intended, 2) for r in results],

@@ -1,18 +1,28 @@
 """The server's own scheduler and overload controller, driven through imagined time.
 
 Costs, loads and confidences may be measured, recorded or made up, so it answers questions about
-machines that are not at hand, in milliseconds and always the same way.
+machines that are not at hand, always the same way.
+
+What surrounds the scheduler is four threads. The load sends at its times. The clients' thread
+works on each request and on each answer. The server's event loop goes round in turns: it reads all
+requests that have come, begins them one after another, and sends answers. What comes during a turn
+is seen at the next, and what is begun too late is refused, which costs less. The engine runs the
+scheduler's batches. They share cores and Python's lock as `deploy.machine` says.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
+from deploy.machine import Machine, Needs, Thread, Work
 from model.policy import Reason, Rule
+from server.arrival import is_hopeless
 from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
+
+_NO_DEADLINE_NAMED = {"query_string": b""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +39,22 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """What a server spends outside stages."""
+    """What is spent outside stages, each with the machine to itself."""
 
-    request_seconds: float = 0.0
-    """Of its event loop, which does one thing at a time: half until a request is admitted, half to
-    send its answer. A request counts as arrived when the loop comes to it."""
+    begin_seconds: float = 0.0
+    """Of the event loop, to read a request and take it as far as the engine."""
+    answer_seconds: float = 0.0
+    """Of the event loop, to send an answer."""
+    refuse_seconds: float = 0.0
+    """Of the event loop, to read a request and refuse it because it is begun too late."""
     batch_seconds: float = 0.0
-    """Of its engine, between two batches."""
+    """Of the engine, between two batches."""
+    client_seconds: float = 0.0
+    """Of the clients' thread for each request, where it runs on the same cores."""
+    reserve_seconds: float = 0.0
+    """Kept back from each deadline to send the answer in."""
+    cores: float = math.inf
+    """That all of these and the stages share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +104,16 @@ def simulate(
     return _Simulation(scheduler, rule, takes, overhead or Overhead()).run(load)
 
 
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """What a request gets."""
+
+    arrival: Arrival
+    exit: int = 0
+    reason: Reason | None = None
+    refused: bool = False
+
+
 class _Simulation:
     def __init__(
         self,
@@ -97,64 +126,101 @@ class _Simulation:
         self._rule = rule
         self._seconds = seconds
         self._overhead = overhead
-        self._now = 0.0
-        self._loop_free = 0.0
-        self._inbox: deque[tuple[float, Job]] = deque()
-        """Decoded requests, and when each is ready to be admitted."""
+        self._machine = Machine(overhead.cores)
+        self._to_clients: deque[Arrival | _Response] = deque()
+        self._to_loop: deque[Arrival | _Response] = deque()
+        self._to_engine: deque[Job] = deque()
         self._outcomes: list[Outcome] = []
 
     def run(self, load: Sequence[Arrival]) -> list[Outcome]:
-        waiting = deque(load)
+        self._machine.run(self._load(load), self._clients(), self._loop(), self._engine())
+        return self._outcomes
+
+    # --- threads -----------------------------------------------------------------------------
+
+    def _load(self, load: Sequence[Arrival]) -> Thread:
+        for arrival in load:
+            yield Work(Needs.TIME, max(0.0, arrival.time - self._machine.now))
+            self._to_clients.append(arrival)
+
+    def _clients(self) -> Thread:
         while True:
-            self._receive(waiting, self._now)
-            while self._inbox and self._inbox[0][0] <= self._now:
-                self._admit(self._inbox.popleft()[1])
-            step = self._scheduler.next_step(self._now)
+            yield self._to_clients
+            message = self._to_clients.popleft()
+            yield Work(Needs.CORE, self._overhead.client_seconds / 2)
+            if isinstance(message, Arrival):
+                self._to_loop.append(message)
+            else:
+                self._note(message)
+
+    def _loop(self) -> Thread:
+        ready: list[_Response] = []
+        while True:
+            if not ready:
+                yield self._to_loop
+            read, messages = self._machine.now, list(self._to_loop)
+            self._to_loop.clear()
+            sent = ready
+            for _ in ready:
+                yield Work(Needs.LOCK, self._overhead.answer_seconds)
+            ready = []  # what the engine says now is sent at the next turn
+            for message in messages:
+                if isinstance(message, _Response):
+                    ready.append(message)
+                elif (refusal := (yield from self._begin(message, read))) is not None:
+                    sent.append(refusal)
+            self._to_clients.extend(sent)
+
+    def _engine(self) -> Thread:
+        busy = False
+        while True:
+            if not busy:
+                yield self._to_engine
+            while self._to_engine:
+                self._admit(self._to_engine.popleft())
+            step = self._scheduler.next_step(self._machine.now)
             for job in step.overdue:
                 exit = job.stage - 1
-                self._finish(job.payload, exit, Reason.DEADLINE if exit else None)
+                self._tell(job, exit, Reason.DEADLINE if exit else None)
+            busy = step.batch is not None
             if step.batch is not None:
-                self._run_batch(step.batch, waiting)
-            elif self._inbox:
-                self._now = self._inbox[0][0]
-            elif waiting:
-                self._now = waiting[0].time
-            else:
-                return self._outcomes
+                yield from self._run_batch(step.batch)
 
-    def _receive(self, waiting: deque[Arrival], end: float) -> None:
-        """Have the event loop take the requests that come until then."""
-        while waiting and waiting[0].time <= end:
-            arrival = waiting.popleft()
-            seen = max(self._loop_free, arrival.time)
-            deadline = seen + arrival.deadline_seconds
-            job = Job(self._rule, seen, deadline, payload=arrival)
-            self._inbox.append((self._loop(arrival.time), job))
+    # --- their work --------------------------------------------------------------------------
 
-    def _loop(self, start: float) -> float:
-        """When the event loop is done with half a request that it may begin at `start`."""
-        self._loop_free = max(self._loop_free, start) + self._overhead.request_seconds / 2
-        return self._loop_free
+    def _begin(self, arrival: Arrival, read: float) -> Generator[Work, None, _Response | None]:
+        """Take a request to the engine, or refuse it if the loop comes to it too late."""
+        behind, allowed = self._machine.now - read, arrival.deadline_seconds
+        if is_hopeless(_NO_DEADLINE_NAMED, behind, 1e3 * allowed):
+            yield Work(Needs.LOCK, self._overhead.refuse_seconds)
+            return _Response(arrival, refused=True)
+        yield Work(Needs.LOCK, self._overhead.begin_seconds)
+        deadline = read + allowed - max(self._overhead.reserve_seconds, behind)
+        self._to_engine.append(Job(self._rule, read, deadline, payload=arrival))
+        return None
 
     def _admit(self, job: Job) -> None:
         try:
-            self._scheduler.admit(job, self._now)
+            self._scheduler.admit(job, self._machine.now)
         except Refused:
-            self._finish(job.payload, 0, None, refused=True)
+            self._tell(job, 0, None, refused=True)
         except TooLate:
-            self._finish(job.payload, 0, None)
+            self._tell(job, 0, None)
 
-    def _run_batch(self, batch: Batch, waiting: deque[Arrival]) -> None:
-        taken = self._seconds(batch.stage, len(batch.jobs))
-        self._now += taken
-        self._receive(waiting, self._now)  # before the answers, since they came before
+    def _run_batch(self, batch: Batch) -> Generator[Work, None, None]:
+        began = self._machine.now
+        yield Work(Needs.DEVICE, self._seconds(batch.stage, len(batch.jobs)))
+        now = self._machine.now
         said = [job.payload.confidences[batch.stage - 1] for job in batch.jobs]
-        for job, reason in self._scheduler.settle(batch, said, taken, self._now):
-            self._finish(job.payload, batch.stage, reason)
-        self._now += self._overhead.batch_seconds
+        for job, reason in self._scheduler.settle(batch, said, now - began, now):
+            self._tell(job, batch.stage, reason)
+        yield Work(Needs.LOCK, self._overhead.batch_seconds)
 
-    def _finish(
-        self, arrival: Arrival, exit: int, reason: Reason | None, refused: bool = False
-    ) -> None:
-        sent = self._loop(self._now)
-        self._outcomes.append(Outcome(arrival, sent, exit, reason, refused))
+    def _tell(self, job: Job, exit: int, reason: Reason | None, refused: bool = False) -> None:
+        self._to_loop.append(_Response(job.payload, exit, reason, refused))
+
+    def _note(self, response: _Response) -> None:
+        now = self._machine.now
+        self._outcomes.append(
+            Outcome(response.arrival, now, response.exit, response.reason, response.refused)
+        )

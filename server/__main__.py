@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -13,6 +14,7 @@ import uvicorn
 from model.bundle import BundleError
 from server.app import create_app
 from server.arrival import Protocol
+from server.listening import Acceptor
 from server.logs import configure
 from server.repository import Served
 from server.settings import Settings, SettingsError, load_settings
@@ -30,6 +32,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, served: Served) -> None:
         super().__init__(config)
         self._served = served
+        self._acceptors: list[Acceptor] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -37,9 +40,21 @@ class Server(uvicorn.Server):
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
                 log.info("listening on http://%s:%d", host, port)
+                self._acceptors.append(Acceptor(listening, self._protocol))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for acceptor in self._acceptors:
+            acceptor.close()
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> Protocol:
+        return Protocol(self.config, self.server_state, self.lifespan.state)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: when told to, or when warming up failed."""
+        if self._served.ready and not gc.get_freeze_count():
+            # A look through all that torch has brought takes 0.1 s, in which nothing is answered.
+            gc.freeze()
         return await super().on_tick(counter) or self._served.failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

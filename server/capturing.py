@@ -12,7 +12,7 @@ from model.bundle import Bundle
 from server.compiling import Use
 from server.costs import batch_sizes
 from server.graphs import Capture, Captured
-from server.programs import TOLERANCE, difference, fastest
+from server.programs import disagreement, fastest
 from server.units import Unit, example_inputs
 
 log = logging.getLogger("offramp")
@@ -77,8 +77,8 @@ class Capturing:
 
     def _check(self, k: int, size: int, captured: Captured, inputs: Sequence[Tensor]) -> None:
         """On other inputs than it was captured with, which were zeros."""
-        off = difference(captured, self._units[k], inputs)
-        if not off <= TOLERANCE[self._dtype]:  # so that NaN fails
+        off = disagreement(captured, self._units[k], inputs, self._dtype)
+        if off is not None:
             raise RuntimeError(
                 f"stage {k + 1}, captured for batches of {size}, differs from the eager one "
                 f"by {off:.1e}"

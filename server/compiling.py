@@ -16,7 +16,7 @@ from model.bundle import Bundle
 from model.numerics import name_of
 from server.compile import READY, order
 from server.library import Library
-from server.programs import TOLERANCE, Programs, difference, fastest, need_compiler
+from server.programs import Programs, disagreement, fastest, need_compiler
 from server.runner import Program
 from server.settings import Settings
 from server.units import Unit, example_inputs
@@ -141,12 +141,12 @@ class Compiling:
         file = self._programs.file(stage, size)
         try:
             program = self._load(file, self._workers)
-            off = difference(program, self._units[stage - 1], inputs)
+            off = disagreement(program, self._units[stage - 1], inputs, self._dtype)
         except (RuntimeError, OSError) as error:
             log.warning("%s cannot be used (%s); it is deleted and compiled anew", file, error)
             file.unlink(missing_ok=True)
             return
-        if not off <= TOLERANCE[self._dtype]:  # so that NaN fails
+        if off is not None:
             log.warning("%s differs from the eager stage by %.1e; not used", file, off)
             self._refused.add((stage, size))
             return

@@ -23,7 +23,7 @@ from server.units import Unit
 log = logging.getLogger("offramp")
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Largest difference of a confidence or probability from the eager unit's."""
+"""Furthest that a confidence or probability may be from the eager unit's."""
 
 
 class Programs:
@@ -71,11 +71,21 @@ def need_compiler() -> None:
 
 
 @torch.inference_mode()
-def difference(program: Program, unit: Unit, inputs: Sequence[Tensor]) -> float:
-    """Largest difference of a confidence or probability from the eager unit's; NaN counts."""
+def disagreement(
+    program: Program, unit: Unit, inputs: Sequence[Tensor], dtype: torch.dtype
+) -> float | None:
+    """How far a confidence or probability is from the eager unit's, where that is too far.
+
+    Args:
+        program: gives what the unit gives, or should.
+        unit: eager.
+        inputs: of both.
+        dtype: their numerics, which say how far is too far.
+    """
     _, expected, _ = unit(*inputs)
     _, said, _ = program(inputs)
-    return float((said - expected).abs().max())
+    off = float((said - expected).abs().max())
+    return None if off <= TOLERANCE[dtype] else off  # NaN is too far
 
 
 @torch.inference_mode()

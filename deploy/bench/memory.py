@@ -7,7 +7,6 @@ import contextlib
 import random
 import statistics
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from deploy.exposition import scrape
 from deploy.loadtest.client import Client
 from deploy.loadtest.samples import Sample
 
@@ -26,7 +26,6 @@ PATIENCE_SECONDS = 0.002
 MOST_LOOKS = 400
 LEAST_REQUESTS = 20
 """From one look at the memory to the next."""
-SERIES = "process_resident_memory_bytes "
 MIB = 2**20
 
 
@@ -112,7 +111,8 @@ class Crowd:
         """Send everything, and look at the server's memory all along.
 
         Raises:
-            ValueError: the server is gone, or exports no memory.
+            ConnectionError: the server is gone.
+            ValueError: it does not export its memory.
         """
         began = time.perf_counter()
         await self._look()
@@ -153,17 +153,10 @@ def resident_mib(url: str) -> float:
     """The server's resident memory, as it says itself.
 
     Raises:
-        ValueError: it is gone, or does not say.
+        ConnectionError: it is gone.
+        ValueError: it does not say.
     """
-    try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
-            lines = response.read().decode().splitlines()
-    except OSError as error:
-        raise ValueError(f"{url} gives no metrics: {error}") from None
-    for line in lines:
-        if line.startswith(SERIES):
-            return float(line.removeprefix(SERIES)) / MIB
-    raise ValueError(f"{url} does not export {SERIES.strip()}")
+    return scrape(url, timeout=60).total("process_resident_memory_bytes") / MIB
 
 
 def plot(memory: Memory, file: Path) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STAGE_SECONDS = re.compile(r"^offramp_stage_duration_seconds_sum\{.*\} (\S+)$", re.MULTILINE)
+from deploy.exposition import scrape
+
 ENGINE, TEAM, LOOP, DECODERS, REST = (
     "engine",
     "engine's team of threads",
@@ -51,9 +50,7 @@ def look(pid: int, url: str) -> Moment:
         pid: of its process.
         url: `http://host:port`.
     """
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
-        exposition = response.read().decode()
-    stage_seconds = sum(map(float, STAGE_SECONDS.findall(exposition)))
+    stage_seconds = scrape(url).total("offramp_stage_duration_seconds_sum")
     threads = {t.number: t for t in _threads(pid)}
     return Moment(time.perf_counter(), threads, stage_seconds, time.process_time())
 

@@ -4,8 +4,15 @@ import json
 
 import pytest
 
-from deploy import sweep
+from deploy.loadtest.load import Result
+from deploy.loadtest.schedules import KINDS
+from deploy.loadtest.summary import summarise
 from deploy.simulator import Overhead
+from deploy.sweep.__main__ import FACTORS, main
+from deploy.sweep.engine import cost_table
+from deploy.sweep.measuring import Flood, Spent, without_stages
+from deploy.sweep.prediction import predict
+from deploy.sweep.recording import columns
 from tests.conftest import encode, noise
 
 ENGINE = {
@@ -26,47 +33,106 @@ def evenly(rate, seconds=1.0):
 
 
 def test_a_calm_load_is_answered_in_time_at_the_exit_that_suffices():
-    said = sweep.predict(ENGINE, evenly(100), [SURE], 0.05, NONE)
+    said = predict(ENGINE, evenly(100), [SURE], 0.05, NONE)
     assert (said["in_time_share"], said["exits"]) == (1.0, {"1": 100, "2": 0})
-    assert sweep.predict(ENGINE, evenly(100), [UNSURE], 0.05, NONE)["exits"] == {"1": 0, "2": 100}
+    assert predict(ENGINE, evenly(100), [UNSURE], 0.05, NONE)["exits"] == {"1": 0, "2": 100}
 
 
 def test_beyond_capacity_goodput_stays_near_what_first_exits_allow():
-    said = sweep.predict(ENGINE, evenly(8000), [UNSURE], 0.05, NONE)
+    said = predict(ENGINE, evenly(8000), [UNSURE], 0.05, NONE)
     assert 0.8 * 2000 < said["goodput_per_second"] <= 2000 * 1.01
     assert said["exits"]["1"] > 10 * said["exits"]["2"]
 
 
 def test_an_event_loop_lets_through_only_what_it_has_time_for():
-    busy = Overhead(request_seconds=0.002)
-    said = sweep.predict(ENGINE, evenly(400), [SURE], 0.05, busy)
+    busy = Overhead(begin_seconds=0.001, answer_seconds=0.001)
+    said = predict(ENGINE, evenly(400), [SURE], 0.05, busy)
     assert said["in_time_share"] == 1.0
-    said = sweep.predict(ENGINE, evenly(1000), [SURE], 0.05, busy)
-    assert said["in_time_share"] < 0.2, "answers queue behind requests that nobody refused"
+    said = predict(ENGINE, evenly(1000), [SURE], 0.05, busy)
+    assert 0.4 < said["in_time_share"] < 0.6
+    assert said["refused_share"] == pytest.approx(1 - said["in_time_share"], abs=0.1)
 
 
 def test_time_between_batches_is_lost_to_images():
-    said = sweep.predict(ENGINE, evenly(8000), [UNSURE], 0.05, Overhead(batch_seconds=0.004))
+    said = predict(ENGINE, evenly(8000), [UNSURE], 0.05, Overhead(batch_seconds=0.004))
     assert 0.8 * 1000 < said["goodput_per_second"] <= 1000 * 1.01
 
 
 def test_a_request_sent_late_has_less_time_left():
     late = [(at, at + 0.045) for at, _ in evenly(100)]
-    assert sweep.predict(ENGINE, late, [SURE], 0.05, NONE)["in_time_share"] == 1.0
-    assert sweep.predict(ENGINE, late, [UNSURE], 0.046, NONE)["in_time_share"] == 0.0
+    assert predict(ENGINE, late, [SURE], 0.05, NONE)["in_time_share"] == 1.0
+    assert predict(ENGINE, late, [UNSURE], 0.046, NONE)["in_time_share"] == 0.0
 
 
 def test_a_server_that_is_gone_is_one_sentence(tmp_path, capsys):
     (tmp_path / "x.png").write_bytes(encode(noise()))
     command = ["http://127.0.0.1:9", "--images", str(tmp_path), "--admin-token", "t"]
-    assert sweep.main(command) == 2
+    assert main(command) == 2
     assert "error: http://127.0.0.1:9 gives no answer" in capsys.readouterr().err
 
 
 def test_a_sweep_shorter_than_a_burst_is_refused(tmp_path, capsys):
     command = ["http://127.0.0.1:9", "--images", str(tmp_path), "--admin-token", "t"]
-    assert sweep.main([*command, "--seconds", "1"]) == 2
+    assert main([*command, "--seconds", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
+
+
+def flood(requests, exits, batches, outside, slower):
+    """Of requests that cost so much outside stages, with stages slower than the table says."""
+    table = cost_table(ENGINE)
+    size = exits * requests / batches
+    stages = batches * sum(table.seconds(k, size) for k in range(1, exits + 1)) / exits
+    return Flood(Spent(1.0, requests * outside + slower * stages, 0.0, batches), requests, exits)
+
+
+@pytest.mark.parametrize("slower", [0.8, 1.0, 2.5])
+def test_what_is_outside_stages_is_found_whatever_stages_really_take(slower):
+    first, last = flood(1000, 1, 200, 3e-4, slower), flood(600, 2, 300, 3e-4, slower)
+    assert without_stages(first, last, cost_table(ENGINE)) == pytest.approx(3e-4)
+
+
+def recording(seconds=0.1):
+    results = [Result(at, at, at + 0.01, 200, True, 1, "confident") for at, _ in evenly(100)]
+    costs = {"begin": seconds, "answer": 1e-4, "refuse": 1e-4, "batch": 1e-4}
+    row = {
+        "kind": "poisson",
+        "load": 0.5,
+        "measured": summarise(results, 0.05),
+        "client_ms": 0.1,
+        "engine": ENGINE,
+        "requests": columns(results),
+    }
+    return {
+        "deadline_ms": 50.0,
+        "cores": 2,
+        "costs": {**costs, "full_depth_per_second": 200.0},
+        "confidences": [SURE],
+        "rows": [row],
+    }
+
+
+@pytest.mark.parametrize(
+    ("begin", "off"), [(1e-4, "| 100 | 101 | +1% |"), (0.2, "| 100 | 0 | -100% |")]
+)
+def test_a_recording_is_simulated_again_without_a_server(tmp_path, capsys, begin, off):
+    file, out = tmp_path / "sweep.json", tmp_path / "again.json"
+    file.write_text(json.dumps(recording(begin)))
+    assert main(["--again", str(file), "--json", str(out)]) == 0
+    assert off in capsys.readouterr().out
+    assert main(["--again", str(out)]) == 0, "what is written can be read"
+    assert off in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_recording_is_one_sentence(tmp_path, capsys):
+    file = tmp_path / "x.json"
+    file.write_text("[]")
+    assert main(["--again", str(file)]) == 2
+    assert capsys.readouterr().err == f"error: {file} is no recording of a sweep\n"
+
+
+def test_a_sweep_of_nothing_is_one_sentence(capsys):
+    assert main([]) == 2
+    assert "a sweep needs a URL, --images and --admin-token, or --again" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -77,11 +143,12 @@ def test_a_sweep_measures_and_simulates_every_load(serve, tmp_path, capsys):
     with serve(admin_token="secret") as server:
         command = [server.url, "--images", str(tmp_path), "--admin-token", "secret"]
         command += ["--seconds", "2", "--json", str(out), "--plot", str(picture)]
-        assert sweep.main(command) == 0
+        assert main(command) == 0
     said = json.loads(out.read_text())
     rows = said["rows"]
-    assert said["request_overhead_ms"] > 0
-    assert len(rows) == len(sweep.KINDS) * len(sweep.FACTORS)
+    assert all(cost > 0 for cost in said["costs"].values())
+    assert len(rows) == len(KINDS) * len(FACTORS)
+    assert len(rows[0]["requests"]["status"]) == rows[0]["measured"]["offered"]
     assert rows[0]["measured"]["in_time_share"] > 0
     assert picture.stat().st_size > 1000
     assert "goodput" in capsys.readouterr().out

@@ -1,0 +1,48 @@
+"""What a running server says of itself at `/metrics`."""
+
+from __future__ import annotations
+
+import urllib.request
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+class Exposition:
+    """One reading of every series.
+
+    Args:
+        text: in the Prometheus text format.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._totals: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                self._totals[sample.name] = self._totals.get(sample.name, 0.0) + sample.value
+
+    def total(self, name: str) -> float:
+        """The sum of all series of a name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in self._totals:
+            raise ValueError(f"the server does not export {name}")
+        return self._totals[name]
+
+
+def scrape(url: str, timeout: float = 10.0) -> Exposition:
+    """Read a server's metrics now.
+
+    Args:
+        url: `http://host:port`.
+        timeout: in seconds.
+
+    Raises:
+        ConnectionError: it is gone, or gives something else.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=timeout) as response:
+            return Exposition(response.read().decode())
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"{url} gives no metrics: {error}") from None

@@ -1,0 +1,1 @@
+"""A running server beside its simulation."""

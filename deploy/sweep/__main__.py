@@ -1,0 +1,140 @@
+"""Loads a running server from calm to three times its capacity, beside its simulation.
+
+    python -m deploy.sweep http://localhost:8000 --images DIR --admin-token TOKEN --json FILE
+    python -m deploy.sweep --again FILE
+
+Each load is simulated from the very same send times and images, the confidences that the server
+itself gave them, the cost table that the server had just after the load, and what is spent outside
+stages, which is measured before. A recording holds all of that, so that it can be simulated again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from deploy.loadtest.samples import Sample, read_samples
+from deploy.loadtest.schedules import BURST_SECONDS, KINDS
+from deploy.simulator import Overhead
+from deploy.sweep.engine import Row
+from deploy.sweep.measuring import measure, record_confidences
+from deploy.sweep.prediction import predict
+from deploy.sweep.recording import record, sent
+from deploy.sweep.report import plot, table
+from server.classify import RESERVE_SECONDS, RESERVE_SHARE
+
+FACTORS = (0.2, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
+COSTS_SECONDS = 2.0
+"""Length of each flood that measures what is spent outside stages."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and simulate every load, print one table; a failure is one sentence and status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        said = _recorded(arguments.again) if arguments.again else _measured(arguments)
+    except (ValueError, KeyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for row in tqdm(said["rows"], "simulations", leave=False):
+        row["simulated"] = _simulated(said, row)
+    print(f"{_costs(said)}\n\n{table(said['rows'])}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(said) + "\n")
+    if arguments.plot:
+        plot(said["rows"], arguments.plot)
+    return 0
+
+
+def _recorded(file: Path) -> Row:
+    said = json.loads(file.read_text())
+    if not isinstance(said, dict) or not {"costs", "confidences", "rows"} <= said.keys():
+        raise ValueError(f"{file} is no recording of a sweep")
+    return said
+
+
+def _measured(arguments: argparse.Namespace) -> Row:
+    if not (arguments.url and arguments.images and arguments.admin_token):
+        raise ValueError("a sweep needs a URL, --images and --admin-token, or --again FILE")
+    if arguments.seconds < 2 * BURST_SECONDS:
+        raise ValueError("--seconds must hold a calm and a burst, so at least 2")
+    samples = read_samples(arguments.images, arguments.most_images)
+    return asyncio.run(_sweep(arguments, samples))
+
+
+async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
+    loads = list(itertools.product(KINDS, FACTORS))
+    seconds = len(loads) * arguments.seconds + 5 * COSTS_SECONDS
+    print(f"{len(loads)} loads, about {1.3 * seconds / 60:.1f} minutes", file=sys.stderr)
+    confidences = await record_confidences(arguments.url, samples)
+    costs = await measure(arguments.url, arguments.admin_token, samples, COSTS_SECONDS)
+    rows = []
+    with tqdm(loads, "loads", leave=False) as bar:
+        for kind, factor in bar:
+            bar.set_description(f"{kind} at {factor:g} of full depth")
+            times = KINDS[kind](factor * costs.full_depth_per_second, arguments.seconds)
+            row = await record(
+                arguments.url, arguments.admin_token, samples, times, arguments.deadline_ms / 1e3
+            )
+            rows.append({"kind": kind, "load": factor, **row})
+    return {
+        "deadline_ms": arguments.deadline_ms,
+        "cores": len(os.sched_getaffinity(0)),
+        "costs": asdict(costs),
+        "confidences": confidences,
+        "rows": rows,
+    }
+
+
+def _simulated(said: Row, row: Row) -> Row:
+    costs, deadline = said["costs"], said["deadline_ms"] / 1e3
+    overhead = Overhead(
+        begin_seconds=costs["begin"],
+        answer_seconds=costs["answer"],
+        refuse_seconds=costs["refuse"],
+        batch_seconds=costs["batch"],
+        client_seconds=row["client_ms"] / 1e3,
+        reserve_seconds=min(RESERVE_SECONDS, RESERVE_SHARE * deadline),
+        cores=said["cores"],
+    )
+    return predict(row["engine"], sent(row), said["confidences"], deadline, overhead)
+
+
+def _costs(said: Row) -> str:
+    ms = {name: 1e3 * seconds for name, seconds in said["costs"].items()}
+    return (
+        f"full depth: {said['costs']['full_depth_per_second']:.0f} images a second on "
+        f"{said['cores']} cores; outside stages {ms['begin']:.2f} ms to begin a request, "
+        f"{ms['answer']:.2f} to answer it, {ms['refuse']:.2f} to refuse one, {ms['batch']:.2f} "
+        f"between two batches"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.sweep",
+        description=__doc__.split("\n", 1)[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("url", nargs="?", help="http://host:port of the server")
+    parser.add_argument("--images", type=Path, help="folder or tar of CLASS/*")
+    parser.add_argument("--admin-token", help="the server's, for GET /engine")
+    parser.add_argument("--deadline-ms", type=float, default=50.0, help="of every request")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each load")
+    parser.add_argument("--most-images", type=int, default=500, help="images to send")
+    parser.add_argument("--json", type=Path, help="write the recording here, every figure in it")
+    parser.add_argument("--again", type=Path, help="load nothing: simulate this recording again")
+    parser.add_argument("--plot", type=Path, help="write the picture here (PNG)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""A load as it was sent to a server, with what came of every request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from deploy.loadtest.client import Client
+from deploy.loadtest.load import Result, open_loop
+from deploy.loadtest.samples import Sample
+from deploy.loadtest.summary import summarise
+from deploy.sweep.engine import Row, engine
+from deploy.sweep.measuring import Spent
+
+
+async def record(
+    url: str, admin_token: str, samples: Sequence[Sample], times: Sequence[float], deadline: float
+) -> Row:
+    """Send a load and note what the server and its clients spent on it.
+
+    Args:
+        times: when to send, in seconds.
+        deadline: of every request, in seconds.
+    """
+    client = Client(f"{url}/classify?deadline_ms={1e3 * deadline:g}")
+    before, working = Spent.by_now(url), time.process_time()
+    results = await open_loop(client, samples, times)
+    working = time.process_time() - working
+    spent = Spent.by_now(url) - before
+    await client.close()
+    return {
+        "measured": summarise(results, deadline),
+        "client_ms": 1e3 * working / len(results),
+        "spent": asdict(spent),
+        "engine": engine(url, admin_token),
+        "requests": columns(results),
+    }
+
+
+def columns(results: Sequence[Result]) -> Row:
+    """One list for each figure, which is a third as long as one object for each request."""
+    return {
+        "intended_ms": [round(1e3 * r.intended, 2) for r in results],
+        "sent_ms": [round(1e3 * r.sent, 2) for r in results],
+        "finished_ms": [round(1e3 * r.finished, 2) for r in results],
+        "status": [r.status for r in results],
+        "exit": [r.exit for r in results],
+    }
+
+
+def sent(row: Row) -> list[tuple[float, float]]:
+    """When each request of a recorded load should have been sent, and when it was, in seconds."""
+    columns = zip(row["requests"]["intended_ms"], row["requests"]["sent_ms"], strict=True)
+    return [(intended / 1e3, at / 1e3) for intended, at in columns]

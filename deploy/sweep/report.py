@@ -1,0 +1,51 @@
+"""A sweep's loads, to be read and to be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.loadtest.schedules import KINDS
+from deploy.sweep.engine import Row
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The loads as Markdown."""
+    lines = [
+        "| load | of full depth | offered/s | goodput/s | simulated | off by | in time "
+        "| effective accuracy | p99, ms |",
+        "| --- " * 9 + "|",
+    ]
+    for row in rows:
+        measured, simulated = row["measured"], row["simulated"]["goodput_per_second"]
+        goodput = measured["goodput_per_second"]
+        off = simulated / goodput - 1 if goodput else float("inf")
+        accuracy = measured["effective_accuracy"]
+        lines.append(
+            f"| {row['kind']} | {row['load']:g} | {measured['offered_per_second']:.0f} "
+            f"| {goodput:.0f} | {simulated:.0f} | {off:+.0%} | {measured['in_time_share']:.1%} "
+            f"| {'-' if accuracy is None else f'{accuracy:.1%}'} "
+            f"| {measured['latency_ms'].get('p99', float('nan')):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Goodput over offered load, measured and simulated."""
+    import matplotlib  # wanted by this option alone
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(10, 4), layout="constrained", sharey=True)
+    for kind, axis in zip(KINDS, axes, strict=True):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        offered = [row["measured"]["offered_per_second"] for row in of_kind]
+        for name, style in (("measured", "o-"), ("simulated", "s--")):
+            axis.plot(offered, [r[name]["goodput_per_second"] for r in of_kind], style, label=name)
+        axis.plot(offered, offered, ":", color="grey", label="all in time")
+        axis.set(title=kind, xlabel="offered, images a second", ylabel="in time, images a second")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

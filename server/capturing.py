@@ -10,9 +10,9 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from server.compiling import Use
+from server.costs import batch_sizes
 from server.graphs import Capture, Captured
 from server.programs import disagreement, fastest
-from server.runner import batch_sizes
 from server.units import Unit, example_inputs
 
 log = logging.getLogger("offramp")

@@ -20,8 +20,8 @@ from torch import nn
 
 from model.bundle import BundleError, load_servable
 from model.numerics import DTYPES
+from server.costs import batch_sizes
 from server.programs import Programs, need_compiler
-from server.runner import batch_sizes
 from server.settings import Settings, threads_inside
 from server.units import example_inputs, make_units
 

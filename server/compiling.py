@@ -36,7 +36,8 @@ class Compiling:
         units: the eager units, shallow to deep, that programs must agree with.
         dtype: their numerics.
         threads: inside one operation.
-        load: a program from its file.
+        workers: how many threads run programs at the same time.
+        load: a program from its file, for so many workers.
     """
 
     def __init__(
@@ -46,13 +47,15 @@ class Compiling:
         units: list[Unit],
         dtype: torch.dtype,
         threads: int,
-        load: Callable[[Path], Program] = Library,
+        workers: int = 1,
+        load: Callable[[Path, int], Program] = Library,
     ) -> None:
         self._settings = settings
         self._bundle = bundle
         self._units = units
         self._dtype = dtype
         self._threads = threads
+        self._workers = workers
         self._programs = Programs(settings.cache_dir, bundle, dtype, threads)
         self._load = load
         self._used: set[tuple[int, int]] = set()
@@ -137,7 +140,7 @@ class Compiling:
     def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
         file = self._programs.file(stage, size)
         try:
-            program = self._load(file)
+            program = self._load(file, self._workers)
             off = disagreement(program, self._units[stage - 1], inputs, self._dtype)
         except (RuntimeError, OSError) as error:
             log.warning("%s cannot be used (%s); it is deleted and compiled anew", file, error)

@@ -1,4 +1,9 @@
-"""The loop between scheduler and runner: schedule, run, settle."""
+"""The workers between scheduler and runner: each schedules, runs, settles.
+
+Workers are alike, and share one scheduler under one lock. A worker that is free takes what messages
+there are, then the batch that the scheduler says is best, and runs it without the lock; one that
+finds nothing to run waits for a message.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
@@ -31,10 +37,10 @@ STUCK_BEATS = 10
 
 
 class Engine:
-    """Owns the scheduler and the runner in a thread of its own; others send it messages.
+    """Owns the scheduler and the runner in threads of its own; others send it messages.
 
     Args:
-        scheduler: decides.
+        scheduler: decides; knows how many workers there are.
         runner: computes.
         metrics: records.
         audit_rate: share of early answers that are run to the last exit in idle time.
@@ -59,7 +65,12 @@ class Engine:
         self._chance = chance
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox = Outbox()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._lock = threading.Lock()
+        """Held by whoever touches scheduler, outbox, tickets or jobs."""
+        self._workers = [
+            threading.Thread(target=self._run, name="engine", daemon=True)
+            for _ in range(scheduler.workers)
+        ]
         self._beat = clock()
         self._stopping = False
         metrics.in_force(scheduler.controller.level)
@@ -67,19 +78,21 @@ class Engine:
     # --- called from other threads -----------------------------------------------------------
 
     def start(self) -> None:
-        """Start the loop."""
-        self._thread.start()
+        """Start the workers."""
+        for worker in self._workers:
+            worker.start()
 
     def stop(self) -> None:
-        """End the loop once every job sent so far is settled, and wait for it."""
+        """End the workers once every job sent so far is settled, and wait for them."""
         self._inbox.put(None)
-        self._thread.join()
+        for worker in self._workers:
+            worker.join()
 
     @property
     def alive(self) -> bool:
-        """Whether the loop still turns."""
+        """Whether the workers still turn."""
         beats = (self._clock() - self._beat) / BEAT_SECONDS
-        return self._thread.is_alive() and beats < STUCK_BEATS
+        return all(worker.is_alive() for worker in self._workers) and beats < STUCK_BEATS
 
     def submit(
         self,
@@ -128,10 +141,10 @@ class Engine:
         self.call(replace)
 
     def call(self, message: Callable[[], None]) -> None:
-        """Have the loop call this between two batches."""
+        """Have a worker call this between two batches."""
         self._inbox.put(message)
 
-    # --- the loop ----------------------------------------------------------------------------
+    # --- a worker ----------------------------------------------------------------------------
 
     def _run(self) -> None:
         name_thread("engine")
@@ -139,6 +152,7 @@ class Engine:
         while busy or not self._stopping:
             busy = self.step(wait=not busy)
         self._take_messages(0.0)  # jobs sent too late are told so
+        self._inbox.put(None)  # for the next worker
 
     def step(self, wait: bool) -> bool:
         """Take the messages that are there, then run at most one batch.
@@ -150,32 +164,41 @@ class Engine:
             Whether there was anything to run.
         """
         self._beat = self._clock()
-        audit = self.scheduler.next_audit(self._beat)
+        with self._lock:
+            audit = self.scheduler.next_audit(self._beat)
         self._take_messages(min(BEAT_SECONDS, audit) if wait else 0.0)
-        self._beat = self._clock()
-        step = self.scheduler.next_step(self._beat)
-        self._metrics.in_force(self.scheduler.controller.level)
-        for job in step.overdue:
-            self._answer_overdue(job)
-        self._outbox.send()
-        batch = step.batch
+        batch = self._next_batch()
         if batch is None or (self._stopping and batch.audit):
             return False
         self._run_batch(batch)
-        self._outbox.send()
         return True
 
     def _take_messages(self, seconds: float) -> None:
         try:
             message = self._inbox.get(timeout=seconds) if seconds else self._inbox.get_nowait()
-            while True:
-                if message is None:
-                    self._stopping = True
-                else:
-                    message()
-                message = self._inbox.get_nowait()
         except queue.Empty:
+            return
+        with self._lock:
+            with suppress(queue.Empty):
+                while True:
+                    if message is None:
+                        self._stopping = True
+                    else:
+                        message()
+                    message = self._inbox.get_nowait()
             self._outbox.send()
+
+    def _next_batch(self) -> Batch | None:
+        with self._lock:
+            self._beat = self._clock()
+            step = self.scheduler.next_step(self._beat)
+            self._metrics.in_force(self.scheduler.controller.level)
+            for job in step.overdue:
+                self._answer_overdue(job)
+            self._outbox.send()
+            if self.scheduler.calls_for_another_worker:
+                self.call(_wake)
+            return step.batch
 
     def _run_batch(self, batch: Batch) -> None:
         """Run and settle; if that fails run the jobs one by one, so that only the guilty fail."""
@@ -189,7 +212,9 @@ class Engine:
                 for job in batch.jobs:
                     self._run_batch(Batch(batch.stage, (job,), batch.seconds, batch.audit))
         else:
-            self._settle(batch, computed)
+            with self._lock:
+                self._settle(batch, computed)
+                self._outbox.send()
 
     def _compute(self, batch: Batch) -> tuple[StageOutput, float, float]:
         began = self._clock()
@@ -232,10 +257,12 @@ class Engine:
             ticket.inputs = row
 
     def _fail(self, job: Job, audit: bool) -> None:
-        if not audit:  # an audited job has its answer
-            self._outbox.settle(job.payload, OfframpError())
-        self.scheduler.abandon(job)
-        job.payload.release()
+        with self._lock:
+            if not audit:  # an audited job has its answer
+                self._outbox.settle(job.payload, OfframpError())
+            self.scheduler.abandon(job)
+            job.payload.release()
+            self._outbox.send()
 
     # --- what happens to a job ---------------------------------------------------------------
 
@@ -309,3 +336,7 @@ class Engine:
             assert ticket.probabilities is not None
             said = ticket.seen[-1]
             self._metrics.audited(said.exit, said.class_id == int(ticket.probabilities.argmax()))
+
+
+def _wake() -> None:
+    """A message that says nothing: whoever takes it looks what there is to run."""

@@ -28,27 +28,28 @@ class Library:
 
     Args:
         file: the package, as `torch._inductor.aoti_compile_and_package` wrote it.
+        workers: how many threads may call it at the same time without waiting for each other.
 
     Raises:
         RuntimeError, OSError: the file is missing or broken, or holds what only torch's loader can
             run.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, workers: int = 1) -> None:
         library = _open(file)
         try:
-            self._start(library)
+            self._start(library, workers)
         except AttributeError as error:
             raise RuntimeError(f"{file} is no compiled unit: {error}") from error
 
-    def _start(self, library: ctypes.CDLL) -> None:
+    def _start(self, library: ctypes.CDLL, workers: int) -> None:
         self._run = library.AOTInductorModelContainerRun
         pointers = POINTER(c_void_p)
         self._run.argtypes = [c_void_p, pointers, c_size_t, pointers, c_size_t, c_void_p, c_void_p]
         self._run.restype = c_int32
         self._container = c_void_p()
         made = library.AOTInductorModelContainerCreateWithDevice(
-            ctypes.byref(self._container), c_size_t(1), b"cpu", None
+            ctypes.byref(self._container), c_size_t(workers), b"cpu", None
         )
         outputs = c_size_t()
         counted = library.AOTInductorModelContainerGetNumOutputs(

@@ -12,7 +12,7 @@ from model.numerics import name_of
 from model.policy import OperatingPoint, Policy
 from server.capturing import Capturing
 from server.compiling import Compiling, Use
-from server.costs import CostTable
+from server.costs import CostTable, batch_sizes
 from server.decode import Decoder
 from server.engine import Engine
 from server.errors import Draining, NotReady
@@ -21,7 +21,7 @@ from server.metrics import EngineMetrics, Metrics
 from server.numerics import choose_dtype
 from server.overload import Level, OverloadController
 from server.programs import compiler
-from server.runner import Program, Runner, batch_sizes
+from server.runner import Program, Runner
 from server.scheduler import Scheduler
 from server.settings import Settings, threads_inside
 from server.tracing import tracer_from
@@ -44,8 +44,10 @@ class Served:
         self.policy: Policy = self.bundle.policy
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = _device(settings)
+        on_cpu = self.device.type == "cpu"
         self.threads = threads_inside(settings.threads)
-        if self.device.type == "cpu":
+        self.workers = settings.workers if on_cpu else 1
+        if on_cpu:
             torch.set_num_threads(self.threads)
         self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)
         self.metrics = _metrics(settings, self.bundle, self.device, self.dtype)
@@ -63,7 +65,6 @@ class Served:
         self.failed = False
         self._engine: Engine | None = None
         self._compiling: Compiling | None = None
-        on_cpu = self.device.type == "cpu"
         if settings.compile == "require" and on_cpu and compiler() is None:
             raise ValueError("COMPILE is require, but there is no C++ compiler (g++, or CXX's)")
 
@@ -75,7 +76,7 @@ class Served:
         max_batch = self.settings.max_batch
         runner = Runner(self.bundle, self.device, self.dtype)
         costs = CostTable(runner.warm_up(batch_sizes(max_batch)))
-        scheduler = Scheduler(costs, self._controller(), max_batch)
+        scheduler = Scheduler(costs, self._controller(), max_batch, self.workers)
         macs = [e.macs for e in self.bundle.description.exits]
         engine = Engine(
             scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate
@@ -102,7 +103,7 @@ class Served:
             capturing.use_all(self.settings.max_batch, use, self.settings.compile == "require")
             return
         compiling = self._compiling = Compiling(
-            self.settings, self.bundle, runner.units, self.dtype, self.threads
+            self.settings, self.bundle, runner.units, self.dtype, self.threads, self.workers
         )
         compiling.use_ready(use)
         if compiling.complete:

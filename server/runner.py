@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle
-from server.costs import CostTable
+from server.costs import CostTable, batch_sizes
 from server.graphs import Captured
 from server.units import make_units
 
@@ -139,8 +139,8 @@ class Runner:
 
     def use_program(self, stage: int, size: int, program: Program, seconds: float) -> None:
         """Take a program that was compiled for batches of `size`, and what it was measured at."""
-        self._programs[stage, size] = program, seconds
-        self._plans.clear()
+        self._programs = {**self._programs, (stage, size): (program, seconds)}
+        self._plans = {}  # both anew, since another worker may be looking into them
 
     def expected(self, stage: int, largest: int) -> dict[int, float]:
         """Seconds of a stage by batch size, at every size where they leave a straight line."""
@@ -227,8 +227,3 @@ def _to_host(said: Tensor) -> Tensor:
         done.record()
         done.synchronize()
     return host
-
-
-def batch_sizes(max_batch: int) -> Sequence[int]:
-    """The sizes that are warmed, measured and compiled: powers of two, and the largest."""
-    return sorted({*(2**i for i in range(max_batch.bit_length())), max_batch})

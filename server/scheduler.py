@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import count
 from typing import Any
 
 from model.policy import Reason, Rule
-from server.costs import CostTable
+from server.costs import CostTable, batch_sizes
 from server.overload import OverloadController
 
 PATIENCE_SECONDS = 0.05
@@ -125,18 +125,27 @@ class Scheduler:
         costs: expected seconds of every stage and batch size.
         controller: moves the thresholds under load.
         max_batch: the largest batch.
+        workers: how many batches run at the same time.
     """
 
-    def __init__(self, costs: CostTable, controller: OverloadController, max_batch: int) -> None:
+    def __init__(
+        self,
+        costs: CostTable,
+        controller: OverloadController,
+        max_batch: int,
+        workers: int = 1,
+    ) -> None:
         self.costs = costs
         self.controller = controller
         self.max_batch = max_batch
+        self.workers = workers
         self.exits = costs.stages
         self._queues: dict[int, list[Job]] = {k: [] for k in range(1, self.exits + 1)}
         self._audits: deque[Job] = deque(maxlen=MAX_AUDITS)
         # Until answers have been seen, a job is as likely to leave at one exit as at another.
         self._leaving = {k: 1 / (self.exits + 1 - k) for k in self._queues}
-        self._busy_until = 0.0
+        self._ends: dict[int, float] = {}
+        """When each running batch is expected to end, by the number of its first job."""
         self._live_until = -math.inf
         self.backlog_seconds = 0.0
         """The predicted wait when the last step was chosen."""
@@ -178,20 +187,20 @@ class Scheduler:
     # --- what to do --------------------------------------------------------------------------
 
     def next_step(self, now: float) -> Step:
-        """Choose what to do now, and take those jobs off their queues."""
+        """Choose what a free worker does now, and take those jobs off their queues."""
         self.backlog_seconds = self.predicted_wait(now)
         self.controller.update(self.backlog_seconds, now)
         overdue = self._take_overdue(now)
         batch = self._choose(now)
         if batch is None:
             return Step(self._take_audit(now), tuple(overdue))
+        self._ends[batch.jobs[0].number] = now + batch.seconds
         queue = self._queues[batch.stage]
         first = queue.index(batch.jobs[0])
         del queue[first : first + len(batch.jobs)]
         for job in batch.jobs:
             job.state = JobState.RUNNING
-        self._busy_until = now + batch.seconds
-        overdue += self._take_overdue(self._busy_until)
+        overdue += self._take_overdue(self._free_at(now))
         return Step(batch, tuple(overdue))
 
     def settle(
@@ -210,7 +219,8 @@ class Scheduler:
             stage; cancelled jobs are gone.
         """
         self.costs.observe(batch.stage, len(batch.jobs), seconds)
-        self._busy_until = self._live_until = now
+        self._ended(batch.jobs[0])
+        self._live_until = now
         thresholds = self.controller.level.thresholds
         answered = []
         for job, confidence in zip(batch.jobs, confidences, strict=True):
@@ -230,17 +240,23 @@ class Scheduler:
 
     def settle_audit(self, batch: Batch) -> list[Job]:
         """Take back an audit batch; returns the jobs that have now reached the last exit."""
+        self._ended(batch.jobs[0])
         for job in batch.jobs:
             self.audit(job)
         return [job for job in batch.jobs if batch.stage == self.exits]
 
     def abandon(self, job: Job) -> None:
         """Forget a job whose run failed."""
+        self._ended(job)
         job.state = JobState.DONE
 
     def next_audit(self, now: float) -> float:
-        """Seconds until an audited job may take a step; infinite where none waits for it."""
-        return max(0.0, self._live_until + QUIET_SECONDS - now) if self._audits else math.inf
+        """Seconds until an audited job may take a step; infinite while anything runs, or where none
+        waits for it.
+        """
+        if self._ends or not self._audits:
+            return math.inf
+        return max(0.0, self._live_until + QUIET_SECONDS - now)
 
     # --- what is known -----------------------------------------------------------------------
 
@@ -248,16 +264,23 @@ class Scheduler:
         """How many jobs wait for each stage, shallow to deep."""
         return [len(queue) for queue in self._queues.values()]
 
+    @property
+    def calls_for_another_worker(self) -> bool:
+        """Whether jobs wait while a worker has nothing to do."""
+        return len(self._ends) < self.workers and any(self._queues.values())
+
     def predicted_wait(self, now: float) -> float:
         """Seconds until everything in the queues is expected to have been answered."""
-        wait = max(0.0, self._busy_until - now)
+        work = sum(max(0.0, end - now) for end in self._ends.values())
         survivors = 0.0
         for stage, queue in self._queues.items():
             survivors += len(queue)
             if survivors > 0:
-                wait += self._seconds_for(stage, survivors)
+                full, rest = divmod(survivors, self.max_batch)
+                work += full * self.costs.seconds(stage, self.max_batch)
+                work += self.costs.seconds(stage, rest) if rest else 0.0
             survivors *= 1 - self._leaving[stage]
-        return wait
+        return work / self.workers
 
     # --- inside ------------------------------------------------------------------------------
 
@@ -266,25 +289,33 @@ class Scheduler:
         job.queued = now
         insort(self._queues[job.stage], job, key=lambda j: j.urgency)
 
-    def _seconds_for(self, stage: int, jobs: float) -> float:
-        full, rest = divmod(jobs, self.max_batch)
-        seconds = full * self.costs.seconds(stage, self.max_batch)
-        return seconds + (self.costs.seconds(stage, rest) if rest else 0.0)
+    def _ended(self, job: Job) -> None:
+        """No batch that this job was the first of runs any more."""
+        self._ends.pop(job.number, None)
+
+    def _free_at(self, now: float) -> float:
+        """When a worker is expected to be free."""
+        if len(self._ends) < self.workers:
+            return now
+        return max(now, min(self._ends.values()))
 
     def _first_exit_seconds(self, job: Job, now: float) -> float:
         ahead = bisect_left(self._queues[1], job.urgency, key=lambda j: j.urgency)
-        return max(0.0, self._busy_until - now) + self._seconds_for(1, ahead + 1)
+        before, places = divmod(ahead, self.max_batch)
+        wait = before * self.costs.seconds(1, self.max_batch) / self.workers
+        return self._free_at(now) - now + wait + self.costs.seconds(1, places + 1)
 
     def _work(self, stage: int) -> float:
         """Seconds of an answer's share in calm batches, up to a stage.
 
         Those are the largest that pass all stages within the wait that bends nothing. The batches
-        that ran would mislead: a light load makes them small, and so its answers dear.
+        that ran would mislead: a light load makes them small, and so its answers dear. Of several
+        workers, all share the work.
         """
         size = self.max_batch
         while size > 1 and self._pass(self.exits, size) > self.controller.calm_seconds:
             size -= (size + 3) // 4
-        return self._pass(stage, size) / size
+        return self._pass(stage, size) / size / self.workers
 
     def _pass(self, stage: int, size: int) -> float:
         return sum(self.costs.seconds(k, size) for k in range(1, stage + 1))
@@ -316,7 +347,8 @@ class Scheduler:
 
     def _best_batch(self, stage: int, queue: list[Job], now: float) -> Batch:
         """The most jobs a second, among the batches of all sizes that end in time."""
-        offers = (self._offer(stage, queue, size, now) for size in self._sizes(len(queue)))
+        most = min(len(queue), self.max_batch)
+        offers = (self._offer(stage, queue, size, now) for size in batch_sizes(most))
         return max(offers, key=lambda b: len(b.jobs) / b.seconds)
 
     def _offer(self, stage: int, queue: list[Job], size: int, now: float) -> Batch:
@@ -324,14 +356,6 @@ class Scheduler:
         first = bisect_left(queue, (end, -1), key=lambda j: j.urgency)
         jobs = tuple(queue[first : first + size]) or (queue[0],)
         return Batch(stage, jobs, self.costs.seconds(stage, len(jobs)))
-
-    def _sizes(self, waiting: int) -> Iterable[int]:
-        most = min(waiting, self.max_batch)
-        size = 1
-        while size < most:
-            yield size
-            size *= 2
-        yield most
 
     def _index(self, batch: Batch, now: float) -> float:
         """Jobs that leave for each second of device time, at the best place to stop.
@@ -366,4 +390,6 @@ class Scheduler:
         if self.next_audit(now) > 0:
             return None
         job = self._audits.popleft()
-        return Batch(job.stage, (job,), self.costs.seconds(job.stage, 1), audit=True)
+        seconds = self.costs.seconds(job.stage, 1)
+        self._ends[job.number] = now + seconds
+        return Batch(job.stage, (job,), seconds, audit=True)

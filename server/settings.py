@@ -61,6 +61,12 @@ class Settings(BaseSettings):
         le=1024,
         description="threads inside one operation on CPU; 0 leaves one core for HTTP",
     )
+    workers: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="stage batches that run at the same time on CPU, each with THREADS",
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     max_accuracy_loss: float = Field(

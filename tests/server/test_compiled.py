@@ -27,7 +27,8 @@ def runner(bundle):
 def test_a_batch_is_padded_only_where_that_is_cheaper(runner):
     runner.use_program(1, 4, lambda tensors: tensors, 2.5)
     assert [runner._plan(1, n)[1] for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 5]
-    assert runner.expected(1, 8) == {1: 1.0, 2: 2.0, 4: 2.5, 5: 5.0, 8: 8.0}
+    expected = {1: 1.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 5.0, 6: 6.0, 8: 8.0}
+    assert runner.expected(1, 8) == expected
     assert runner._plan(2, 3) == (None, 3)
 
 

@@ -1,7 +1,11 @@
 """Compiled stages come into a running server, or it says why they do not."""
 
 import logging
+import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,18 +15,18 @@ from model.policy import Rule
 from server.__main__ import main
 from server.compile import main as compile_main
 from server.compiling import Compiling
-from server.costs import CostTable
+from server.costs import CostTable, batch_sizes
 from server.engine import Engine
 from server.library import Library
 from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
 from server.programs import compiler, disagreement
 from server.repository import Served
-from server.runner import Runner, batch_sizes
+from server.runner import Runner
 from server.scheduler import Scheduler
 from server.settings import Settings
 from server.units import example_inputs, make_units
-from tests.conftest import encode, noise, running
+from tests.conftest import ROOT, encode, noise, running
 from tests.server.test_engine import FakeLoop
 
 CPU = torch.device("cpu")
@@ -42,7 +46,7 @@ class FakeFolder:
         self.broken = set()
         self.wrong = set()
 
-    def load(self, file):
+    def load(self, file, workers):
         if file.name in self.broken:
             raise RuntimeError("not a zip archive")
         unit = self.units[int(file.name[len("stage")]) - 1]
@@ -260,6 +264,47 @@ def test_compiled_units_equal_the_eager_ones_at_every_stage(compiled, bundle, un
         with torch.inference_mode():
             features, _, _ = unit(*inputs[k - 1])
             torch.testing.assert_close(program(inputs[k - 1])[0], features, atol=1e-3, rtol=1e-3)
+
+
+THREADS_OF_A_UNIT = """
+import os, sys, threading
+from pathlib import Path
+import torch
+from server.library import Library
+
+torch.set_num_threads(1)
+program = Library(Path(sys.argv[1]))
+pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+thread = threading.Thread(target=program, args=([pixels],))
+before = len(os.listdir("/proc/self/task"))
+thread.start()
+thread.join()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_unit_keeps_to_the_set_threads_in_a_thread_that_ran_nothing_else(compiled):
+    (file,) = compiled[0].rglob("stage1-batch1.pt2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+    command = [sys.executable, "-c", THREADS_OF_A_UNIT, str(file)]
+    said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.strip() == "0", f"so many threads joined in: {said.stdout}{said.stderr}"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_workers_may_call_a_unit_at_the_same_time(compiled, bundle, units):
+    (file,) = compiled[0].rglob("stage1-batch1.pt2")
+    program = Library(file, workers=2)
+    (inputs, *_) = example_inputs(units, bundle, 1, CPU)
+    with torch.inference_mode():
+        expected = units[0](*inputs)[1]
+        with ThreadPoolExecutor(2) as workers:
+            said = list(workers.map(lambda _: program(inputs)[1], range(50)))
+    for one in said:
+        torch.testing.assert_close(one, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.slow

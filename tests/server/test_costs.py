@@ -1,6 +1,6 @@
 import pytest
 
-from server.costs import CostTable
+from server.costs import CostTable, batch_sizes
 
 
 @pytest.fixture
@@ -31,3 +31,13 @@ def test_costs_follow_a_device_that_has_become_slower(costs):
 def test_one_outlier_moves_the_table_little(costs):
     costs.observe(1, 1, 1000.0)
     assert costs.seconds(1, 1) <= 1.2
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 8, 32, 100])
+def test_a_batch_is_padded_by_less_than_half(most):
+    sizes = batch_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, most)
+    for n in range(1, most + 1):
+        padded = min(size for size in sizes if size >= n)
+        assert padded < 1.5 * n

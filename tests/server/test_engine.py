@@ -1,6 +1,8 @@
 """The engine's laws, driven step by step: a fake clock, runner and client loop; no torch."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -60,9 +62,11 @@ class FakeRunner:
         self.clock = clock
         self.ran = []
         self.guilty = lambda images: False
+        self.meanwhile = lambda: None
 
     def run(self, stage, inputs):
         self.ran.append((stage, len(inputs), self.clock.now))
+        self.meanwhile()
         self.clock.now += SECONDS
         images = [i.features if isinstance(i, Row) else i for i in inputs]
         if self.guilty(images):
@@ -76,17 +80,22 @@ class FakeRunner:
 
 
 class World:
-    """One engine with everything around it, and the tickets sent in."""
+    """One engine with everything around it.
 
-    def __init__(self, audit_rate=0.0):
+    Of several workers, each further one takes a turn while the one before runs its batch.
+    """
+
+    def __init__(self, audit_rate=0.0, workers=1):
         self.now = 100.0
         self.loop = FakeLoop()
         self.runner = FakeRunner(self)
         rows = {k: {n: SECONDS for n in (1, 2, 4)} for k in range(1, STAGES + 1)}
         controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], 1.0)
         self.metrics = Metrics("tiny", "1", STAGES, 4, 1.0, {})
+        self.at_work, self.workers = 0, workers
+        self.runner.meanwhile = self.others_work
         self.engine = Engine(
-            Scheduler(CostTable(rows), controller, 4),
+            Scheduler(CostTable(rows), controller, 4, workers),
             self.runner,
             EngineMetrics(self.metrics, [1, 2, 3]),
             audit_rate,
@@ -99,6 +108,12 @@ class World:
         deadline = self.now + seconds
         loop = loop or self.loop
         return self.engine.submit(image, rule, self.now, deadline, True, on_exit, loop)
+
+    def others_work(self):
+        self.at_work += 1
+        if self.at_work < self.workers:
+            self.engine.step(False)
+        self.at_work -= 1
 
     def finish(self):
         while self.engine.step(False):
@@ -323,10 +338,10 @@ def fails(times):
     return lambda images: next(left, None) is not None
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(EVENTS, max_size=30), st.sampled_from([0.0, 1.0]))
-def test_no_job_is_lost_or_answered_twice(events, audit_rate):
-    world, tickets, cancelled = World(audit_rate), [], set()
+@settings(max_examples=300, deadline=None)
+@given(st.lists(EVENTS, max_size=30), st.sampled_from([0.0, 1.0]), st.integers(1, 3))
+def test_no_job_is_lost_or_answered_twice(events, audit_rate, workers):
+    world, tickets, cancelled = World(audit_rate, workers), [], set()
     for event in events:
         happen(world, event, tickets, cancelled)
     world.finish()
@@ -338,3 +353,49 @@ def test_no_job_is_lost_or_answered_twice(events, audit_rate):
             continue
         (said,) = ticket.future.results
         assert isinstance(said, OfframpError) or math.isfinite(said.confidence)
+
+
+def test_workers_run_different_jobs_at_the_same_time():
+    world = World(workers=2)
+    tickets = [world.submit(0.9, 0.9, 0.9) for _ in range(8)]
+    assert world.engine.step(False)
+    assert [(stage, jobs) for stage, jobs, _ in world.runner.ran] == [(1, 4), (1, 4)]
+    assert world.runner.ran[0][2] == world.runner.ran[1][2], (
+        "the second began before the first ended"
+    )
+    assert all(answer(ticket).exit == 1 for ticket in tickets)
+
+
+def test_no_audit_runs_beside_a_live_job():
+    world = World(audit_rate=1.0, workers=2)
+    world.submit(0.9, 0.9, 0.9)
+    world.finish()
+    world.now += 2 * QUIET_SECONDS
+    world.submit(0.9, 0.9, 0.9)
+    world.engine.step(False)
+    assert [stage for stage, _, _ in world.runner.ran] == [1, 1]
+
+
+def test_a_worker_that_leaves_jobs_waiting_wakes_another():
+    world = World(workers=2)
+    world.runner.meanwhile = lambda: None  # the other one sleeps
+    for _ in range(5):
+        world.submit(0.9, 0.9, 0.9)
+    world.engine.step(False)
+    assert not world.engine._inbox.empty()
+    world.finish()
+    world.submit(0.9, 0.9, 0.9)
+    world.engine.step(False)
+    assert world.engine._inbox.empty(), "nobody is woken for nothing"
+
+
+def test_real_workers_answer_every_job_once():
+    world = World(workers=3)
+    world.runner.meanwhile = lambda: time.sleep(1e-4)
+    world.engine.start()
+    with ThreadPoolExecutor(4) as clients:
+        said = [(0.9, 0.9, 0.9), (0.1, 0.9, 0.9), (0.1, 0.1, 0.1)] * 100
+        tickets = list(clients.map(lambda confidences: world.submit(*confidences), said))
+    world.engine.stop()
+    assert not world.engine.alive
+    assert [answer(ticket).exit for ticket in tickets] == [1, 2, 3] * 100

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.capturing import Capturing
+from server.costs import batch_sizes
 from server.graphs import Captured, CudaCapture
-from server.runner import Runner, batch_sizes
+from server.runner import Runner
 
 CPU = torch.device("cpu")
 LARGEST = 4

@@ -18,10 +18,10 @@ STAGES = 4
 RULE = Rule((0.8, 0.8, 0.8, 0.0), 1, STAGES)
 
 
-def make_scheduler(max_batch=8, base=1e-3, each=0.25e-3, deadline=1.0):
+def make_scheduler(max_batch=8, base=1e-3, each=0.25e-3, deadline=1.0, workers=1):
     rows = {k: {n: base + each * n for n in (1, 2, 4, 8)} for k in range(1, STAGES + 1)}
     ladder = [Level(0.01, RULE.thresholds[:-1]), Level(0.05, (0.5,) * 3), Level(1.0, (0.0,) * 3)]
-    return Scheduler(CostTable(rows), OverloadController(ladder, deadline), max_batch)
+    return Scheduler(CostTable(rows), OverloadController(ladder, deadline), max_batch, workers)
 
 
 def job(arrived=0.0, deadline=math.inf, rule=RULE):
@@ -248,13 +248,45 @@ def test_every_job_is_settled_exactly_once_and_none_is_late(load, max_batch):
             assert outcome.exit == STAGES
 
 
+def test_with_a_free_worker_a_job_waits_for_no_running_batch():
+    for workers, refused in ((1, True), (2, False)):
+        scheduler = make_scheduler(workers=workers)
+        scheduler.admit(job(), 0.0)
+        batch = scheduler.next_step(0.0).batch
+        tight = job(deadline=1.5 * batch.seconds)
+        with pytest.raises(Refused) if refused else contextlib.nullcontext():
+            scheduler.admit(tight, 0.0)
+
+
+def test_workers_share_what_waits():
+    one, two = make_scheduler(workers=1), make_scheduler(workers=2)
+    for scheduler in (one, two):
+        for _ in range(20):
+            scheduler.admit(job(), 0.0)
+    assert two.predicted_wait(0.0) == pytest.approx(one.predicted_wait(0.0) / 2)
+
+
+def test_another_worker_is_called_for_while_jobs_wait_and_one_is_free():
+    scheduler = make_scheduler(max_batch=4, workers=2)
+    for _ in range(12):
+        scheduler.admit(job(), 0.0)
+    batch = scheduler.next_step(0.0).batch
+    assert scheduler.calls_for_another_worker
+    scheduler.next_step(0.0)
+    assert not scheduler.calls_for_another_worker, "both are busy"
+    run(scheduler, batch, [0.9] * 4, 0.01)
+    assert scheduler.calls_for_another_worker
+
+
 class AnyHistory(RuleBasedStateMachine):
-    """Admissions, cancellations, runs and failures in any order."""
+    """Admissions, cancellations, runs and failures in any order, some of them while others run."""
+
+    WORKERS = 3
 
     def __init__(self):
         super().__init__()
-        self.scheduler, self.now = make_scheduler(max_batch=4), 0.0
-        self.live, self.settled = [], []
+        self.scheduler, self.now = make_scheduler(max_batch=4, workers=self.WORKERS), 0.0
+        self.live, self.settled, self.running = [], [], []
 
     @rule(seconds=st.sampled_from([0.002, 0.01, math.inf]))
     def admit(self, seconds):
@@ -283,6 +315,19 @@ class AnyHistory(RuleBasedStateMachine):
             answered = run(self.scheduler, batch, said[: len(batch.jobs)], self.now)
             self.settled += [one for one, _ in answered]
 
+    @precondition(lambda self: len(self.running) < self.WORKERS - 1)
+    @rule()
+    def start(self):
+        if batch := self.step():
+            self.running.append(batch)
+
+    @precondition(lambda self: self.running)
+    @rule(said=st.sampled_from([0.1, 0.9]), data=st.data())
+    def end(self, said, data):
+        batch = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+        answered = run(self.scheduler, batch, [said] * len(batch.jobs), self.now)
+        self.settled += [one for one, _ in answered]
+
     @rule()
     def fail(self):
         if batch := self.step():
@@ -291,6 +336,9 @@ class AnyHistory(RuleBasedStateMachine):
             self.settled += batch.jobs
 
     def teardown(self):
+        for batch in self.running:
+            answered = run(self.scheduler, batch, [1.0] * len(batch.jobs), self.now)
+            self.settled += [one for one, _ in answered]
         while any(self.scheduler.queued()):
             self.run([1.0] * 4)
         assert len(self.settled) == len(set(self.settled)), "a job was answered twice"

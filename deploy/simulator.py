@@ -3,11 +3,11 @@
 Costs, loads and confidences may be measured, recorded or made up, so it answers questions about
 machines that are not at hand, always the same way.
 
-What surrounds the scheduler is four threads. The load sends at its times. The clients' thread
+What surrounds the scheduler is threads. The load sends at its times. The clients' thread
 works on each request and on each answer. The server's event loop goes round in turns: it reads all
 requests that have come, begins them one after another, and sends answers. What comes during a turn
-is seen at the next, and what is begun too late is refused, which costs less. The engine runs the
-scheduler's batches. They share cores and Python's lock as `deploy.machine` says.
+is seen at the next, and what is begun too late is refused, which costs less. The engine's workers
+run the scheduler's batches. They share cores and Python's lock as `deploy.machine` says.
 """
 
 from __future__ import annotations
@@ -129,11 +129,13 @@ class _Simulation:
         self._machine = Machine(overhead.cores)
         self._to_clients: deque[Arrival | _Response] = deque()
         self._to_loop: deque[Arrival | _Response] = deque()
-        self._to_engine: deque[Job] = deque()
+        self._to_engine: deque[Job | None] = deque()
+        # None wakes a worker that has nothing to do.
         self._outcomes: list[Outcome] = []
 
     def run(self, load: Sequence[Arrival]) -> list[Outcome]:
-        self._machine.run(self._load(load), self._clients(), self._loop(), self._engine())
+        workers = [self._worker() for _ in range(self._scheduler.workers)]
+        self._machine.run(self._load(load), self._clients(), self._loop(), *workers)
         return self._outcomes
 
     # --- threads -----------------------------------------------------------------------------
@@ -171,7 +173,7 @@ class _Simulation:
                     sent.append(refusal)
             self._to_clients.extend(sent)
 
-    def _engine(self) -> Thread:
+    def _worker(self) -> Thread:
         busy = False
         while True:
             if not busy:
@@ -182,6 +184,8 @@ class _Simulation:
             for job in step.overdue:
                 exit = job.stage - 1
                 self._tell(job, exit, Reason.DEADLINE if exit else None)
+            if self._scheduler.calls_for_another_worker:
+                self._to_engine.append(None)
             busy = step.batch is not None
             if step.batch is not None:
                 yield from self._run_batch(step.batch)
@@ -199,7 +203,9 @@ class _Simulation:
         self._to_engine.append(Job(self._rule, read, deadline, payload=arrival))
         return None
 
-    def _admit(self, job: Job) -> None:
+    def _admit(self, job: Job | None) -> None:
+        if job is None:
+            return
         try:
             self._scheduler.admit(job, self._machine.now)
         except Refused:

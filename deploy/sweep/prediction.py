@@ -31,7 +31,8 @@ def predict(
     """
     costs = cost_table(engine)
     ladder = [Level(x["max_accuracy_loss"], tuple(x["thresholds"])) for x in engine["ladder"]]
-    scheduler = Scheduler(costs, OverloadController(ladder, deadline), engine["max_batch"])
+    controller = OverloadController(ladder, deadline)
+    scheduler = Scheduler(costs, controller, engine["max_batch"], engine.get("workers", 1))
     chance = random.Random(0)
     load = [Arrival(at, chance.choice(confidences), deadline) for _, at in sent]
     late = {id(a): at - intended for a, (intended, at) in zip(load, sent, strict=True)}

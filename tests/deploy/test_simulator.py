@@ -20,10 +20,10 @@ RULE = Rule((0.8, 0.0), 1, 2)
 SURE, UNSURE = (0.9, 0.9), (0.1, 0.5)
 
 
-def make_scheduler(stage_seconds=STAGE_SECONDS, deadline=0.05):
+def make_scheduler(stage_seconds=STAGE_SECONDS, workers=1, deadline=0.05):
     costs = {k: {1: stage_seconds, 8: 4 * stage_seconds} for k in (1, 2)}
     ladder = [Level(0.01, (0.8,)), Level(1.0, (0.0,))]
-    return Scheduler(CostTable(costs), OverloadController(ladder, deadline), 8)
+    return Scheduler(CostTable(costs), OverloadController(ladder, deadline), 8, workers)
 
 
 def outcomes(load, stage_seconds=STAGE_SECONDS, **overhead):
@@ -151,9 +151,10 @@ loads = st.lists(
     overhead=st.builds(
         Overhead, costs, costs, costs, costs, costs, costs, st.sampled_from([1, 2, math.inf])
     ),
+    workers=st.sampled_from([1, 3]),
 )
-def test_no_job_is_lost_or_answered_twice_or_before_it_could_be(load, overhead):
-    settled = simulate(make_scheduler(), load, RULE, overhead=overhead)
+def test_no_job_is_lost_or_answered_twice_or_before_it_could_be(load, overhead, workers):
+    settled = simulate(make_scheduler(workers=workers), load, RULE, overhead=overhead)
     assert Counter(id(o.arrival) for o in settled) == Counter(map(id, load))
     for outcome in settled:
         least = overhead.client_seconds
@@ -164,7 +165,15 @@ def test_no_job_is_lost_or_answered_twice_or_before_it_could_be(load, overhead):
             least += overhead.answer_seconds
         assert outcome.seconds >= least - 1e-9
         assert (outcome.reason is None) == (outcome.exit == 0)
-    assert settled == simulate(make_scheduler(), load, RULE, overhead=overhead), "the same again"
+    again = simulate(make_scheduler(workers=workers), load, RULE, overhead=overhead)
+    assert settled == again
+
+
+@pytest.mark.parametrize(("workers", "second"), [(1, 4 * STAGE_SECONDS), (2, 2 * STAGE_SECONDS)])
+def test_workers_run_batches_at_the_same_time(workers, second):
+    apart = [Arrival(0.0, UNSURE), Arrival(1e-9, UNSURE)]  # too far for one batch
+    settled = simulate(make_scheduler(workers=workers), apart, RULE)
+    assert [o.finished for o in settled] == pytest.approx([2 * STAGE_SECONDS, second])
 
 
 def test_without_overhead_only_the_scheduler_decides():

@@ -10,10 +10,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 ARRIVED, READ = "offramp.arrived", "offramp.read"
 """In a request's scope: `time.perf_counter` when its first byte and its whole head were read."""
-TIMES_BEHIND = 16
-"""A request that is begun late has waited before, where it cannot be seen, to be read, and will
-wait again to be admitted and for its answer to be sent. Of 4, 8 and 16 times what is seen, 16 gave
-the most right answers in time at 1 to 2 times what two cores can answer."""
+TIMES_BEHIND = 4
+"""A request that waited to begin has waited before, where it cannot be seen, to be read, and its
+answer will wait to be sent, beside the stages it needs."""
 NOT_BEHIND_SECONDS = 0.001
 """What a loop with nothing else to do may take to begin a request."""
 _DEADLINE = re.compile(rb"(?:^|&)deadline_ms=(\d{1,9})")

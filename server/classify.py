@@ -21,7 +21,7 @@ from server.protocol import Parameters, answer_body
 from server.repository import Served
 from server.tickets import Answer, Seen, Ticket
 
-RESERVE_SECONDS = 0.002
+RESERVE_SECONDS = 0.005
 """Kept back from each deadline for encoding and sending the answer…"""
 RESERVE_SHARE = 0.1
 """…but never more than this share of it."""

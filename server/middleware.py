@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.arrival import arrival, is_hopeless, seconds_behind
 from server.errors import BodyTooLarge, OfframpError, Overloaded
+from server.gate import Gate
 from server.metrics import ROUTES, Metrics
 from server.protocol import error_body
 from server.tracing import RequestTrace, RequestTracer
@@ -64,6 +65,7 @@ class Surroundings:
         tracer: RequestTracer | None = None,
     ) -> None:
         self._app = app
+        self._gate = Gate()
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._deadline_ms = deadline_ms
@@ -73,6 +75,8 @@ class Surroundings:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"] in ROUTES:
+            await self._gate()
         now = time.perf_counter()
         context = Context(_request_id(scope), arrival(scope, now), seconds_behind(scope, now))
         scope.setdefault("state", {})["context"] = context

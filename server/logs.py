@@ -46,6 +46,14 @@ def configure(log_format: str, level: str) -> None:
     root.handlers = [handler]
     root.setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # our own lines say as much
+    _look_up_only_what_is_said()
+
+
+def _look_up_only_what_is_said() -> None:
+    """Spare each line what no line says (Python's logging HOWTO, "Optimization")."""
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = False
+    logging.logMultiprocessing = False
 
 
 def _quoted(value: str) -> str:

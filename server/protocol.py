@@ -201,11 +201,11 @@ def top_labels(probabilities: np.ndarray, labels: tuple[str, ...], k: int) -> li
         probabilities: float32 `[classes]`.
         labels: by class id.
     """
-    best = np.argsort(-probabilities, kind="stable")[:k]
+    best = (-probabilities).argsort(kind="stable")[:k].tolist()
     return [
         {
             "label": labels[i],
-            "class_id": int(i),
+            "class_id": i,
             "probability": round(float(probabilities[i]), ROUNDING),
         }
         for i in best

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.schedules import BURST_SECONDS, KINDS
 from deploy.peers import closed, goals, offered, profile
-from deploy.peers.peer import FULL_DEPTH, OTHERS, OURS, Peer, PeerError, pinned
+from deploy.peers.peer import OTHERS, OUR_WAYS, OURS, Peer, PeerError, pinned
 from deploy.peers.running import prepare, started
 from model.bundle import DESCRIPTION, Description
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _closed(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
     rows = []
-    for peer in tqdm(_chosen(arguments, (*OTHERS, FULL_DEPTH, OURS)), "servers"):
+    for peer in tqdm(_chosen(arguments, (*OTHERS, *OUR_WAYS)), "servers"):
         try:
             rows.append(_closed_row(arguments, peer, _wrapped(peer, samples)))
         except (PeerError, OSError) as error:

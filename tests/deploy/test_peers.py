@@ -10,7 +10,7 @@ from deploy.loadtest.load import Result
 from deploy.loadtest.summary import summarise
 from deploy.peers import __main__ as peers
 from deploy.peers import closed, goals, offered, profile, running
-from deploy.peers.peer import BEST_BACKEND, OURS, PLAIN, Peer, offramp, pinned
+from deploy.peers.peer import AS_ACCURATE, BEST_BACKEND, OURS, PLAIN, Peer, offramp, pinned
 from tests.conftest import CLASSES, encode, noise
 
 SUMMARY = {
@@ -53,6 +53,14 @@ def test_a_goal_stands_beside_what_was_measured():
     assert [goal.met for goal in measured] == [True, True, True, True, False, True]
     assert "mosec |" in str(measured[2])
     assert goals.table(measured).endswith("| 0.6% | at most 1.0% | met |")
+
+
+def test_goals_are_for_our_fastest_way_that_is_as_accurate_as_the_best_peer():
+    peer, ours = closed_row(PLAIN.name, 100, 6.0), closed_row(OURS.name, 1000, 2.0, 0.742)
+    fast = closed_row(AS_ACCURATE.name, 1300, 1.5, 0.729)
+    assert "2 points lost" in goals.of_closed([peer, ours, fast])[1].name
+    rough = closed_row(AS_ACCURATE.name, 1300, 1.5, 0.719)
+    assert "2 points lost" not in goals.of_closed([peer, ours, rough])[1].name
 
 
 def test_goals_leave_out_servers_that_failed():

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from deploy.bench.stages import Pass, staged_pass
-from model.bundle import load_servable
+from model.bundle import BundleError, load_servable
 from model.numerics import DTYPES
 from server.settings import threads_inside
 
@@ -33,7 +33,7 @@ ROUNDS = 3
 the median counts."""
 PREPARE_SECONDS = 1200.0
 """Compiling takes minutes on a slow machine."""
-RUN_SECONDS = 30.0
+RUN_SECONDS = 120.0
 TIMES_LONGER = 10
 """A setup is stuck that takes so many times as long as it should run, and the seconds above."""
 
@@ -97,8 +97,8 @@ class Stuck(Exception):
 class Fleet:
     """The engines of one setup, in a process of their own.
 
-    So no team of threads that another setup has left is in the way, and one that is stuck, as teams
-    are that wait for a core that others keep busy, can be ended.
+    So no team of threads that another setup has left is in the way, and one that takes too long, as
+    teams do that wait for a core that others keep busy, can be ended.
 
     Args:
         setup: what it is.
@@ -152,20 +152,21 @@ class Fleet:
 
 
 def _obey(orders: Connection, setup: Setup) -> None:
-    """Prepare each case and run for each number of seconds, until killed."""
+    """Prepare each case and run for each number of seconds, until killed or left alone."""
     warnings.filterwarnings("ignore")  # torch's own
     torch.set_num_threads(setup.threads)
     passes: list[Pass] = []
-    while True:
-        order = orders.recv()
-        try:
-            if isinstance(order, Case):
-                passes = [_pass(order) for _ in range(setup.engines)]
-                orders.send(None)
-            else:
-                orders.send(run_at_once(passes, setup.threads, order))
-        except Exception as error:
-            orders.send(RuntimeError(str(error)))
+    with suppress(EOFError, ConnectionError):
+        while True:
+            order = orders.recv()
+            try:
+                if isinstance(order, Case):
+                    passes = [_pass(order) for _ in range(setup.engines)]
+                    orders.send(None)
+                else:
+                    orders.send(run_at_once(passes, setup.threads, order))
+            except (OSError, RuntimeError, BundleError) as error:
+                orders.send(RuntimeError(str(error)))
 
 
 def _pass(case: Case) -> Pass:

@@ -33,6 +33,7 @@ ROUNDS = 3
 the median counts."""
 PREPARE_SECONDS = 1200.0
 """Compiling takes minutes on a slow machine."""
+END_SECONDS = 5.0
 RUN_SECONDS = 120.0
 TIMES_LONGER = 10
 """A setup is stuck that takes so many times as long as it should run, and the seconds above."""
@@ -133,10 +134,11 @@ class Fleet:
         return passes
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which does so by itself unless it is stuck."""
+        self._orders.close()
+        self._process.join(END_SECONDS)
         self._process.kill()
         self._process.join()
-        self._orders.close()
 
     def _order(self, order: Case | float, most_seconds: float, doing: str) -> Any:
         self._orders.send(order)

@@ -124,9 +124,13 @@ class Settings(BaseSettings):
         return init_settings, env_settings
 
 
-def threads_inside(asked: int) -> int:
-    """Threads inside one operation on CPU, where `asked` is a setting and 0 leaves it open."""
-    return asked or max(1, (os.cpu_count() or 1) - 1)
+def threads_inside(asked: int, cores: int | None = None) -> int:
+    """Threads inside one operation on CPU, where `asked` is a setting and 0 leaves it open.
+
+    Args:
+        cores: by default, the machine's.
+    """
+    return asked or max(1, (cores or os.cpu_count() or 1) - 1)
 
 
 def load_settings(argv: Sequence[str]) -> Settings:

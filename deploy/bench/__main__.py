@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from deploy.bench import memory, stages, threads
 from deploy.loadtest.samples import read_samples
 from model.bundle import BundleError, load_servable
 from server.programs import need_compiler
+from server.settings import Settings
 
 HOURLY_RATE = 100
 """Requests a second of the hour that `memory` stands for."""
@@ -38,7 +40,14 @@ def _stages(arguments: argparse.Namespace) -> int:
     _prepare_to_compile()
     bundle = load_servable(arguments.bundle)
     clock = stages.CLOCKS[arguments.clock]
-    rows = stages.measure(bundle, arguments.batches, arguments.threads, arguments.seconds, clock)
+    rows = stages.measure(
+        bundle,
+        arguments.batches,
+        arguments.threads,
+        arguments.seconds,
+        clock,
+        arguments.cache_dir,
+    )
     asked = {"threads": arguments.threads, "clock": arguments.clock}
     _write(arguments.json, [{**row.as_dict(), **asked} for row in rows])
     print(stages.table(rows))
@@ -48,15 +57,12 @@ def _stages(arguments: argparse.Namespace) -> int:
 def _threads(arguments: argparse.Namespace) -> int:
     if arguments.way == "compiled":
         _prepare_to_compile()
-    bundle = load_servable(arguments.bundle)
-    rows = threads.measure(
-        bundle,
-        arguments.way,
-        arguments.dtypes,
-        arguments.batches,
-        arguments.cores,
-        arguments.seconds,
-    )
+    load_servable(arguments.bundle)  # else every setup would say that it cannot
+    cases = [
+        threads.Case(arguments.bundle, arguments.way, dtype, batch, arguments.cache_dir)
+        for dtype, batch in itertools.product(arguments.dtypes, arguments.batches)
+    ]
+    rows = threads.measure(cases, arguments.cores, arguments.seconds)
     _write(arguments.json, [row.as_dict() for row in rows])
     print(threads.table(rows))
     return 0
@@ -113,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--seconds", type=float, default=4.0, help="length of each measurement"
+        )
+        command.add_argument(
+            "--cache-dir",
+            type=Path,
+            default=Settings.model_fields["cache_dir"].default,
+            help="where a server keeps compiled stages, which are compiled if they are not there",
         )
 
     one = add("stages", _stages, "what it costs to run a network stage by stage, not at once")

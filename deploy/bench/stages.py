@@ -22,6 +22,7 @@ from model.fold import Stage
 from model.numerics import name_of
 from server.compile import compile_unit
 from server.library import Library
+from server.programs import Programs
 from server.runner import Program
 from server.units import Unit, example_inputs, make_units
 
@@ -77,9 +78,18 @@ class Whole(nn.Module):
 
 
 def measure(
-    bundle: Bundle, batches: Sequence[int], threads: int, seconds: float, clock: Clock
+    bundle: Bundle,
+    batches: Sequence[int],
+    threads: int,
+    seconds: float,
+    clock: Clock,
+    cache: Path,
 ) -> list[Measured]:
-    """Time every way, dtype and batch size, staged and fused in turns."""
+    """Time every way, dtype and batch size, staged and fused in turns.
+
+    Args:
+        cache: where a server keeps compiled stages.
+    """
     torch.set_num_threads(threads)
     rows = []
     cases = list(itertools.product(DTYPES, batches, WAYS))
@@ -88,35 +98,36 @@ def measure(
         for i, (dtype, batch, way) in enumerate(cases, start=1):
             name = name_of(dtype)
             print(f"{i}/{len(cases)} {way} {name} batch {batch}", file=sys.stderr, flush=True)
-            staged, fused = passes(bundle, way, dtype, batch, Path(scratch))
+            staged = staged_pass(bundle, way, dtype, batch, cache)
+            fused = fused_pass(bundle, way, dtype, batch, Path(scratch))
             rows.append(Measured(way, name, batch, *medians(staged, fused, seconds, clock)))
     return rows
 
 
-def passes(
-    bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path
-) -> tuple[Pass, Pass]:
-    """The staged and the fused pass over the same random images."""
+def fused_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path) -> Pass:
+    """A pass over random images through all stages at once, compiled into `folder`."""
     units = _units(bundle, way, dtype)
     pixels = example_inputs(units, bundle, batch, torch.device("cpu"))[0]
-    whole = _programs([Whole(units)], [pixels], way, folder / f"whole-{dtype}-{batch}")[0]
+    whole = _programs([Whole(units)], [pixels], way, [folder / f"{dtype}-{batch}.pt2"])[0]
 
     def fused() -> None:
         for said in whole(pixels):
             said[:, 0].tolist()
 
-    return staged_pass(bundle, way, dtype, batch, folder), fused
+    return fused
 
 
-def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path) -> Pass:
+def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, cache: Path) -> Pass:
     """A pass over random images, stage after stage with a look at each exit's confidences.
 
-    What is compiled in `folder` already is only loaded.
+    What a server with as many threads has compiled is only loaded.
     """
     units = _units(bundle, way, dtype)
     examples = example_inputs(units, bundle, batch, torch.device("cpu"))
-    threads = torch.get_num_threads()  # compiled programs are made for a number of them
-    programs = _programs(units, examples, way, folder / f"{dtype}-{batch}-{threads}")
+    kept = Programs(cache, bundle, dtype, torch.get_num_threads())
+    files = [kept.file(stage, batch) for stage in range(1, len(units) + 1)]
+    programs = _programs(units, examples, way, files)
+    kept.close()
 
     def staged() -> None:
         inputs: Sequence[Tensor] = examples[0]
@@ -138,12 +149,13 @@ def _units(bundle: Bundle, way: str, dtype: torch.dtype) -> list[Unit]:
 
 
 def _programs(
-    modules: Sequence[nn.Module], examples: Sequence[tuple[Tensor, ...]], way: str, folder: Path
+    modules: Sequence[nn.Module],
+    examples: Sequence[tuple[Tensor, ...]],
+    way: str,
+    files: Sequence[Path],
 ) -> list[Program]:
     if way != "compiled":
         return [_eager(module) for module in modules]
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"{k}.pt2" for k in range(len(modules))]
     for module, inputs, file in zip(modules, examples, files, strict=True):
         if not file.exists():
             compile_unit(module, inputs, file)

@@ -7,7 +7,17 @@ import pytest
 from deploy.bench.__main__ import main
 from deploy.bench.memory import MIB, Look, Memory
 from deploy.bench.stages import medians
-from deploy.bench.threads import Setup, setups
+from deploy.bench.threads import (
+    Case,
+    Fleet,
+    Setup,
+    Stuck,
+    compare,
+    default,
+    measured,
+    setups,
+    table,
+)
 from tests.conftest import encode, noise
 
 
@@ -45,16 +55,81 @@ def test_every_even_split_of_the_cores_is_tried_beside_one_engine_with_fewer_thr
     assert {s.engines * s.threads for s in setups(6)[6:]} == {6}
 
 
-def test_threads_are_measured_against_one_engine_with_them_all(bundle_path, tmp_path, capsys):
+class Pretended:
+    """A fleet of known speed; one that is stuck says so at its n-th order."""
+
+    def __init__(self, setup, milliseconds, stuck_at=None):
+        self.setup, self._seconds, self._stuck_at = setup, milliseconds / 1e3, stuck_at
+        self.orders, self.closed = 0, False
+
+    def _order(self):
+        assert not self.closed, "nothing is asked of one that was left out"
+        self.orders += 1
+        if self.orders == self._stuck_at:
+            raise Stuck("took over 30 s to run")
+
+    def prepare(self, case):
+        self._order()
+
+    def run(self, seconds):
+        self._order()
+        return [self._seconds] * round(seconds / self._seconds)
+
+    def close(self):
+        self.closed = True
+
+
+CASE = Case(None, "folded", "float32", 4, None)
+
+
+def test_setups_are_measured_against_what_a_server_takes_by_default():
+    fleets = [Pretended(Setup(1, 1), 2.0), Pretended(Setup(1, 2), 1.0)]
+    rows = measured(compare(fleets, CASE, 3.0), CASE, default(2), 3.0)
+    assert [(r.setup.threads, r.ratio) for r in rows] == [(1, 1.0), (2, pytest.approx(2.0))]
+    assert [r.images_per_second for r in rows] == pytest.approx([2000, 4000])
+    assert [r.pass_ms for r in rows] == pytest.approx([2.0, 1.0])
+    assert default(8) == Setup(1, 7)
+    assert all(default(cores) in setups(cores) for cores in range(1, 9))
+
+
+@pytest.mark.parametrize("stuck_at", [1, 3])
+def test_a_setup_that_is_stuck_is_said_and_left_out(capsys, stuck_at):
+    fleets = [Pretended(Setup(1, 1), 2.0), Pretended(Setup(1, 2), 1.0, stuck_at)]
+    rows = measured(compare(fleets, CASE, 3.0), CASE, default(2), 3.0)
+    assert [r.setup for r in rows] == [Setup(1, 1)]
+    assert fleets[1].closed
+    said = "left out: 1 engines with 2 threads each took over 30 s to run\n"
+    assert capsys.readouterr().err == said
+
+
+def test_without_the_default_there_is_nothing_to_compare_with():
+    fleets = [Pretended(Setup(1, 1), 2.0, 1), Pretended(Setup(1, 2), 1.0)]
+    rows = measured(compare(fleets, CASE, 3.0), CASE, default(2), 3.0)
+    assert [r.ratio for r in rows] == [None]
+    assert "| 1.00 | - |" in table(rows)
+
+
+@pytest.mark.slow
+def test_threads_are_measured_in_processes_of_their_own(bundle_path, tmp_path, capsys):
     out = tmp_path / "threads.json"
     command = ["threads", "--bundle", str(bundle_path), "--way", "folded", "--cores", "2"]
     command += ["--batches", "2", "--dtypes", "float32", "--seconds", "0.3", "--json", str(out)]
-    assert main(command) == 0
+    assert main([*command, "--cache-dir", str(tmp_path)]) == 0
     rows = json.loads(out.read_text())
     assert [(r["engines"], r["threads"]) for r in rows] == [(1, 1), (1, 2), (2, 1)]
-    assert rows[1]["ratio"] == 1.0
+    assert rows[0]["ratio"] == 1.0
     assert all(r["images_per_second"] > 0 for r in rows)
     assert "| 2 | 2 | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_case_that_cannot_be_run_is_one_sentence(tmp_path):
+    fleet = Fleet(Setup(1, 1))
+    try:
+        with pytest.raises(RuntimeError, match=str(tmp_path)):
+            fleet.prepare(Case(tmp_path / "no", "folded", "float32", 1, tmp_path))
+    finally:
+        fleet.close()
 
 
 def run_of(mibs):

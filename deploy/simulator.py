@@ -5,9 +5,10 @@ machines that are not at hand, always the same way.
 
 What surrounds the scheduler is threads. The load sends at its times. The clients' thread
 works on each request and on each answer. The server's event loop goes round in turns: it reads all
-requests that have come, begins them one after another, and sends answers. What comes during a turn
-is seen at the next, and what is begun too late is refused, which costs less. The engine's workers
-run the scheduler's batches. They share cores and Python's lock as `deploy.machine` says.
+requests that have come, begins the few that its gate lets through, and sends answers. What comes
+during a turn is seen at the next, and what is begun too late is refused, which costs less. The
+engine's workers run the scheduler's batches. They share cores and Python's lock as `deploy.machine`
+says.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from deploy.machine import Machine, Needs, Thread, Work
 from model.policy import Reason, Rule
 from server.arrival import is_hopeless
+from server.gate import EACH_TURN
 from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
 
 _NO_DEADLINE_NAMED = {"query_string": b""}
@@ -157,19 +159,21 @@ class _Simulation:
 
     def _loop(self) -> Thread:
         ready: list[_Response] = []
+        waiting: deque[tuple[Arrival, float]] = deque()
         while True:
-            if not ready:
+            if not ready and not waiting:
                 yield self._to_loop
             read, messages = self._machine.now, list(self._to_loop)
             self._to_loop.clear()
             sent = ready
             for _ in ready:
                 yield Work(Needs.LOCK, self._overhead.answer_seconds)
-            ready = []  # what the engine says now is sent at the next turn
-            for message in messages:
-                if isinstance(message, _Response):
-                    ready.append(message)
-                elif (refusal := (yield from self._begin(message, read))) is not None:
+            # What the engine says now is sent at the next turn.
+            ready = [m for m in messages if isinstance(m, _Response)]
+            waiting.extend((m, read) for m in messages if isinstance(m, Arrival))
+            for _ in range(min(EACH_TURN, len(waiting))):
+                refusal = yield from self._begin(*waiting.popleft())
+                if refusal is not None:
                     sent.append(refusal)
             self._to_clients.extend(sent)
 

@@ -14,8 +14,8 @@ class Gate:
     """Requests pass it in the order they came, so many a turn.
 
     In each turn an event loop reads whatever has come and then begins all of it, while answers that
-    are ready wait for the turn to end. Behind a gate a turn is short however much comes at once, and
-    what waits, waits where it is seen.
+    are ready wait for the turn to end. Behind a gate a turn is short however much comes at once,
+    and what waits, waits where it is seen.
     """
 
     def __init__(self) -> None:

@@ -173,6 +173,7 @@ class EngineBody(BaseModel):
     )
     ladder: list[LevelBody] = Field(description="from peace to the most lossy level allowed")
     max_batch: int = Field(description="most images in one stage batch")
+    workers: int = Field(description="stage batches that run at the same time")
     backlog_seconds: float = Field(description="what is queued is expected to take so long")
 
 

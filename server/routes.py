@@ -273,6 +273,7 @@ async def get_engine(served: Served_) -> EngineBody:
             for x in scheduler.controller.ladder
         ],
         max_batch=scheduler.max_batch,
+        workers=scheduler.workers,
         backlog_seconds=scheduler.backlog_seconds,
     )
 

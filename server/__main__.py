@@ -33,6 +33,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._served = served
         self._acceptors: list[Acceptor] = []
+        self._frozen = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -52,9 +53,10 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: when told to, or when warming up failed."""
-        if self._served.ready and not gc.get_freeze_count():
+        if self._served.ready and not self._frozen:
             # A look through all that torch has brought takes 0.1 s, in which nothing is answered.
             gc.freeze()
+            self._frozen = True
         return await super().on_tick(counter) or self._served.failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

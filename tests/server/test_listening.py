@@ -73,7 +73,6 @@ def test_a_closed_acceptor_leaves_the_listening_to_its_owner():
 def test_what_was_there_when_it_became_ready_is_never_looked_through_again(monkeypatch):
     frozen = []
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
-    monkeypatch.setattr(gc, "get_freeze_count", lambda: len(frozen))
     served = SimpleNamespace(ready=False, failed=False)
     server = Server(uvicorn.Config(app=None, log_config=None), served)
     seen = []

@@ -6,8 +6,8 @@ import asyncio
 from collections import deque
 
 EACH_TURN = 4
-"""A turn of so many takes about a millisecond. With 8 as many answers were in time on two cores that
-were offered more than they can answer."""
+"""A turn of so many takes about a millisecond. With 8 as many answers were in time on two cores
+that were offered more than they can answer."""
 
 
 class Gate:

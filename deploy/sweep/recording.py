@@ -46,6 +46,7 @@ def columns(results: Sequence[Result]) -> Row:
         "finished_ms": [round(1e3 * r.finished, 2) for r in results],
         "status": [r.status for r in results],
         "exit": [r.exit for r in results],
+        "reason": [r.reason for r in results],
     }
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.loadtest.schedules import KINDS
+from deploy.loadtest.schedules import BURST_SECONDS, KINDS
 from deploy.sweep.engine import Row
+from model.policy import Reason
 
 
 def table(rows: Sequence[Row]) -> str:
     """The loads as Markdown."""
     lines = [
         "| load | of full depth | offered/s | goodput/s | simulated | off by | in time "
-        "| effective accuracy | p99, ms |",
-        "| --- " * 9 + "|",
+        "| effective accuracy | p99, ms | bent after a burst, s |",
+        "| --- " * 10 + "|",
     ]
     for row in rows:
         measured, simulated = row["measured"], row["simulated"]["goodput_per_second"]
@@ -25,9 +26,29 @@ def table(rows: Sequence[Row]) -> str:
             f"| {row['kind']} | {row['load']:g} | {measured['offered_per_second']:.0f} "
             f"| {goodput:.0f} | {simulated:.0f} | {off:+.0%} | {measured['in_time_share']:.1%} "
             f"| {'-' if accuracy is None else f'{accuracy:.1%}'} "
-            f"| {measured['latency_ms'].get('p99', float('nan')):.1f} |"
+            f"| {measured['latency_ms'].get('p99', float('nan')):.1f} | {_recovery(row)} |"
         )
     return "\n".join(lines)
+
+
+def recovery_seconds(row: Row) -> float | None:
+    """How long after a burst's end requests were still answered shallower for its sake, at worst.
+
+    None where no answer of the load was; a burst's length if it never ended.
+    """
+    requests = row["requests"]
+    bent = [
+        sent / 1e3
+        for sent, reason in zip(requests["sent_ms"], requests["reason"], strict=True)
+        if reason == Reason.OVERLOAD
+    ]
+    after = [at % (2 * BURST_SECONDS) for at in bent if at >= 2 * BURST_SECONDS]
+    return max((at for at in after if at < BURST_SECONDS), default=0.0) if bent else None
+
+
+def _recovery(row: Row) -> str:
+    seconds = recovery_seconds(row) if row["kind"] == "bursts" else None
+    return "-" if seconds is None else f"{seconds:.2f}"
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:

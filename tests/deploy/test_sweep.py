@@ -13,6 +13,7 @@ from deploy.sweep.engine import cost_table
 from deploy.sweep.measuring import Flood, Spent, without_stages
 from deploy.sweep.prediction import predict
 from deploy.sweep.recording import columns
+from deploy.sweep.report import recovery_seconds
 from tests.conftest import encode, noise
 
 ENGINE = {
@@ -121,6 +122,17 @@ def test_a_recording_is_simulated_again_without_a_server(tmp_path, capsys, begin
     assert off in capsys.readouterr().out
     assert main(["--again", str(out)]) == 0, "what is written can be read"
     assert off in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bent", "seconds"),
+    [([], None), ([1.2], 0.0), ([1.2, 2.3, 2.4, 3.1, 3.9], 0.4), ([0.5, 5.9, 6.99], 0.99)],
+)
+def test_how_long_answers_are_bent_after_a_burst_is_seen_in_their_reasons(bent, seconds):
+    sent = [(at, "overload") for at in bent] + [(at / 10, "confident") for at in range(80)]
+    results = [Result(at, at, at + 0.01, 200, True, 1, reason) for at, reason in sent]
+    said = recovery_seconds({"requests": columns(results)})
+    assert said == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_a_file_that_is_no_recording_is_one_sentence(tmp_path, capsys):

@@ -70,7 +70,7 @@ def _of_closed(ours: Row, measured: Mapping[str, Row]) -> Iterator[Goal]:
     ):
         if other:
             times = closed.unloaded_ms(other) / closed.unloaded_ms(ours)
-            yield Goal(f"unloaded median latency of {name} over {ours['name']}'s", times, goal)
+            yield Goal(f"unloaded median latency of {name} over that of {ours['name']}", times, goal)
     if eager:
         fastest = max(eager, key=closed.saturated)
         times = closed.saturated(ours) / closed.saturated(fastest)

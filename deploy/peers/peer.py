@@ -88,6 +88,6 @@ BEST_BACKEND = Peer(
 OTHERS = (*EAGER, BEST_BACKEND)
 FULL_DEPTH = offramp("Offramp, every image at full depth", "threshold=1")
 OURS = offramp("Offramp")
-AS_ACCURATE = offramp("Offramp, at most 2 points lost", "max_accuracy_loss=0.02")
+AS_ACCURATE = offramp("Offramp at 2 points", "max_accuracy_loss=0.02")
 """Which brings the default bundle down to what the others' last exit is worth."""
 OUR_WAYS = (FULL_DEPTH, OURS, AS_ACCURATE)

@@ -58,9 +58,9 @@ def test_a_goal_stands_beside_what_was_measured():
 def test_goals_are_for_our_fastest_way_that_is_as_accurate_as_the_best_peer():
     peer, ours = closed_row(PLAIN.name, 100, 6.0), closed_row(OURS.name, 1000, 2.0, 0.742)
     fast = closed_row(AS_ACCURATE.name, 1300, 1.5, 0.721)
-    assert "2 points lost" in goals.of_closed([peer, ours, fast])[1].name
+    assert "at 2 points" in goals.of_closed([peer, ours, fast])[1].name
     rough = closed_row(AS_ACCURATE.name, 1300, 1.5, 0.719)
-    assert "2 points lost" not in goals.of_closed([peer, ours, rough])[1].name
+    assert "at 2 points" not in goals.of_closed([peer, ours, rough])[1].name
 
 
 def test_goals_leave_out_servers_that_failed():

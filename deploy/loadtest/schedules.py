@@ -8,6 +8,8 @@ from pathlib import Path
 
 BURST_SECONDS = 1.0
 """Length of a burst, and of the calm after it."""
+PEAK = 1.8
+"""Rate in a burst, over the mean."""
 
 
 def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
@@ -15,7 +17,7 @@ def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
     return list(_poisson(random.Random(seed), rate, 0.0, seconds))
 
 
-def bursts(rate: float, seconds: float, peak: float = 1.8, seed: int = 0) -> list[float]:
+def bursts(rate: float, seconds: float, peak: float = PEAK, seed: int = 0) -> list[float]:
     """Poisson sends whose rate swings between `peak` and 2 - `peak` times the mean `rate`.
 
     Over whole swings, of two seconds, the mean is kept; so `peak` is from 1 to 2.

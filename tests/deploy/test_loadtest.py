@@ -1,6 +1,7 @@
 """The load tester against a small server whose behaviour is known."""
 
 import asyncio
+import gc
 import json
 import math
 import tarfile
@@ -59,6 +60,19 @@ def test_every_request_is_accounted_for_with_its_label_exit_and_reason():
     assert len(results) == 4
     assert {(r.status, r.exit, r.reason) for r in results} == {(200, 1, "confident")}
     assert {r.right for r in results} <= {True, False}
+
+
+def test_a_load_is_not_stopped_to_look_for_garbage_that_was_there_before():
+    looked = []
+
+    class Watching(Client):
+        async def post(self, body):
+            looked.append(gc.get_freeze_count())
+            return await super().post(body)
+
+    asyncio.run(open_loop(Watching("http://127.0.0.1:9/"), [OTTER], [0.0]))
+    assert looked[0] > 1000
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_refusal_counts_as_wrong_and_as_not_answered():

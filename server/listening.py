@@ -40,10 +40,8 @@ class Acceptor:
         for _ in range(MOST_AT_ONCE):
             try:
                 connection, _ = self._listening.accept()
-            except (
-                OSError
-            ):  # none waits, or one went away; were descriptors short, the owner says so
-                return
+            except OSError:
+                return  # none waits, or one went away; were descriptors short, the owner says so
             connection.setblocking(False)
             opening = self._loop.create_task(self._open(connection))
             self._opening.add(opening)

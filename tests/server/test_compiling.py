@@ -275,11 +275,15 @@ from server.library import Library
 torch.set_num_threads(1)
 program = Library(Path(sys.argv[1]))
 pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
-thread = threading.Thread(target=program, args=([pixels],))
-before = len(os.listdir("/proc/self/task"))
+
+def run():
+    before = len(os.listdir("/proc/self/task"))
+    program([pixels])
+    print(len(os.listdir("/proc/self/task")) - before)
+
+thread = threading.Thread(target=run)
 thread.start()
 thread.join()
-print(len(os.listdir("/proc/self/task")) - before)
 """
 
 

@@ -22,7 +22,7 @@ from model.bundle import BundleError, load_servable
 from model.numerics import DTYPES
 from server.costs import batch_sizes
 from server.programs import Programs, need_compiler
-from server.settings import Settings, threads_inside
+from server.settings import Settings
 from server.units import example_inputs, make_units
 
 READY = "ready"
@@ -46,11 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compile_missing(arguments: argparse.Namespace) -> None:
     """Compile every unit and batch size that the cache lacks."""
-    threads = threads_inside(arguments.threads)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
     bundle = load_servable(arguments.bundle)
     dtype = DTYPES[arguments.dtype]
-    programs = Programs(arguments.cache_dir, bundle, dtype, threads)
+    programs = Programs(arguments.cache_dir, bundle, dtype, arguments.threads)
     units = make_units(bundle, torch.device("cpu"), dtype)
     for size in order(arguments.max_batch):
         inputs = example_inputs(units, bundle, size, torch.device("cpu"))

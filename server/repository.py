@@ -23,7 +23,7 @@ from server.overload import Level, OverloadController
 from server.programs import compiler
 from server.runner import Program, Runner
 from server.scheduler import Scheduler
-from server.settings import Settings, threads_inside
+from server.settings import Settings, workers_at_once
 from server.tracing import tracer_from
 
 log = logging.getLogger("offramp")
@@ -45,8 +45,8 @@ class Served:
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = _device(settings)
         on_cpu = self.device.type == "cpu"
-        self.threads = threads_inside(settings.threads)
-        self.workers = settings.workers if on_cpu else 1
+        self.threads = settings.threads
+        self.workers = workers_at_once(settings.workers, settings.threads) if on_cpu else 1
         if on_cpu:
             torch.set_num_threads(self.threads)
         self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)

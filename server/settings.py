@@ -55,17 +55,13 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(
         Path("~/.cache/offramp"), description="where compiled stages are kept from start to start"
     )
-    threads: int = Field(
+    threads: int = Field(1, ge=1, le=1024, description="threads inside one operation on CPU")
+    workers: int = Field(
         0,
         ge=0,
         le=1024,
-        description="threads inside one operation on CPU; 0 leaves one core for HTTP",
-    )
-    workers: int = Field(
-        1,
-        ge=1,
-        le=1024,
-        description="stage batches that run at the same time on CPU, each with THREADS",
+        description="stage batches that run at the same time on CPU, each with THREADS; 0 for as "
+        "many as the cores but one, which is left for HTTP",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -124,13 +120,14 @@ class Settings(BaseSettings):
         return init_settings, env_settings
 
 
-def threads_inside(asked: int, cores: int | None = None) -> int:
-    """Threads inside one operation on CPU, where `asked` is a setting and 0 leaves it open.
+def workers_at_once(asked: int, threads: int, cores: int | None = None) -> int:
+    """Stage batches at the same time on CPU, where `asked` is a setting and 0 leaves it open.
 
     Args:
+        threads: inside one operation of each.
         cores: by default, the machine's.
     """
-    return asked or max(1, (cores or os.cpu_count() or 1) - 1)
+    return asked or max(1, ((cores or os.cpu_count() or 1) - 1) // threads)
 
 
 def load_settings(argv: Sequence[str]) -> Settings:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are many small things: more threads only wait
 os.environ["OFFRAMP_COMPILE"] = "off"  # tests that want compiled stages say so
+os.environ["OFFRAMP_WORKERS"] = "1"  # whatever cores there are
 
 import httpx
 import numpy as np

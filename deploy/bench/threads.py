@@ -25,7 +25,7 @@ import torch
 from deploy.bench.stages import Pass, staged_pass
 from model.bundle import BundleError, load_servable
 from model.numerics import DTYPES
-from server.settings import threads_inside
+from server.settings import workers_at_once
 
 WARM_UP_SECONDS = 0.3
 ROUNDS = 3
@@ -69,14 +69,15 @@ class Measured:
 
 
 def setups(cores: int) -> list[Setup]:
-    """One engine with 1 to all cores' threads, then the even splits; the default is among them."""
+    """One engine with 1 to all cores' threads, the even splits, and the default."""
     alone = [Setup(1, threads) for threads in range(1, cores + 1)]
-    return alone + [Setup(n, cores // n) for n in range(2, cores + 1) if cores % n == 0]
+    even = [Setup(n, cores // n) for n in range(2, cores + 1) if cores % n == 0]
+    return list(dict.fromkeys([*alone, *even, default(cores)]))
 
 
 def default(cores: int) -> Setup:
     """What a server takes on so many cores unless it is told."""
-    return Setup(1, threads_inside(0, cores))
+    return Setup(workers_at_once(0, 1, cores), 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def test_setups_are_measured_against_what_a_server_takes_by_default():
     assert [(r.setup.threads, r.ratio) for r in rows] == [(1, 1.0), (2, pytest.approx(2.0))]
     assert [r.images_per_second for r in rows] == pytest.approx([2000, 4000])
     assert [r.pass_ms for r in rows] == pytest.approx([2.0, 1.0])
-    assert default(8) == Setup(1, 7)
+    assert default(8) == Setup(7, 1)
     assert all(default(cores) in setups(cores) for cores in range(1, 9))
 
 

@@ -35,7 +35,6 @@ class Compiling:
         bundle: what is served.
         units: the eager units, shallow to deep, that programs must agree with.
         dtype: their numerics.
-        threads: inside one operation.
         workers: how many threads run programs at the same time.
         load: a program from its file, for so many workers.
     """
@@ -46,7 +45,6 @@ class Compiling:
         bundle: Bundle,
         units: list[Unit],
         dtype: torch.dtype,
-        threads: int,
         workers: int = 1,
         load: Callable[[Path, int], Program] = Library,
     ) -> None:
@@ -54,9 +52,8 @@ class Compiling:
         self._bundle = bundle
         self._units = units
         self._dtype = dtype
-        self._threads = threads
         self._workers = workers
-        self._programs = Programs(settings.cache_dir, bundle, dtype, threads)
+        self._programs = Programs(settings.cache_dir, bundle, dtype, settings.threads)
         self._load = load
         self._used: set[tuple[int, int]] = set()
         self._refused: set[tuple[int, int]] = set()
@@ -130,7 +127,7 @@ class Compiling:
         need_compiler()
         command = [sys.executable, "-m", "server.compile", "--bundle", str(self._settings.bundle)]
         command += ["--dtype", name_of(self._dtype)]
-        command += ["--threads", str(self._threads)]
+        command += ["--threads", str(self._settings.threads)]
         command += ["--max-batch", str(self._settings.max_batch)]
         return [*command, "--cache-dir", str(self._programs.cache)]
 

@@ -163,15 +163,17 @@ class Engine:
         Returns:
             Whether there was anything to run.
         """
-        self._beat = self._clock()
-        with self._lock:
-            audit = self.scheduler.next_audit(self._beat)
-        self._take_messages(min(BEAT_SECONDS, audit) if wait else 0.0)
+        self._take_messages(self._patience() if wait else 0.0)
         batch = self._next_batch()
         if batch is None or (self._stopping and batch.audit):
             return False
         self._run_batch(batch)
         return True
+
+    def _patience(self) -> float:
+        with self._lock:
+            self._beat = self._clock()
+            return min(BEAT_SECONDS, self.scheduler.next_audit(self._beat))
 
     def _take_messages(self, seconds: float) -> None:
         try:

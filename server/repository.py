@@ -45,10 +45,9 @@ class Served:
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = _device(settings)
         on_cpu = self.device.type == "cpu"
-        self.threads = settings.threads
         self.workers = workers_at_once(settings.workers, settings.threads) if on_cpu else 1
         if on_cpu:
-            torch.set_num_threads(self.threads)
+            torch.set_num_threads(settings.threads)
         self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)
         self.metrics = _metrics(settings, self.bundle, self.device, self.dtype)
         self.decoder = Decoder(
@@ -103,7 +102,7 @@ class Served:
             capturing.use_all(self.settings.max_batch, use, self.settings.compile == "require")
             return
         compiling = self._compiling = Compiling(
-            self.settings, self.bundle, runner.units, self.dtype, self.threads, self.workers
+            self.settings, self.bundle, runner.units, self.dtype, self.workers
         )
         compiling.use_ready(use)
         if compiling.complete:

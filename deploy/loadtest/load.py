@@ -65,7 +65,6 @@ def _steady() -> Iterator[None]:
     """Look through nothing for garbage that was there before: with torch in the same process that
     takes 0.1 s, in which nothing would be sent.
     """
-    gc.collect()
     gc.freeze()
     try:
         yield

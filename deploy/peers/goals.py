@@ -54,17 +54,14 @@ def of_closed(rows: Sequence[Row]) -> list[Goal]:
     Of our own ways they are for the fastest that is as accurate as the best peer, within a point.
     """
     measured = {row["name"]: row for row in rows if "failed" not in row}
-    best = max((measured[p.name]["accuracy"] or 0 for p in OTHERS if p.name in measured), default=0)
     ways = [measured[way.name] for way in OUR_WAYS if way.name in measured]
-    # Rounded, since 0.73 - 0.72 is more than 0.01 to a computer.
-    fair = [w for w in ways if round(best - (w["accuracy"] or 1), 6) <= MOST_ACCURACY_LOSS]
+    fair = [way for way in ways if (_accuracy_loss(way, measured) or 0) <= MOST_ACCURACY_LOSS]
     return list(_of_closed(max(fair, key=closed.saturated), measured)) if fair else []
 
 
 def _of_closed(ours: Row, measured: Mapping[str, Row]) -> Iterator[Goal]:
     plain, best = measured.get(PLAIN.name), measured.get(BEST_BACKEND.name)
     eager = [measured[peer.name] for peer in EAGER if peer.name in measured]
-    others = [measured[peer.name] for peer in OTHERS if peer.name in measured]
     for name, other, goal in (
         ("plain FastAPI", plain, LATENCY_TIMES_PLAIN),
         (BEST_BACKEND.name, best, LATENCY_TIMES_BEST_BACKEND),
@@ -88,10 +85,19 @@ def _of_closed(ours: Row, measured: Mapping[str, Row]) -> Iterator[Goal]:
     overhead = ours["profile"]["outside_stages"]
     name = "share of the machine outside stages at saturation"
     yield Goal(name, overhead, MOST_OVERHEAD, at_most=True, form="{:.1%}")
-    if others and ours["accuracy"] is not None:
-        loss = round(max(other["accuracy"] for other in others) - ours["accuracy"], 6)
+    loss = _accuracy_loss(ours, measured)
+    if loss is not None:
         name = "accuracy below the best peer's"
         yield Goal(name, loss, MOST_ACCURACY_LOSS, at_most=True, form="{:.1%}")
+
+
+def _accuracy_loss(ours: Row, measured: Mapping[str, Row]) -> float | None:
+    """How far below the best peer's, if labels tell; 0.73 - 0.72 is 0.01 once it is rounded."""
+    others = [measured[peer.name]["accuracy"] for peer in OTHERS if peer.name in measured]
+    if not others or ours["accuracy"] is None:
+        return None
+    loss: float = round(max(others) - ours["accuracy"], 6)
+    return loss
 
 
 def of_offered(rows: Sequence[Row], full_depth: float, first_exit: float) -> list[Goal]:

@@ -73,7 +73,7 @@ def folder(units):
 def compiling(bundle, bundle_path, units, folder, tmp_path):
     """Of batches of 1 and 2, with every program in the cache."""
     chosen = Settings(bundle=bundle_path, cache_dir=tmp_path, max_batch=2)
-    one = Compiling(chosen, bundle, units, torch.float32, 1, load=folder.load)
+    one = Compiling(chosen, bundle, units, torch.float32, load=folder.load)
     for stage in (1, 2, 3, 4):
         for size in (1, 2):
             one._programs.file(stage, size).touch()
@@ -141,7 +141,7 @@ def test_the_command_without_a_compiler_is_one_sentence_and_status_2(no_compiler
 
 def test_a_compiler_that_fails_is_one_warning(bundle, units, tmp_path, caplog):
     chosen = Settings(bundle=tmp_path / "gone", cache_dir=tmp_path, max_batch=1)
-    compiling = Compiling(chosen, bundle, units, torch.float32, 1)
+    compiling = Compiling(chosen, bundle, units, torch.float32)
     compiling.compile_in_background(lambda *_: None)
     compiling._thread.join(60)
     compiling.close()
@@ -321,7 +321,7 @@ def test_a_damaged_program_is_compiled_anew(compiled, bundle, bundle_path, units
     half = len(whole) // 2
     file.write_bytes(whole[:half] + (bytes(half) if damage == "overwritten" else b""))
     chosen = Settings(bundle=bundle_path, cache_dir=cache, max_batch=1)
-    compiling = Compiling(chosen, bundle, units, torch.float32, 1)
+    compiling = Compiling(chosen, bundle, units, torch.float32)
     assert (4, 1) not in handed_over(compiling)
     assert caplog.text.count("cannot be used") == 1
     assert [line.split(" in ")[0] for line in compiling.compile()] == ["ready stage 4 batch 1"]

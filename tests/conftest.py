@@ -157,8 +157,8 @@ def running(served, warm=True):
         port = server.servers[0].sockets[0].getsockname()[1]
         one = RunningServer(served, port)
         one.stop = lambda: setattr(server, "should_exit", True)
-        yield one
-        one.client.close()
+        with one.client:
+            yield one
     finally:
         wait.set()
         server.should_exit = True

@@ -47,22 +47,21 @@ def visit(browser):
 
     @contextmanager
     def opened(server, path="/", failures=(), **options):
-        context = browser.new_context(reduced_motion="reduce", **options)
-        page = context.new_page()
-        page.set_default_timeout(10_000)
-        page.requested, said = [], []
-        page.on("request", lambda request: page.requested.append(request.url))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(server.url + path)
-        if path == "/":
-            page.wait_for_selector("#road li, #key-form:not([hidden])")
-        yield page
-        wrong = [text for text in said if not any(f in text for f in failures)]
-        assert wrong == []
-        here = (server.url, f"blob:{server.url}")
-        assert [url for url in page.requested if not url.startswith(here)] == []
-        context.close()
+        with browser.new_context(reduced_motion="reduce", **options) as context:
+            page = context.new_page()
+            page.set_default_timeout(10_000)
+            page.requested, said = [], []
+            page.on("request", lambda request: page.requested.append(request.url))
+            page.on("console", lambda message: said.append(message.text))
+            page.on("pageerror", lambda error: said.append(str(error)))
+            page.goto(server.url + path)
+            if path == "/":
+                page.wait_for_selector("#road li, #key-form:not([hidden])")
+            yield page
+            wrong = [text for text in said if not any(f in text for f in failures)]
+            assert wrong == []
+            here = (server.url, f"blob:{server.url}")
+            assert [url for url in page.requested if not url.startswith(here)] == []
 
     return opened
 
@@ -164,8 +163,7 @@ def test_the_live_figures_are_those_of_the_metrics(serve, visit):
     with serve() as one:
         answers = [one.post(encode(noise(seed=s))).json() for s in range(12)]
         with visit(one) as page:
-            page.wait_for_function("document.querySelector('#live-window').textContent !== ''")
-            assert page.locator("#live-window").inner_text() == "since its start"
+            page.get_by_text("since its start").wait_for()
             for exit in range(1, 5):
                 share = sum(a["exit"] == exit for a in answers) / len(answers)
                 row = page.locator("#mix-legend li").nth(exit - 1).inner_text()
@@ -305,7 +303,8 @@ def test_the_policy_of_the_page_stops_code_and_requests_from_elsewhere(server, v
             document.body.append(script);
             fetch("https://example.invalid/").catch(() => 0);
         }""")
-        page.wait_for_function("window.violations.length === 2")
+        seen = "window.violations.length"
+        until(lambda: page.evaluate(seen) == 2 or page.wait_for_timeout(10))
         assert page.evaluate("window.injected") is None
         violated = page.evaluate("window.violations")
         assert sorted(violated) == ["connect-src", "script-src-elem"]

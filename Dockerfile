@@ -26,12 +26,6 @@ COPY deploy/loadtest deploy/loadtest
 RUN .venv/bin/python -m compileall -q model server deploy
 
 FROM python:${PYTHON}
-# Debian packages to add; "g++" lets the server compile its stages, eager is what it does without.
-ARG PACKAGES=""
-RUN if [ -n "${PACKAGES}" ]; then \
-        apt-get update && apt-get install -y --no-install-recommends ${PACKAGES} \
-        && rm -rf /var/lib/apt/lists/*; \
-    fi
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/offramp offramp \
     && install -d -o offramp -g offramp /var/cache/offramp
 COPY --from=build /opt/offramp /opt/offramp
@@ -42,7 +36,6 @@ ENV PATH=/opt/offramp/.venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/var/cache/offramp \
     XDG_CACHE_HOME=/var/cache/offramp \
-    TORCHINDUCTOR_CACHE_DIR=/var/cache/offramp/inductor \
     OFFRAMP_HOST=0.0.0.0 \
     OFFRAMP_PORT=8000
 USER 10001:10001

@@ -79,7 +79,8 @@ def _margin(probabilities: Tensor) -> Tensor:
 
 def _entropy(probabilities: Tensor) -> Tensor:
     """One minus the entropy as a share of the largest possible."""
-    entropy = torch.special.entr(probabilities).sum(dim=1)
+    tiny = torch.finfo(probabilities.dtype).tiny
+    entropy = -(probabilities * probabilities.clamp(min=tiny).log()).sum(dim=1)
     return _log_odds(1 - entropy / math.log(max(2, probabilities.shape[1])))
 
 
@@ -93,4 +94,5 @@ def _agreement(probabilities: Tensor, passed: Tensor | None) -> Tensor:
 
 
 def _log_odds(probability: Tensor) -> Tensor:
-    return probability.logit(eps=EPSILON)
+    inside = probability.clamp(EPSILON, 1 - EPSILON)
+    return (inside / (1 - inside)).log()  # as logit, which OpenVINO does not know

@@ -15,8 +15,8 @@ from torch import Tensor
 from model.bundle import Bundle
 from model.numerics import name_of
 from server.compile import READY, order
-from server.library import Library
-from server.programs import Programs, disagreement, fastest, need_compiler
+from server.compiled import CompiledUnit, openvino
+from server.programs import Programs, disagreement, fastest
 from server.runner import Program
 from server.settings import Settings
 from server.units import Unit, example_inputs
@@ -36,7 +36,7 @@ class Compiling:
         units: the eager units, shallow to deep, that programs must agree with.
         dtype: their numerics.
         workers: how many threads run programs at the same time.
-        load: a program from its file, for so many workers.
+        load: a program from its file, its numerics, and for how many workers and threads of each.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Compiling:
         units: list[Unit],
         dtype: torch.dtype,
         workers: int = 1,
-        load: Callable[[Path, int], Program] = Library,
+        load: Callable[[Path, torch.dtype, int, int], Program] = CompiledUnit,
     ) -> None:
         self._settings = settings
         self._bundle = bundle
@@ -124,7 +124,7 @@ class Compiling:
         self._programs.close()
 
     def _command(self) -> list[str]:
-        need_compiler()
+        openvino()
         command = [sys.executable, "-m", "server.compile", "--bundle", str(self._settings.bundle)]
         command += ["--dtype", name_of(self._dtype)]
         command += ["--threads", str(self._settings.threads)]
@@ -137,7 +137,7 @@ class Compiling:
     def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
         file = self._programs.file(stage, size)
         try:
-            program = self._load(file, self._workers)
+            program = self._load(file, self._dtype, self._workers, self._settings.threads)
             off = disagreement(program, self._units[stage - 1], inputs, self._dtype)
         except (RuntimeError, OSError) as error:
             log.warning("%s cannot be used (%s); it is deleted and compiled anew", file, error)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -51,23 +50,12 @@ class Programs:
 
     def file(self, stage: int, size: int) -> Path:
         """Where the program for a stage and batch size is, or will be."""
-        return self.folder / f"stage{stage}-batch{size}.pt2"
+        return self.folder / f"stage{stage}-batch{size}.bin"
 
     def close(self) -> None:
         """Remove the folder if it is temporary."""
         if self._temporary:
             self._temporary.cleanup()
-
-
-def compiler() -> str | None:
-    """The C++ compiler that torch would call, if there is one."""
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
-def need_compiler() -> None:
-    """Raise RuntimeError unless there is one."""
-    if compiler() is None:
-        raise RuntimeError("there is no C++ compiler (g++, or the one CXX names)")
 
 
 @torch.inference_mode()
@@ -120,6 +108,7 @@ def _digest(bundle: Bundle, dtype: torch.dtype, threads: int) -> str:
         dtype,
         threads,
         torch.__version__,
+        _compiler(),
         _machine(),
     )
     digest.update(repr(said).encode())
@@ -127,8 +116,16 @@ def _digest(bundle: Bundle, dtype: torch.dtype, threads: int) -> str:
 
 
 def _code() -> bytes:
-    files = [*Path(model.__file__).parent.glob("*.py"), Path(__file__).with_name("units.py")]
+    here = [Path(__file__).with_name(name) for name in ("units.py", "compile.py", "compiled.py")]
+    files = [*Path(model.__file__).parent.glob("*.py"), *here]
     return b"".join(file.read_bytes() for file in sorted(files))
+
+
+def _compiler() -> str:
+    try:
+        return version("openvino")
+    except PackageNotFoundError:
+        return ""
 
 
 def _machine() -> str:

@@ -11,6 +11,7 @@ from model.bundle import Bundle, load_servable
 from model.numerics import name_of
 from model.policy import OperatingPoint, Policy
 from server.capturing import Capturing
+from server.compiled import openvino
 from server.compiling import Compiling, Use
 from server.costs import CostTable, batch_sizes
 from server.decode import Decoder
@@ -20,7 +21,6 @@ from server.graphs import CudaCapture
 from server.metrics import EngineMetrics, Metrics
 from server.numerics import choose_dtype
 from server.overload import Level, OverloadController
-from server.programs import compiler
 from server.runner import Program, Runner
 from server.scheduler import Scheduler
 from server.settings import Settings, workers_at_once
@@ -64,13 +64,13 @@ class Served:
         self.failed = False
         self._engine: Engine | None = None
         self._compiling: Compiling | None = None
-        if settings.compile == "require" and on_cpu and compiler() is None:
-            raise ValueError("COMPILE is require, but there is no C++ compiler (g++, or CXX's)")
+        if settings.compile == "require" and on_cpu:
+            _need_compiler()
 
     def warm_up(self) -> None:
         """Run every stage and batch size once and start the engine; takes seconds.
 
-        With COMPILE=require it takes as long as compiling what the cache lacks, minutes at worst.
+        With COMPILE=require it takes as long as compiling what the cache lacks.
         """
         max_batch = self.settings.max_batch
         runner = Runner(self.bundle, self.device, self.dtype)
@@ -91,7 +91,7 @@ class Served:
         self._use_programs(runner, use)
         engine.start()
         self._engine = engine
-        self._say_ready(costs)
+        engine.call(lambda: self._say_ready(costs))  # after the programs handed over before
 
     def _use_programs(self, runner: Runner, use: Use) -> None:
         """Hand over the compiled stages there are, and have the others compiled."""
@@ -204,6 +204,13 @@ def _device(settings: Settings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("DEVICE is cuda, but torch finds no CUDA card")
     return torch.device(settings.device)
+
+
+def _need_compiler() -> None:
+    try:
+        openvino()
+    except RuntimeError as error:
+        raise ValueError(f"COMPILE is require, but {error}") from error
 
 
 def _metrics(

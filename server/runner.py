@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle
+from server.compiled import CompiledUnit
 from server.costs import CostTable, batch_sizes
 from server.graphs import Captured
 from server.units import make_units
@@ -96,7 +97,7 @@ class Runner:
         """
         n = len(inputs)
         program, size = self._plan(stage, n)
-        lasting = not isinstance(program, Captured)
+        lasting = not isinstance(program, Captured | CompiledUnit)
         if isinstance(program, Captured):
             tensors = self._fill(program.buffers, inputs)
         else:

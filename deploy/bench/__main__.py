@@ -16,7 +16,7 @@ from typing import Any
 from deploy.bench import memory, stages, threads
 from deploy.loadtest.samples import read_samples
 from model.bundle import BundleError, load_servable
-from server.programs import need_compiler
+from server.compiled import openvino
 from server.settings import Settings
 
 HOURLY_RATE = 100
@@ -90,7 +90,7 @@ def _memory(arguments: argparse.Namespace) -> int:
 
 def _prepare_to_compile() -> None:
     warnings.filterwarnings("ignore")  # torch's own
-    need_compiler()
+    openvino()
 
 
 def _write(file: Path | None, figures: Any) -> None:

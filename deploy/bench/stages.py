@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from model.bundle import Bundle
 from model.fold import Stage
 from model.numerics import name_of
 from server.compile import compile_unit
-from server.library import Library
+from server.compiled import CompiledUnit
 from server.programs import Programs
 from server.runner import Program
 from server.units import Unit, example_inputs, make_units
@@ -94,7 +93,6 @@ def measure(
     rows = []
     cases = list(itertools.product(DTYPES, batches, WAYS))
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
         for i, (dtype, batch, way) in enumerate(cases, start=1):
             name = name_of(dtype)
             print(f"{i}/{len(cases)} {way} {name} batch {batch}", file=sys.stderr, flush=True)
@@ -108,7 +106,7 @@ def fused_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder:
     """A pass over random images through all stages at once, compiled into `folder`."""
     units = _units(bundle, way, dtype)
     pixels = example_inputs(units, bundle, batch, torch.device("cpu"))[0]
-    whole = _programs([Whole(units)], [pixels], way, [folder / f"{dtype}-{batch}.pt2"])[0]
+    whole = _programs([Whole(units)], [pixels], way, dtype, [folder / f"{dtype}-{batch}.bin"])[0]
 
     def fused() -> None:
         for said in whole(pixels):
@@ -126,7 +124,7 @@ def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, cache:
     examples = example_inputs(units, bundle, batch, torch.device("cpu"))
     kept = Programs(cache, bundle, dtype, torch.get_num_threads())
     files = [kept.file(stage, batch) for stage in range(1, len(units) + 1)]
-    programs = _programs(units, examples, way, files)
+    programs = _programs(units, examples, way, dtype, files)
     kept.close()
 
     def staged() -> None:
@@ -140,7 +138,8 @@ def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, cache:
 
 
 def _units(bundle: Bundle, way: str, dtype: torch.dtype) -> list[Unit]:
-    units = make_units(bundle, torch.device("cpu"), dtype)
+    given = torch.float32 if way == "compiled" else dtype
+    units = make_units(bundle, torch.device("cpu"), given)
     if way == "eager":
         for k, unit in enumerate(units, start=1):
             stage = Stage(copy.deepcopy(bundle.net), k).to(dtype=dtype)
@@ -152,14 +151,15 @@ def _programs(
     modules: Sequence[nn.Module],
     examples: Sequence[tuple[Tensor, ...]],
     way: str,
+    dtype: torch.dtype,
     files: Sequence[Path],
 ) -> list[Program]:
     if way != "compiled":
         return [_eager(module) for module in modules]
     for module, inputs, file in zip(modules, examples, files, strict=True):
         if not file.exists():
-            compile_unit(module, inputs, file)
-    return [Library(file) for file in files]
+            compile_unit(module, inputs, dtype, file)
+    return [CompiledUnit(file, dtype, threads=torch.get_num_threads()) for file in files]
 
 
 @torch.inference_mode()

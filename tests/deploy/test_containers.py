@@ -124,7 +124,6 @@ def test_the_image_tree_serves_read_only_with_only_the_locked_packages(
         "PYTHONPATH": str(blocker),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": str(cache),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "OFFRAMP_PORT": "0",
         "OFFRAMP_THREADS": "1",
         "OFFRAMP_MAX_BATCH": "2",
@@ -211,7 +210,6 @@ def test_what_is_mounted_exists_and_named_volumes_are_declared():
 
 def test_the_cache_is_mounted_where_the_image_writes():
     assert dict(mounts("server"))["cache"] == variables()["XDG_CACHE_HOME"]
-    assert variables()["TORCHINDUCTOR_CACHE_DIR"].startswith(variables()["XDG_CACHE_HOME"])
 
 
 def test_every_setting_that_is_given_exists():

@@ -1,0 +1,139 @@
+"""A compiled unit, from its file to its answers."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""What OpenVINO calls numerics."""
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class CompiledUnit:
+    """Runs a unit that OpenVINO compiled, without holding Python's lock meanwhile.
+
+    Features cross its borders channels last and in its own numerics, which is how both torch and
+    OpenVINO have them in memory, so that nothing is converted or copied on the way.
+
+    Args:
+        file: as `write_compiled` wrote it.
+        dtype: what it computes in, as it was compiled for.
+        workers: how many threads may call it at the same time without waiting for each other.
+        threads: inside one operation of each.
+
+    Raises:
+        RuntimeError, OSError: the file is missing or broken, or there is no OpenVINO.
+    """
+
+    def __init__(self, file: Path, dtype: torch.dtype, workers: int = 1, threads: int = 1) -> None:
+        options = {
+            **options_for(dtype),
+            # None is the thread that calls; one would keep two threads that never do anything.
+            "NUM_STREAMS": workers if workers > 1 else 0,
+            "INFERENCE_NUM_THREADS": workers * threads,
+        }
+        self._mapped = _read(file)  # weights stay there, which OpenVINO does not hold on to
+        shared = openvino().Tensor(self._mapped, shared_memory=True)
+        self._network = openvino().Core().import_model(shared, "CPU", options)
+        self._dtype = dtype
+        self._own = threading.local()
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The unit's outputs, which this thread's next call of the unit overwrites.
+
+        Args:
+            tensors: of the shapes that it was compiled for.
+
+        Raises:
+            RuntimeError: the unit failed.
+        """
+        if not hasattr(self._own, "request"):
+            self._prepare_thread()
+        inputs = [at_border(tensor, self._dtype) for tensor in tensors]
+        for i, tensor in enumerate(inputs):
+            self._own.request.set_input_tensor(i, _lend(tensor))
+        self._own.request.infer()
+        outputs: list[Tensor] = self._own.outputs
+        return outputs
+
+    def _prepare_thread(self) -> None:
+        request = self._network.create_infer_request()
+        given = [request.get_output_tensor(i) for i in range(len(self._network.outputs))]
+        self._own.request, self._own.given = request, given
+        self._own.outputs = [_borrow(tensor) for tensor in given]
+
+
+def openvino() -> Any:
+    """The package, imported only where something is compiled.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise RuntimeError(f"OpenVINO cannot be imported ({error})") from error
+    return openvino
+
+
+def options_for(dtype: torch.dtype) -> dict[str, Any]:
+    """What OpenVINO must be told when it compiles a unit, and again when it loads it."""
+    return {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,  # the threads that call are the server's to place
+    }
+
+
+def write_compiled(network: Any, file: Path) -> None:
+    """Write a compiled network, and after it its digest, since OpenVINO trusts what it reads."""
+    data = network.export_model().getvalue()
+    file.write_bytes(data + hashlib.sha256(data).digest())
+
+
+def is_features(tensor: Tensor) -> bool:
+    """Whether a unit's input or output is `[N, C, H, W]`, or the same channels last."""
+    return tensor.is_floating_point() and tensor.ndim == 4
+
+
+def at_border(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A unit's input as it crosses: features `[N, H, W, C]` in `dtype`, all else as it is."""
+    if is_features(tensor):
+        tensor = tensor.permute(0, 2, 3, 1).to(dtype)
+    return tensor.contiguous()
+
+
+def _read(file: Path) -> np.ndarray:
+    """What `write_compiled` was given; mapped, so that weights are not in memory twice over."""
+    if file.stat().st_size <= DIGEST_BYTES:
+        raise RuntimeError("it is cut off")
+    whole = np.memmap(file, np.uint8, mode="c")
+    data, digest = whole[:-DIGEST_BYTES], whole[-DIGEST_BYTES:]
+    if hashlib.sha256(data.data).digest() != digest.tobytes():
+        raise RuntimeError("it is damaged")
+    return data
+
+
+def _lend(tensor: Tensor) -> Any:
+    """A torch tensor as one of OpenVINO's, in the same memory; numpy has no bfloat16."""
+    if tensor.dtype is torch.bfloat16:
+        bits = tensor.view(torch.uint16).numpy()
+        return openvino().Tensor(bits, list(tensor.shape), openvino().Type.bf16)
+    return openvino().Tensor(tensor.numpy(), shared_memory=True)
+
+
+def _borrow(given: Any) -> Tensor:
+    """One of OpenVINO's tensors as torch's, in the same memory; features `[N, C, H, W]`."""
+    if given.element_type == openvino().Type.bf16:
+        tensor = torch.from_numpy(given.data.view(np.uint16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(given.data)
+    return tensor.permute(0, 3, 1, 2) if is_features(tensor) else tensor

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 def name_of(dtype: torch.dtype) -> str:
     """The name of a dtype, as policies and settings hold it."""
     return str(dtype).removeprefix("torch.")
+
+
+def carrier(dtype: torch.dtype) -> torch.dtype:
+    """What values are in between two convolutions: integers stay within one."""
+    return torch.float32 if dtype is torch.int8 else dtype
 
 
 def suits_cpu(dtype: torch.dtype) -> bool:
@@ -23,4 +33,4 @@ def likely_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
     """What a server with `DTYPE=auto` may take on this machine, given a policy for all of them."""
     if device_type == "cuda":
         return (torch.float16,)
-    return tuple(dtype for dtype in DTYPES.values() if suits_cpu(dtype))
+    return tuple(dtype for dtype in (torch.float32, torch.bfloat16) if suits_cpu(dtype))

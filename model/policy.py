@@ -103,6 +103,23 @@ class Calibration(BaseModel):
     offset: float = Field(0.0, description="of the log-odds of right")
 
 
+class Quantisation(BaseModel):
+    """What int8 needs to know, and what it costs before any early exit does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ranges: tuple[dict[str, tuple[float, float]], ...] = Field(
+        description="least and largest input of every convolution, stage by stage"
+    )
+    measured_accuracy_loss: float = Field(
+        description="accuracy that the full network lost against float32 on the images that "
+        "certified the policy; negative is a gain"
+    )
+    accuracy_loss_bound: float = Field(
+        description="what it may lose at most, with probability 1 - delta"
+    )
+
+
 class Policy(BaseModel):
     """Calibrated confidences and operating points, as `policy.json` holds them."""
 
@@ -113,6 +130,9 @@ class Policy(BaseModel):
     delta: Probability = Field(description="probability that a certified bound fails")
     calibration_images: int = Field(ge=1)
     dtypes: tuple[str, ...] = Field((), description="numerics that its bounds were certified in")
+    quantisation: Quantisation | None = Field(
+        None, description="for int8, whose bounds are against the full network in int8"
+    )
     measure: Measure = Field(Measure.PROBABILITY, description="what a confidence is made from")
     calibrations: tuple[Calibration, ...] = Field(min_length=1, description="one for each exit")
     operating_points: tuple[OperatingPoint, ...] = Field(
@@ -138,6 +158,19 @@ class Policy(BaseModel):
     def ensemble(self) -> bool:
         """Whether answers come from all exits passed so far, not from the last one alone."""
         return any(c.carry for c in self.calibrations)
+
+    def for_int8(self) -> Quantisation:
+        """What int8 needs to know.
+
+        Raises:
+            ValueError: the policy was not made for it.
+        """
+        if self.quantisation is None:
+            raise ValueError(
+                "the policy was not calibrated for int8; "
+                "run: python -m training calibrate BUNDLE --data DIR --dtype auto int8"
+            )
+        return self.quantisation
 
     def point_for(self, max_accuracy_loss: float) -> OperatingPoint:
         """The cheapest operating point that may lose no more than this share of accuracy.

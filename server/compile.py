@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.bundle import BundleError, load_servable
-from model.numerics import DTYPES
+from model.bundle import Bundle, BundleError, load_servable
+from model.numerics import DTYPES, carrier
 from server.compiled import (
     PRECISIONS,
     at_border,
@@ -31,7 +31,7 @@ from server.compiled import (
 from server.costs import batch_sizes
 from server.programs import Programs
 from server.settings import Settings
-from server.units import example_inputs, make_units
+from server.units import Unit, example_inputs, make_units
 
 READY = "ready"
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.nice(10)  # answers go first
         warnings.filterwarnings("ignore")  # torch's own
         compile_missing(arguments)
-    except (BundleError, OSError, RuntimeError) as error:
+    except (BundleError, ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -56,7 +56,7 @@ def compile_missing(arguments: argparse.Namespace) -> None:
     bundle = load_servable(arguments.bundle)
     dtype = DTYPES[arguments.dtype]
     programs = Programs(arguments.cache_dir, bundle, dtype, arguments.threads)
-    units = make_units(bundle, torch.device("cpu"), torch.float32)
+    units = traceable_units(bundle, dtype)
     for size in order(arguments.max_batch):
         inputs = example_inputs(units, bundle, size, torch.device("cpu"))
         for stage, unit in enumerate(units, start=1):
@@ -66,6 +66,12 @@ def compile_missing(arguments: argparse.Namespace) -> None:
                 compile_unit(unit, inputs[stage - 1], dtype, file)
                 seconds = time.perf_counter() - began
                 print(f"{READY} stage {stage} batch {size} in {seconds:.1f} s: {file}", flush=True)
+
+
+def traceable_units(bundle: Bundle, dtype: torch.dtype) -> list[Unit]:
+    """What to compile for these numerics: in float32, with the roundings of int8."""
+    given = torch.int8 if dtype is torch.int8 else torch.float32
+    return make_units(bundle, torch.device("cpu"), given)
 
 
 def order(max_batch: int) -> list[int]:
@@ -136,7 +142,7 @@ def _with_borders(network: Any, dtype: torch.dtype) -> Any:
     from openvino.preprocess import PrePostProcessor
 
     border = PrePostProcessor(network)
-    kind = getattr(openvino().Type, PRECISIONS[dtype])
+    kind = getattr(openvino().Type, PRECISIONS[carrier(dtype)])
     for i, port in enumerate(network.inputs):
         if port.element_type.is_real() and len(port.shape) == 4:
             border.input(i).tensor().set_element_type(kind)

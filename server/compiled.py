@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.numerics import carrier
+
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-"""What OpenVINO calls numerics."""
+"""What OpenVINO calls numerics; eight-bit convolutions it finds by itself, among float32."""
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -43,7 +45,7 @@ class CompiledUnit:
         self._mapped = _read(file)  # weights stay there, which OpenVINO does not hold on to
         shared = openvino().Tensor(self._mapped, shared_memory=True)
         self._network = openvino().Core().import_model(shared, "CPU", options)
-        self._dtype = dtype
+        self._kept = carrier(dtype)
         self._own = threading.local()
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -57,7 +59,7 @@ class CompiledUnit:
         """
         if not hasattr(self._own, "request"):
             self._prepare_thread()
-        inputs = [at_border(tensor, self._dtype) for tensor in tensors]
+        inputs = [at_border(tensor, self._kept) for tensor in tensors]
         for i, tensor in enumerate(inputs):
             self._own.request.set_input_tensor(i, _lend(tensor))
         self._own.request.infer()
@@ -87,7 +89,7 @@ def openvino() -> Any:
 def options_for(dtype: torch.dtype) -> dict[str, Any]:
     """What OpenVINO must be told when it compiles a unit, and again when it loads it."""
     return {
-        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "INFERENCE_PRECISION_HINT": PRECISIONS[carrier(dtype)],
         "PERFORMANCE_HINT": "LATENCY",
         "ENABLE_CPU_PINNING": False,  # the threads that call are the server's to place
     }

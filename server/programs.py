@@ -21,7 +21,7 @@ from server.units import Unit
 
 log = logging.getLogger("offramp")
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1, torch.int8: 0.2}
 """Furthest that a confidence or probability may be from the eager unit's."""
 
 
@@ -105,6 +105,7 @@ def _digest(bundle: Bundle, dtype: torch.dtype, threads: int) -> str:
         description.preprocess.model_dump_json(),
         [c.model_dump_json() for c in policy.calibrations],
         policy.measure,
+        policy.quantisation,
         dtype,
         threads,
         torch.__version__,

@@ -42,10 +42,10 @@ class Settings(BaseSettings):
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto", description="where the network runs; auto takes CUDA where there is a card"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
         description="numerics of the network; auto takes float16 on CUDA, and on CPU the "
-        "faster of float32 and, where the policy was certified in it, bfloat16",
+        "faster of float32 and, where the policy was certified in it, bfloat16; int8 is for CPU",
     )
     compile: Literal["auto", "off", "require"] = Field(
         "auto",

@@ -8,15 +8,17 @@ from torch import Tensor, nn
 from model.bundle import Bundle
 from model.confidence import judge
 from model.fold import fold_stages
+from model.numerics import carrier
 from model.policy import Calibration, Measure
 from model.preprocess import Preprocess
+from model.quantisation import quantised_stages
 
 
 class Unit(nn.Module):
     """A stage with its head and the confidence calculation; the first with the normalisation too.
 
     Args:
-        stage: features or images to features and logits.
+        stage: features or images to features and logits; in float32.
         calibration: of this exit.
         measure: what the confidence is made from.
         normalise: turns pixels into images; of the first stage only.
@@ -58,14 +60,22 @@ class Unit(nn.Module):
 
 
 def make_units(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> list[Unit]:
-    """The units of a calibrated bundle, shallow to deep; its network stays as it is."""
+    """The units of a calibrated bundle, shallow to deep; its network stays as it is.
+
+    Raises:
+        ValueError: the bundle has no policy, or for int8 none that was calibrated for it.
+    """
     policy = bundle.policy
     if policy is None:
         raise ValueError("the bundle has no policy")
     preprocess = bundle.description.preprocess
-    stages = fold_stages(bundle.net)
+    if dtype is torch.int8:
+        stages = quantised_stages(bundle.net, policy.for_int8().ranges)
+    else:
+        stages = fold_stages(bundle.net)
+    kept = carrier(dtype)
     return [
-        Unit(stage, calibration, policy.measure, preprocess if k == 0 else None, dtype)
+        Unit(stage, calibration, policy.measure, preprocess if k == 0 else None, kept)
         .to(device)
         .eval()
         for k, (stage, calibration) in enumerate(zip(stages, policy.calibrations, strict=True))

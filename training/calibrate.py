@@ -18,9 +18,10 @@ from model.bundle import REPORT, Bundle, load_bundle, save_policy, write_atomica
 from model.numerics import DTYPES, likely_dtypes, name_of
 from model.policy import Measure, OperatingPoint, Policy
 from training import data as folders
-from training.calibration import Calibrated, Options, calibrate
+from training.calibration import Calibrated, Options, calibrate, search_part
 from training.compare import compare_measures
 from training.data import SUFFIXES, DataError, Listing
+from training.eight_bits import find_ranges, price
 from training.ladder import Method, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
@@ -83,7 +84,7 @@ def add_command(commands: Any) -> None:
         nargs="+",
         default=["auto"],
         help="numerics that it may be served in, each of which every bound is certified for; auto "
-        "is what the server's auto may take on this machine",
+        "is what the server's auto may take on this machine; int8 is served only where asked for",
     )
     add_cache(command)
     command.set_defaults(run=_calibrate)
@@ -110,17 +111,27 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         check_classes(bundle, listing.classes)
     dtypes = certified_dtypes(arguments.dtype)
     images = load_images(bundle, listing)
-    logits, *others = (
-        cached_logits(bundle, images, dtype, cache_folder(arguments)) for dtype in dtypes
-    )
     class_ids = images.class_ids if labelled else None
     names = ("measure", "ensemble", "method", "delta", "search_share", "mean_macs", "seed")
     options = Options(**{name: getattr(arguments, name) for name in names})
+    ranges = None
+    if torch.int8 in dtypes:
+        ranges = find_ranges(bundle, images, search_part(len(images), options))
+    every = {
+        dtype: cached_logits(bundle, images, dtype, cache_folder(arguments), ranges)
+        for dtype in (*dtypes, *[torch.float32] * (ranges is not None))
+    }
+    logits, *others = (every[dtype] for dtype in dtypes)
     costs = stage_seconds(bundle, dtypes[0]) if arguments.cost == "measured" else None
     if arguments.compare and class_ids is not None:
         print(compare_measures(bundle, logits, class_ids, options))
     result = calibrate(bundle, logits, class_ids, options, costs, others)
     policy = result.policy.model_copy(update={"dtypes": tuple(map(name_of, dtypes))})
+    if ranges is not None:
+        exact, rounded = (every[d][result.tested] for d in (torch.float32, torch.int8))
+        labels = None if class_ids is None else class_ids[result.tested]
+        priced = price(ranges, exact, rounded, labels, policy)
+        policy = policy.model_copy(update={"quantisation": priced})
     save_policy(bundle.path, policy)
     save_record(bundle.path, result)
     for line in summary(replace(result, policy=policy)):
@@ -211,6 +222,12 @@ def summary(result: Calibrated) -> Iterator[str]:
         + f" in {' and '.join(policy.dtypes)}"
         * bool(policy.dtypes)
     )
+    if policy.quantisation:
+        yield (
+            f"int8 loses {policy.quantisation.measured_accuracy_loss:.2%} at full depth against "
+            f"float32, at most {policy.quantisation.accuracy_loss_bound:.2%}; the losses below "
+            "come on top"
+        )
     yield from table(policy.operating_points)
     for bound, needed in uncertifiable(certifier, policy.operating_points):
         in_all = math.ceil(needed * policy.calibration_images / n)

@@ -53,7 +53,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     assert bundle.policy is not None
     certified = bundle.policy.dtypes if arguments.dtype == "auto" else ()
     dtype = chosen_dtype(certified[0] if certified else arguments.dtype)
-    logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
+    ranges = bundle.policy.for_int8().ranges if dtype is torch.int8 else None
+    logits = cached_logits(bundle, images, dtype, cache_folder(arguments), ranges)
     measured = measure(bundle, images, logits, dtype)
     report = make_report(measured)
     out = arguments.out or arguments.bundle / REPORT

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.bundle import Bundle, write_atomically
+from model.numerics import carrier
+from model.quantisation import Ranges, quantised_stages
 from training.data import DataError, ImageSet
 
 BATCH = 250
 
 
-def cached_logits(bundle: Bundle, images: ImageSet, dtype: torch.dtype, folder: Path) -> Tensor:
+class Chain(nn.Module):
+    """Stages one after another, each of which gives features and logits."""
+
+    def __init__(self, stages: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images `[N, 3, H, W]` to the logits of every exit, each `[N, classes]`."""
+        every = []
+        for stage in self.stages:
+            x, logits = stage(x)
+            every.append(logits)
+        return every
+
+
+def cached_logits(
+    bundle: Bundle,
+    images: ImageSet,
+    dtype: torch.dtype,
+    folder: Path,
+    ranges: Ranges | None = None,
+) -> Tensor:
     """Logits fp32 `[N, exits, classes]`, from `folder` if these weights saw these pixels before.
 
     Args:
@@ -24,27 +49,35 @@ def cached_logits(bundle: Bundle, images: ImageSet, dtype: torch.dtype, folder: 
         images: decoded through that preprocess.
         dtype: what the network computes in, as served.
         folder: for the cache; made if missing.
+        ranges: of this network's activations, for int8.
 
     Raises:
         DataError: a logit is NaN or infinite.
     """
-    file = folder / f"logits-{_digest(bundle, images, dtype)}.safetensors"
+    file = folder / f"logits-{_digest(bundle, images, dtype, ranges)}.safetensors"
     if file.exists():
         return load_file(file)["logits"]
-    logits = compute_logits(bundle, images, dtype)
+    logits = compute_logits(bundle, images, dtype, ranges)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, save({"logits": logits}))
     return logits
 
 
 @torch.inference_mode()
-def compute_logits(bundle: Bundle, images: ImageSet, dtype: torch.dtype) -> Tensor:
+def compute_logits(
+    bundle: Bundle,
+    images: ImageSet,
+    dtype: torch.dtype,
+    ranges: Ranges | None = None,
+) -> Tensor:
     """Run every stage on every image. Arguments, result and errors as for `cached_logits`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = bundle.net.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kept = carrier(dtype)
+    net = _network(bundle, dtype, ranges).to(device, kept)
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = []
     for pixels in tqdm(images.pixels.split(BATCH), "running the network", leave=False):
-        x = bundle.description.preprocess.normalise(pixels.to(device), dtype)
+        x = bundle.description.preprocess.normalise(pixels.to(device), kept)
         parts.append(torch.stack(net(x), dim=1).float().cpu())
     logits = torch.cat(parts)
     broken = ~logits.isfinite().flatten(1).all(dim=1)
@@ -57,10 +90,22 @@ def compute_logits(bundle: Bundle, images: ImageSet, dtype: torch.dtype) -> Tens
     return logits
 
 
-def _digest(bundle: Bundle, images: ImageSet, dtype: torch.dtype) -> str:
+def _network(bundle: Bundle, dtype: torch.dtype, ranges: Ranges | None) -> nn.Module:
+    if dtype is torch.int8:
+        assert ranges is not None
+        return Chain(quantised_stages(bundle.net.float(), ranges))
+    return bundle.net
+
+
+def _digest(bundle: Bundle, images: ImageSet, dtype: torch.dtype, ranges: Ranges | None) -> str:
     digest = hashlib.sha256(bundle.description.weights_sha256.encode())
     digest.update(bundle.description.preprocess.model_dump_json().encode())
-    numerics = (dtype, torch.__version__, "cuda" if torch.cuda.is_available() else "cpu")
+    numerics = (
+        dtype,
+        ranges if dtype is torch.int8 else None,
+        torch.__version__,
+        "cuda" if torch.cuda.is_available() else "cpu",
+    )
     digest.update(f"{numerics} {tuple(images.pixels.shape)}".encode())
     digest.update(images.pixels.contiguous().numpy().data)
     return digest.hexdigest()[:24]

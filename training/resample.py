@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,6 +81,8 @@ def _resample(arguments: argparse.Namespace) -> None:
     check_classes(bundle, listing.classes)
     images = load_images(bundle, listing)
     dtype = chosen_dtype(arguments.dtype)
+    if dtype is torch.int8:
+        raise DataError("resampling cannot be done in int8, whose ranges are a calibration's own")
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
     options = Options(delta=arguments.delta)
     used = round(arguments.calibrate_share * len(logits))

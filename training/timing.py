@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from model.bundle import Bundle
 from model.confidence import judge
+from model.numerics import carrier
 from model.policy import Calibration, Measure
 
 WARM_UP = 5
@@ -26,6 +27,7 @@ def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndar
     needs them before it may go on.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = carrier(dtype)  # eagerly, int8 is only simulated
     net = bundle.net.to(device, dtype)
     size = bundle.description.preprocess.size
     pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)

@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from model.bundle import Bundle
 from model.fold import Stage
 from model.numerics import name_of
-from server.compile import compile_unit
+from server.compile import compile_unit, traceable_units
 from server.compiled import CompiledUnit
 from server.programs import Programs
 from server.runner import Program
 from server.units import Unit, example_inputs, make_units
 
 WAYS = ("eager", "folded", "compiled")
-DTYPES = (torch.float32, torch.bfloat16)
 WARM_UP_RUNS = 10
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
@@ -91,7 +90,7 @@ def measure(
     """
     torch.set_num_threads(threads)
     rows = []
-    cases = list(itertools.product(DTYPES, batches, WAYS))
+    cases = list(cases_of(bundle, batches))
     with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
         for i, (dtype, batch, way) in enumerate(cases, start=1):
             name = name_of(dtype)
@@ -100,6 +99,13 @@ def measure(
             fused = fused_pass(bundle, way, dtype, batch, Path(scratch))
             rows.append(Measured(way, name, batch, *medians(staged, fused, seconds, clock)))
     return rows
+
+
+def cases_of(bundle: Bundle, batches: Sequence[int]) -> Iterator[tuple[torch.dtype, int, str]]:
+    """Numerics, batch size and way; int8 where the policy has it, which is only real compiled."""
+    yield from itertools.product((torch.float32, torch.bfloat16), batches, WAYS)
+    if bundle.policy and bundle.policy.quantisation:
+        yield from itertools.product((torch.int8,), batches, ("compiled",))
 
 
 def fused_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path) -> Pass:
@@ -138,8 +144,9 @@ def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, cache:
 
 
 def _units(bundle: Bundle, way: str, dtype: torch.dtype) -> list[Unit]:
-    given = torch.float32 if way == "compiled" else dtype
-    units = make_units(bundle, torch.device("cpu"), given)
+    if way == "compiled":
+        return traceable_units(bundle, dtype)
+    units = make_units(bundle, torch.device("cpu"), dtype)
     if way == "eager":
         for k, unit in enumerate(units, start=1):
             stage = Stage(copy.deepcopy(bundle.net), k).to(dtype=dtype)

@@ -36,10 +36,10 @@ class Peer:
         return f"http://127.0.0.1:{port}{self.path}{'?' * bool(query)}{query}"
 
 
-def offramp(name: str, *query: str, exit: int | None = None) -> Peer:
+def offramp(name: str, *query: str, exit: int | None = None, dtype: str = "auto") -> Peer:
     """The server itself, asked so."""
     command = ("-m", "server", "--bundle", "{bundle}", "--port", "{port}")
-    flags = ("--compile", "require", "--log-level", "warning")
+    flags = ("--compile", "require", "--log-level", "warning", "--dtype", dtype)
     return Peer(name, (*command, *flags), query=query, ours=True, exit=exit)
 
 
@@ -90,4 +90,6 @@ FULL_DEPTH = offramp("Offramp, every image at full depth", "threshold=1")
 OURS = offramp("Offramp")
 AS_ACCURATE = offramp("Offramp at 2 points", "max_accuracy_loss=0.02")
 """Which brings the default bundle down to what the others' last exit is worth."""
-OUR_WAYS = (FULL_DEPTH, OURS, AS_ACCURATE)
+IN_INT8 = offramp("Offramp in int8", dtype="int8")
+AS_ACCURATE_IN_INT8 = offramp("Offramp in int8 at 2 points", "max_accuracy_loss=0.02", dtype="int8")
+OUR_WAYS = (FULL_DEPTH, OURS, AS_ACCURATE, IN_INT8, AS_ACCURATE_IN_INT8)

@@ -9,12 +9,27 @@ import numpy as np
 import pytest
 import torch
 
+from model.fold import fold_stages
+from model.policy import Quantisation
+from model.quantisation import observe
 from server.costs import CostTable
 from server.numerics import choose_dtype
 from server.programs import Programs
 from server.runner import Runner
 
 CPU = torch.device("cpu")
+
+
+def in_eight_bits(bundle):
+    """The bundle with a policy that was calibrated for int8 as well."""
+    noise = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    quantisation = Quantisation(
+        ranges=observe(fold_stages(bundle.net), [noise]),
+        measured_accuracy_loss=0.001,
+        accuracy_loss_bound=0.002,
+    )
+    changed = {"quantisation": quantisation, "dtypes": ("float32", "int8")}
+    return replace(bundle, policy=bundle.policy.model_copy(update=changed))
 
 
 @pytest.fixture
@@ -83,6 +98,27 @@ def test_other_numerics_than_the_policys_are_warned_of(bundle, caplog):
     with caplog.at_level(logging.WARNING):
         assert choose_dtype("bfloat16", bundle, CPU) is torch.bfloat16
     assert "certified in float32" in caplog.text
+
+
+def test_int8_is_served_where_the_policy_was_calibrated_for_it(bundle, caplog):
+    with pytest.raises(ValueError, match="not calibrated for int8; run: python -m training"):
+        choose_dtype("int8", bundle, CPU)
+    with pytest.raises(ValueError, match="int8, which is for CPU, and the device is cuda"):
+        choose_dtype("int8", bundle, torch.device("cuda"))
+    eight = in_eight_bits(bundle)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert choose_dtype("int8", eight, CPU) is torch.int8
+    assert "loses at most 0.20 points of accuracy against float32, with probability 0.9" in (
+        caplog.text
+    )
+    assert "WARNING" not in caplog.text
+    assert choose_dtype("auto", eight, CPU) is not torch.int8
+
+
+def test_the_folder_depends_on_the_ranges_of_int8(bundle, tmp_path):
+    folders = {Programs(tmp_path, b, torch.int8, 1).folder for b in (bundle, in_eight_bits(bundle))}
+    assert len(folders) == 2
 
 
 def test_a_policy_for_several_numerics_leaves_the_choice_to_the_server(bundle, caplog):

@@ -1,6 +1,7 @@
 """Compiled stages come into a running server, or it says why they do not."""
 
 import logging
+import platform
 import sys
 import threading
 import time
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.policy import Rule
+from model.fold import fold_stages
+from model.policy import Calibration, Measure, Rule
+from model.quantisation import observe, quantise
 from server.__main__ import main
+from server.compile import compile_unit
 from server.compile import main as compile_main
 from server.compiled import CompiledUnit
 from server.compiling import Compiling
@@ -24,8 +28,9 @@ from server.repository import Served
 from server.runner import Runner
 from server.scheduler import Scheduler
 from server.settings import Settings
-from server.units import example_inputs, make_units
-from tests.conftest import encode, noise, running
+from server.units import Unit, example_inputs, make_units
+from tests.conftest import PREPROCESS, encode, noise, running
+from tests.model.networks import FAMILIES, images, tiny
 from tests.server.test_engine import FakeLoop
 
 CPU = torch.device("cpu")
@@ -309,3 +314,33 @@ def test_rows_that_are_kept_outlast_the_next_batch(compiled, bundle, units):
     eager = Runner(bundle, CPU, torch.float32)
     expected = eager.run(2, eager.run(1, [first]).rows)
     np.testing.assert_allclose(runner.run(2, kept).probabilities, expected.probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):
+    net = tiny(architecture)
+    stages = fold_stages(net)
+    if dtype is torch.int8:
+        stages = quantise(stages, observe(stages, [images(32, 8)]))
+    inputs = (torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),)
+    for k, stage in enumerate(stages):
+        calibration = Calibration(temperature=1.0, carry=0.5 * (k > 0))
+        normalise = PREPROCESS if k == 0 else None
+        unit = Unit(stage, calibration, Measure.MARGIN, normalise, torch.float32).eval()
+        compile_unit(unit, inputs, dtype, tmp_path / "unit.bin")
+        program = CompiledUnit(tmp_path / "unit.bin", dtype)
+        assert disagreement(program, unit, inputs, dtype) is None
+        if dtype is torch.int8 and platform.machine() == "x86_64":
+            assert convolutions_in_eight_bits(program) == 1.0
+        with torch.inference_mode():
+            features, _, state = unit(*inputs)
+        inputs = features.clone(), state.clone()
+
+
+def convolutions_in_eight_bits(program):
+    """The share of a unit's convolutions that compute in integers."""
+    operations = [o.get_rt_info() for o in program._network.get_runtime_model().get_ops()]
+    kinds = [o["primitiveType"].value for o in operations if "Conv" in o["layerType"].value]
+    return sum("I8" in kind for kind in kinds) / len(kinds)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,17 +10,20 @@ import torch
 
 from model.bundle import load_bundle, load_servable, save_bundle
 from model.numerics import likely_dtypes, name_of
-from model.policy import NEVER, Measure
+from model.policy import NEVER, Calibration, Measure
 from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
 from tests.training.worlds import world
 from training.__main__ import main
+from training.calibrate import calibration_listing, load_images
 from training.calibration import MOST_SEARCHED, Options, calibrate, search_part
 from training.data import DataError
+from training.eight_bits import find_ranges, price
 from training.fit import fit_calibrations
 from training.ladder import LOSSES, Method
 from training.outcomes import outcomes_of
 from training.reliability import calibration_error, exit_errors
 from training.resample import _shows_more
+from training.risk import paired_p_value
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,48 @@ def test_logits_are_computed_again_for_other_numerics(command, bundle):
     command("--dtype", "bfloat16", "float32")
     assert len(list((bundle.parent / ".cache").iterdir())) == 2
     assert load_bundle(bundle).policy.dtypes == ("bfloat16", "float32")
+
+
+def test_int8_is_certified_with_what_it_costs_by_itself(command, bundle):
+    status, said = command("--dtype", "auto", "int8")
+    assert status == 0
+    assert "in float32 and" in said and "and int8" in said
+    policy = load_bundle(bundle).policy
+    cost = policy.quantisation
+    assert policy.dtypes[-1] == "int8"
+    assert len(cost.ranges) == 4 and all(cost.ranges)
+    assert -0.05 < cost.measured_accuracy_loss < cost.accuracy_loss_bound < 0.1
+    assert (
+        f"int8 loses {cost.measured_accuracy_loss:.2%} at full depth against float32, at most "
+        f"{cost.accuracy_loss_bound:.2%}" in said
+    )
+    assert command("--dtype", "int8", command="evaluate")[0] == 0
+
+
+def test_the_images_that_certify_int8_have_no_part_in_its_ranges(bundle, images):
+    listing, _ = calibration_listing(images)
+    loaded = load_images(load_bundle(bundle), listing)
+    chosen = search_part(len(loaded), Options())
+    ranges = find_ranges(load_bundle(bundle), loaded, chosen)
+    others = np.setdiff1d(np.arange(len(loaded)), chosen)
+    loaded.pixels[torch.from_numpy(others)] = 0
+    assert find_ranges(load_bundle(bundle), loaded, chosen) == ranges
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_cost_of_int8_is_counted_by_changed_answers(labelled):
+    """Of 400 images 10 are answered wrong only in int8, and 4 only in float32."""
+    calibrations = (Calibration(temperature=1.0),) * 4
+    policy = SimpleNamespace(calibrations=calibrations, measure=Measure.MARGIN, delta=0.1)
+    right, wrong = torch.tensor([8.0, 0.0, 0.0]), torch.tensor([0.0, 8.0, 0.0])
+    exact, rounded = right.repeat(400, 4, 1), right.repeat(400, 4, 1)
+    rounded[:10], exact[10:14] = wrong, wrong
+    class_ids = torch.zeros(400, dtype=torch.int64) if labelled else None
+    cost = price((), exact, rounded, class_ids, policy)
+    losses, gains = (10, 4) if labelled else (14, 0)
+    assert cost.measured_accuracy_loss == pytest.approx((losses - gains) / 400)
+    assert paired_p_value(losses, gains, 400, cost.accuracy_loss_bound) <= policy.delta
+    assert paired_p_value(losses, gains, 400, cost.accuracy_loss_bound - 0.001) > policy.delta
 
 
 @pytest.mark.parametrize("method", Method)

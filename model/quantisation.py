@@ -1,0 +1,176 @@
+"""Stages whose convolutions compute in eight bits.
+
+Weights are rounded per output channel, symmetrically; activations per tensor, between the least and
+the largest value seen. Both stay in fp32 here ("simulated quantisation", Jacob et al.,
+"Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR
+2018); a compiler that knows the pattern computes in integers. All between convolutions stays fp32:
+sums, attention, the last layer of each head, confidences.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from model.fold import fold_stages
+from model.network import MultiExitNet
+
+LEVELS = 255
+"""Steps of an activation between its least and its largest value."""
+LARGEST_WEIGHT = 127
+SMALLEST_STEP = 1e-8
+"""Of a tensor or channel that is all zeros."""
+
+Range = tuple[float, float]
+Ranges = Sequence[Mapping[str, Range]]
+"""Of each stage, by the name of the operation that gives the value: the least and the largest."""
+
+
+@torch.no_grad()
+def observe(stages: Sequence[nn.Module], batches: Iterable[Tensor]) -> tuple[dict[str, Range], ...]:
+    """The range of everything that a convolution takes, over images.
+
+    Args:
+        stages: as `model.fold.fold_stages` gives them.
+        batches: normalised images `[N, 3, H, W]`.
+    """
+    observers = [_Observer(stage) for stage in stages]
+    for x in batches:
+        for observer in observers:
+            x, _ = observer.run(x)
+    return tuple(observer.ranges for observer in observers)
+
+
+def quantised_stages(net: MultiExitNet, ranges: Ranges) -> list[nn.Module]:
+    """The stages of a network, made ready for inference in int8.
+
+    Args:
+        net: in eval mode and fp32.
+        ranges: what `observe` saw of it.
+
+    Raises:
+        ValueError: the ranges are another network's.
+    """
+    return quantise(fold_stages(net), ranges)
+
+
+def quantise(stages: Sequence[nn.Module], ranges: Ranges) -> list[nn.Module]:
+    """Copies of stages that compute what eight-bit convolutions would.
+
+    Args:
+        stages: as `model.fold.fold_stages` gives them.
+        ranges: what `observe` saw of the same network.
+
+    Raises:
+        ValueError: the ranges are another network's.
+    """
+    if len(stages) != len(ranges):
+        raise ValueError(f"ranges of {len(ranges)} stages, and there are {len(stages)}")
+    return [_quantise(copy.deepcopy(s), r) for s, r in zip(stages, ranges, strict=True)]
+
+
+class _Observer(fx.Interpreter):
+    """Runs a stage and keeps the range of what its convolutions take."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__(stage)
+        self.ranges: dict[str, Range] = {}
+        self._watched = {before.name for _, before in _convolutions(stage)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation."""
+        value = super().run_node(n)
+        if n.name in self._watched:
+            least, largest = self.ranges.get(n.name, (0.0, 0.0))
+            lowest, highest = value.aminmax()
+            self.ranges[n.name] = min(least, lowest.item()), max(largest, highest.item())
+        return value
+
+
+def _quantise(stage: Any, ranges: Mapping[str, Range]) -> fx.GraphModule:
+    convolutions = list(_convolutions(stage))
+    needed = {before.name for _, before in convolutions}
+    if needed != set(ranges):
+        odd = ", ".join(sorted(needed ^ set(ranges))[:3])
+        raise ValueError(f"the ranges are of another network: they differ in {odd}")
+    rounded: dict[fx.Node, fx.Node] = {}
+    for node, before in convolutions:
+        if before not in rounded:
+            rounded[before] = _round_activation(stage, before, *ranges[before.name])
+        node.replace_input_with(before, rounded[before])
+    for node, _ in convolutions:
+        _round_weight(stage, node)
+    stage.delete_all_unused_submodules()
+    stage.recompile()
+    return stage
+
+
+def _convolutions(stage: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Every convolution, with what gives its input."""
+    modules = dict(stage.named_modules())
+    for node in stage.graph.nodes:
+        of_module = node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d)
+        if of_module or (node.op == "call_function" and node.target is torch.conv2d):
+            yield node, node.args[0]
+
+
+def _round_activation(
+    stage: fx.GraphModule, before: fx.Node, least: float, largest: float
+) -> fx.Node:
+    step = max((largest - least) / LEVELS, SMALLEST_STEP)
+    zero = min(LEVELS, max(0, round(-least / step)))
+    with stage.graph.inserting_after(before):
+        return stage.graph.call_function(
+            torch.fake_quantize_per_tensor_affine, (before, step, zero, 0, LEVELS)
+        )
+
+
+def _round_weight(stage: fx.GraphModule, node: fx.Node) -> None:
+    """Give a convolution rounded weights; one of a module becomes a function of its parameters."""
+    graph = stage.graph
+    with graph.inserting_before(node):
+        if node.op == "call_module":
+            module = stage.get_submodule(str(node.target))
+            assert isinstance(module, nn.Conv2d)
+            weight = graph.get_attr(f"{node.target}.weight")
+            bias = graph.get_attr(f"{node.target}.bias") if module.bias is not None else None
+            shape = [module.stride, module.padding, module.dilation, module.groups]
+        else:
+            _, weight, bias, *shape = _arguments(node)
+        rounded = _rounded(stage, weight)
+        arguments = (node.args[0], rounded, bias, *shape)
+        convolution = graph.call_function(torch.conv2d, arguments)
+    node.replace_all_uses_with(convolution)
+    graph.erase_node(node)
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Those of a call of `torch.conv2d`, by their place."""
+    named = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
+    usual = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return tuple((usual | given)[name] for name in named)
+
+
+def _rounded(stage: fx.GraphModule, weight: fx.Node) -> fx.Node:
+    values = _attribute(stage, str(weight.target)).detach()
+    steps = (values.flatten(1).abs().amax(dim=1) / LARGEST_WEIGHT).clamp(min=SMALLEST_STEP)
+    name = str(weight.target).replace(".", "_")
+    stage.register_buffer(f"{name}_steps", steps)
+    stage.register_buffer(f"{name}_zeros", torch.zeros_like(steps, dtype=torch.int32))
+    graph = stage.graph
+    parts = (graph.get_attr(f"{name}_steps"), graph.get_attr(f"{name}_zeros"))
+    return graph.call_function(
+        torch.fake_quantize_per_channel_affine,
+        (weight, *parts, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT),
+    )
+
+
+def _attribute(stage: fx.GraphModule, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    value: Tensor = getattr(stage.get_submodule(owner), name)
+    return value

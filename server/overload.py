@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 CALM = 0.3
 """Share of the usual deadline that may be spent waiting before answers get shallower."""
+FIRM = 0.5
+"""Share of it from which on answers are as shallow as they may get, while what waits can still be
+answered in time: nearer to the deadline, much of it would be refused."""
 BEARABLE = 0.9
 """Share of the device's time that the load may be expected to take at a level moved down to."""
 RECOVERY_SECONDS = 0.6
@@ -120,7 +123,7 @@ class OverloadController:
 
     def _wanted(self, wait: float) -> int:
         top = len(self._ladder) - 1
-        pressure = (wait - self.calm_seconds) / (self._budget - self.calm_seconds)
+        pressure = (wait - self.calm_seconds) / (FIRM * self._budget - self.calm_seconds)
         if pressure <= 0:
             return 0
         return min(top, 1 + int(pressure * top))

@@ -30,6 +30,11 @@ def test_answers_bend_further_the_longer_the_wait(controller):
     assert losses[-1] == 1.0
 
 
+def test_answers_are_as_shallow_as_they_get_while_what_waits_can_still_be_in_time(controller):
+    losses = [controller.update(wait, now=0.0).max_accuracy_loss for wait in (0.31, 0.4, 0.45)]
+    assert losses == [0.02, 0.05, 1.0]
+
+
 def test_overload_is_answered_at_once(controller):
     assert controller.update(5.0, now=0.0) is LADDER[-1]
 

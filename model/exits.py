@@ -39,6 +39,13 @@ class SeparableBlock(nn.Sequential):
         )
 
 
+class HalvingBlock(nn.Sequential):
+    """One depthwise-separable 3x3 convolution that halves the resolution."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(*_separable(channels_in, channels_out, stride=2))
+
+
 def _separable(channels_in: int, channels_out: int, stride: int) -> list[nn.Module]:
     return [
         DepthwiseConv2d(channels_in, stride),
@@ -49,11 +56,16 @@ def _separable(channels_in: int, channels_out: int, stride: int) -> list[nn.Modu
 
 
 class AttentionGate(nn.Module):
-    """Weighs features by a map in 0..1 computed from themselves at half the resolution."""
+    """Weighs features by a map in 0..1 computed from themselves at half the resolution.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        block: features to the map before its last normalisation, of as many channels.
+        channels: how many.
+    """
+
+    def __init__(self, block: nn.Module, channels: int) -> None:
         super().__init__()
-        self.block = SeparableBlock(channels, channels)
+        self.block = block
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,71 +78,67 @@ class ExitHead(nn.Module):
     """Classifies the features after one block; never changes what the trunk hands on.
 
     Args:
-        channels: of the features here, then after each alignment block, down to the last
-            stage's; a single entry means no alignment (the last stage's exits).
+        gate: weighs the features first.
+        align: brings them to the resolution of the last stage.
+        features: channels after that.
         classes: number of classes.
-        attention: whether an attention gate comes first (never where nothing is aligned).
-        reduced_from: channels of the features where a 1x1 convolution first brings them to
-            `channels[0]`; by default there is none.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        classes: int,
-        attention: bool = True,
-        reduced_from: int | None = None,
-    ) -> None:
+    def __init__(self, gate: nn.Module, align: nn.Sequential, features: int, classes: int) -> None:
         super().__init__()
-        steps = list(itertools.pairwise(channels))
-        self.reduce = (
-            nn.Identity() if reduced_from is None else _pointwise(reduced_from, channels[0])
-        )
-        self.gate = AttentionGate(channels[0]) if attention and steps else nn.Identity()
-        self.align = nn.Sequential(*(SeparableBlock(a, b) for a, b in steps))
-        self.fc = nn.Linear(channels[-1], classes)
+        self.gate = gate
+        self.align = align
+        self.fc = nn.Linear(features, classes)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Features `[N, C, H, W]` to aligned, pooled features `[N, fc.in_features]`."""
-        return self.align(self.gate(self.reduce(x))).mean(dim=(-2, -1))
+        return self.align(self.gate(x)).mean(dim=(-2, -1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features `[N, C, H, W]` to logits `[N, classes]`."""
         return self.fc(self.pooled(x))
 
 
-def _pointwise(channels_in: int, channels_out: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(inplace=True),
-    )
-
-
 def paper_head(channels: Sequence[int], classes: int, attention: bool) -> ExitHead:
-    """The published head: as wide as the features that it aligns."""
-    return ExitHead(channels, classes, attention)
+    """The published head: as wide as the features that it aligns.
+
+    Args:
+        channels: of the features here, then after each alignment block, down to the last
+            stage's; a single entry means no alignment (the last stage's exits).
+        classes: number of classes.
+        attention: whether an attention gate comes first (never where nothing is aligned).
+    """
+    gate: nn.Module = nn.Identity()
+    if attention and len(channels) > 1:
+        gate = AttentionGate(SeparableBlock(channels[0], channels[0]), channels[0])
+    align = (SeparableBlock(a, b) for a, b in itertools.pairwise(channels))
+    return ExitHead(gate, nn.Sequential(*align), channels[-1], classes)
 
 
 def compact_head(channels: Sequence[int], classes: int, attention: bool) -> ExitHead:
-    """The published head behind a 1x1 convolution, as narrow as a bottleneck's inside.
+    """A head for bottlenecks, which hand on four times the channels that they work with.
 
-    Bottlenecks hand on four times the channels that they work with, and the cost of a head rises
-    with their square: on ResNet-50 the published heads cost a third of the backbone. This one
-    aligns to a quarter of the last stage's channels, half as many a step shallower, but never
-    widens what comes in.
+    The cost of the published head rises with their square: on ResNet-50 it is a third of the
+    backbone. This one computes only where pixels are few: each step halves the resolution channel
+    by channel before it mixes channels, once, into half as many as the published one has, and the
+    gate mixes through an eighth of them. Arguments as for `paper_head`.
     """
-    *shallow, last = channels
-    if not shallow:
-        return ExitHead(channels, classes, attention)
-    halvings = range(len(shallow), -1, -1)
-    narrow = [
-        max(1, min(c, last // (COMPACT * 2**h))) for c, h in zip(channels, halvings, strict=True)
-    ]
-    return ExitHead(narrow, classes, attention, None if narrow[0] == channels[0] else channels[0])
+    first, *deeper = channels
+    gate: nn.Module = nn.Identity()
+    if attention and deeper:
+        gate = AttentionGate(_squeezed(first), first)
+    narrow = [first, *(max(1, c // 2) for c in deeper)]
+    align = (HalvingBlock(a, b) for a, b in itertools.pairwise(narrow))
+    return ExitHead(gate, nn.Sequential(*align), narrow[-1], classes)
 
 
-COMPACT = 4
-"""How many times fewer channels a compact head has, as bottlenecks have inside."""
+def _squeezed(channels: int) -> nn.Module:
+    """A block at half the resolution that mixes channels through an eighth of them."""
+    inside = max(1, channels // 8)
+    return nn.Sequential(
+        *_separable(channels, inside, stride=2), nn.Conv2d(inside, channels, 1, bias=False)
+    )
+
+
 HEADS = {"paper": paper_head, "compact": compact_head}
 """How a head is made, by name: from the channels on its way, the classes, and its attention."""

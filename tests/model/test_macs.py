@@ -97,7 +97,7 @@ def test_networks_for_small_images_have_the_published_parameters(architecture):
 
 with torch.device("meta"):
     BOTTLENECKS = [a for a, make in ARCHITECTURES.items() if make().default_head == "compact"]
-BOTTLENECKS.remove("shufflenetv2")  # so light that even these heads cost a sixth of it
+BOTTLENECKS.remove("shufflenetv2")  # so light that even these heads cost a tenth of it
 
 
 @pytest.mark.parametrize("stem", [32, pytest.param(224, marks=pytest.mark.slow)])
@@ -108,7 +108,7 @@ def test_all_heads_of_a_bottleneck_backbone_cost_less_than_8_percent_of_it(archi
 
 
 def test_the_share_of_compact_heads_hardly_depends_on_the_width():
-    assert head_share(counted("resnet50", 32, width=16)) == pytest.approx(0.063, abs=5e-4)
+    assert head_share(counted("resnet50", 32, width=16)) == pytest.approx(0.076, abs=5e-4)
 
 
 def test_the_papers_heads_are_dear_on_bottlenecks():

@@ -176,8 +176,8 @@ def test_every_block_of_resnet18_is_a_place_for_an_exit():
 def test_every_family_takes_every_head(architecture, head):
     net, x = tiny(architecture, head=head), images(32, 2)
     assert all(logits.shape == (2, CLASSES) for logits in net(x))
-    reduced = [k for k in range(1, net.exits) if list(net.head(k).reduce.parameters())]
-    assert not reduced or head == "compact"
+    narrowed = [net.head(k).fc.in_features < net.head(net.exits).fc.in_features for k in (1, 2)]
+    assert narrowed == [head == "compact"] * 2
 
 
 def test_bottlenecks_have_compact_heads_and_the_others_the_papers():
@@ -188,12 +188,14 @@ def test_bottlenecks_have_compact_heads_and_the_others_the_papers():
         assert {k: v.shape for k, v in default.items()} == {k: v.shape for k, v in named.items()}
 
 
-def test_a_compact_head_is_as_narrow_as_a_bottlenecks_inside():
+def test_a_compact_head_halves_the_resolution_before_it_mixes_channels():
     with torch.device("meta"):
         head = build("resnet50", 100).head(1)
-    assert [head.reduce[0].in_channels, head.reduce[0].out_channels] == [256, 64]
-    assert [block[5].out_channels for block in head.align] == [128, 256, 512]
-    assert head.fc.in_features == 512
+    assert [block[0].stride for block in head.align] == [(2, 2)] * 3
+    assert [block[1].in_channels for block in head.align] == [256, 256, 512]
+    assert [block[1].out_channels for block in head.align] == [256, 512, 1024]
+    assert head.gate.block[1].out_channels == 32
+    assert head.fc.in_features == 1024
 
 
 @BY_FAMILY

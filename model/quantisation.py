@@ -27,7 +27,8 @@ SMALLEST_STEP = 1e-8
 
 Range = tuple[float, float]
 Ranges = Sequence[Mapping[str, Range]]
-"""Of each stage, by the name of the operation that gives the value: the least and the largest."""
+"""Of each stage, by the name of each convolution, as the weights have it: its least and largest
+input."""
 
 
 @torch.no_grad()
@@ -79,43 +80,52 @@ class _Observer(fx.Interpreter):
     def __init__(self, stage: nn.Module) -> None:
         super().__init__(stage)
         self.ranges: dict[str, Range] = {}
-        self._watched = {before.name for _, before in _convolutions(stage)}
+        self._takers: dict[fx.Node, list[str]] = {}
+        for name, node in _convolutions(stage):
+            self._takers.setdefault(_input(node), []).append(name)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one operation."""
         value = super().run_node(n)
-        if n.name in self._watched:
-            least, largest = self.ranges.get(n.name, (0.0, 0.0))
+        for name in self._takers.get(n, ()):
+            least, largest = self.ranges.get(name, (0.0, 0.0))
             lowest, highest = value.aminmax()
-            self.ranges[n.name] = min(least, lowest.item()), max(largest, highest.item())
+            self.ranges[name] = min(least, lowest.item()), max(largest, highest.item())
         return value
 
 
 def _quantise(stage: Any, ranges: Mapping[str, Range]) -> fx.GraphModule:
-    convolutions = list(_convolutions(stage))
-    needed = {before.name for _, before in convolutions}
-    if needed != set(ranges):
-        odd = ", ".join(sorted(needed ^ set(ranges))[:3])
-        raise ValueError(f"the ranges are of another network: they differ in {odd}")
+    convolutions = dict(_convolutions(stage))
+    if odd := sorted(set(convolutions) ^ set(ranges)):
+        raise ValueError(f"the ranges are of another network: they differ in {', '.join(odd[:3])}")
     rounded: dict[fx.Node, fx.Node] = {}
-    for node, before in convolutions:
+    for name, node in convolutions.items():
+        before = _input(node)
         if before not in rounded:
-            rounded[before] = _round_activation(stage, before, *ranges[before.name])
+            rounded[before] = _round_activation(stage, before, *ranges[name])
         node.replace_input_with(before, rounded[before])
-    for node, _ in convolutions:
+    for node in convolutions.values():
         _round_weight(stage, node)
     stage.delete_all_unused_submodules()
     stage.recompile()
     return stage
 
 
-def _convolutions(stage: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Every convolution, with what gives its input."""
+def _convolutions(stage: Any) -> Iterator[tuple[str, fx.Node]]:
+    """Every convolution with its name, which lasts as long as the weights' names do."""
     modules = dict(stage.named_modules())
     for node in stage.graph.nodes:
-        of_module = node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d)
-        if of_module or (node.op == "call_function" and node.target is torch.conv2d):
-            yield node, node.args[0]
+        if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d):
+            yield node.target, node
+        elif node.op == "call_function" and node.target is torch.conv2d:
+            _, weight, *_ = _arguments(node)
+            yield weight.target.removesuffix(".weight"), node
+
+
+def _input(convolution: fx.Node) -> fx.Node:
+    before = convolution.args[0]
+    assert isinstance(before, fx.Node)
+    return before
 
 
 def _round_activation(

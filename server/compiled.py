@@ -38,8 +38,8 @@ class CompiledUnit:
     def __init__(self, file: Path, dtype: torch.dtype, workers: int = 1, threads: int = 1) -> None:
         options = {
             **options_for(dtype),
-            # None is the thread that calls; one would keep two threads that never do anything.
-            "NUM_STREAMS": workers if workers > 1 else 0,
+            # None is the thread that calls, alone; one keeps threads for it that here are idle.
+            "NUM_STREAMS": workers if workers * threads > 1 else 0,
             "INFERENCE_NUM_THREADS": workers * threads,
         }
         self._mapped = _read(file)  # weights stay there, which OpenVINO does not hold on to

@@ -30,8 +30,7 @@ def find_ranges(bundle: Bundle, images: ImageSet, chosen: np.ndarray) -> Ranges:
     """
     normalise = bundle.description.preprocess.normalise
     pixels = images.pixels[torch.from_numpy(chosen[:OBSERVED_IMAGES])]
-    net = bundle.net.to("cpu", torch.float32)
-    return observe(fold_stages(net), (normalise(batch) for batch in pixels.split(BATCH)))
+    return observe(fold_stages(bundle.net), (normalise(batch) for batch in pixels.split(BATCH)))
 
 
 def price(

@@ -40,7 +40,11 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--data", type=Path, required=True, help="folder with test/CLASS/*.png, or CLASS/*.png"
     )
-    command.add_argument("--out", type=Path, help="folder to write; by default BUNDLE/report")
+    command.add_argument(
+        "--out",
+        type=Path,
+        help="folder to write; by default BUNDLE/report, and the accuracies in BUNDLE",
+    )
     add_numerics(command)
     command.set_defaults(run=_evaluate)
 
@@ -59,7 +63,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     report = make_report(measured)
     out = arguments.out or arguments.bundle / REPORT
     write_report(report, measured, images, out)
-    record_accuracy(bundle, report)
+    if arguments.out is None:
+        record_accuracy(bundle, report)
     print(markdown.headline(report), markdown.exit_table(report), sep="\n\n", end="\n\n")
     print(markdown.point_table(report), f"wrote {out / 'report.md'}", sep="\n\n")
 

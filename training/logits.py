@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,8 +94,8 @@ def compute_logits(
 def _network(bundle: Bundle, dtype: torch.dtype, ranges: Ranges | None) -> nn.Module:
     if dtype is torch.int8:
         assert ranges is not None
-        return Chain(quantised_stages(bundle.net.float(), ranges))
-    return bundle.net
+        return Chain(quantised_stages(bundle.net, ranges))
+    return copy.deepcopy(bundle.net)  # narrower numerics would round the bundle's own weights
 
 
 def _digest(bundle: Bundle, images: ImageSet, dtype: torch.dtype, ranges: Ranges | None) -> str:

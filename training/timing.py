@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import numpy as np
@@ -28,7 +29,7 @@ def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndar
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = carrier(dtype)  # eagerly, int8 is only simulated
-    net = bundle.net.to(device, dtype)
+    net = copy.deepcopy(bundle.net).to(device, dtype)
     size = bundle.description.preprocess.size
     pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
     passes = []

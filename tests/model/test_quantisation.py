@@ -34,7 +34,7 @@ def through(stages, x):
 @torch.inference_mode()
 def test_weights_are_rounded_by_channel_and_activations_by_tensor():
     stage = fx.symbolic_trace(OneConvolution())
-    (rounded,) = quantise([stage], [{"x": (-1.0, 254.0)}])  # steps of one, from -1
+    (rounded,) = quantise([stage], [{"convolution": (-1.0, 254.0)}])  # steps of one, from -1
     x = torch.tensor([[2.4, 254.9], [-3.0, 10.0]])[:, :, None, None]
     said, _ = rounded(x)
     taken = torch.tensor([[2.0, 254.0], [-1.0, 10.0]])
@@ -57,7 +57,7 @@ def test_a_network_in_eight_bits_says_nearly_what_it_says_in_full(architecture):
 def test_ranges_are_of_all_images_and_hold_zero():
     stage = fx.symbolic_trace(OneConvolution())
     low, high = torch.full((1, 2, 4, 4), 0.5), torch.full((1, 2, 4, 4), 3.0)
-    assert observe([stage], [low, high]) == ({"x": (0.0, 3.0)},)
+    assert observe([stage], [low, high]) == ({"convolution": (0.0, 3.0)},)
 
 
 def test_ranges_of_another_network_are_refused():
@@ -67,3 +67,11 @@ def test_ranges_of_another_network_are_refused():
         quantised_stages(tiny("vgg19-bn", exits="stages"), ranges[:1] * 5)
     with pytest.raises(ValueError, match="ranges of 3 stages, and there are 4"):
         quantised_stages(tiny("resnet10"), ranges[:3])
+
+
+def test_ranges_are_named_as_the_weights_are():
+    """So that a policy outlasts changes of the code around them."""
+    net = tiny("resnet50")
+    (ranges, *_) = observe(fold_stages(net), [images(32, 2)])
+    weights = {f"net.{name}" for name in net.state_dict()}
+    assert {f"{name}.weight" for name in ranges} <= weights

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from model.bundle import load_servable
 from model.fold import fold_stages
+from model.numerics import DTYPES
 from model.policy import Quantisation
 from model.quantisation import observe
 from server.costs import CostTable
 from server.numerics import choose_dtype
 from server.programs import Programs
 from server.runner import Runner
+from server.units import make_units
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -127,3 +131,9 @@ def test_a_policy_for_several_numerics_leaves_the_choice_to_the_server(bundle, c
     assert chosen in (torch.float32, torch.bfloat16)
     assert choose_dtype("auto", bundle, CPU) is torch.float32  # certified in nothing else
     assert caplog.text == ""
+
+
+def test_the_default_bundle_is_served_in_every_numerics_that_its_policy_names():
+    bundle = load_servable(ROOT / "model" / "default")
+    for name in bundle.policy.dtypes:
+        assert len(make_units(bundle, torch.device("cpu"), DTYPES[name])) == 4

@@ -20,10 +20,12 @@ from training.data import DataError
 from training.eight_bits import find_ranges, price
 from training.fit import fit_calibrations
 from training.ladder import LOSSES, Method
+from training.logits import compute_logits
 from training.outcomes import outcomes_of
 from training.reliability import calibration_error, exit_errors
 from training.resample import _shows_more
 from training.risk import paired_p_value
+from training.timing import stage_seconds
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,16 @@ def test_logits_are_computed_again_for_other_numerics(command, bundle):
     command("--dtype", "bfloat16", "float32")
     assert len(list((bundle.parent / ".cache").iterdir())) == 2
     assert load_bundle(bundle).policy.dtypes == ("bfloat16", "float32")
+
+
+def test_logits_do_not_depend_on_the_numerics_computed_before(bundle, images):
+    loaded = load_bundle(bundle)
+    listing, _ = calibration_listing(images)
+    pixels = load_images(loaded, listing)
+    expected = compute_logits(loaded, pixels, torch.float32)
+    compute_logits(loaded, pixels, torch.bfloat16)
+    stage_seconds(loaded, torch.bfloat16)
+    torch.testing.assert_close(compute_logits(loaded, pixels, torch.float32), expected)
 
 
 def test_int8_is_certified_with_what_it_costs_by_itself(command, bundle):

@@ -41,9 +41,7 @@ def add_command(commands: Any) -> None:
         "--data", type=Path, required=True, help="folder with test/CLASS/*.png, or CLASS/*.png"
     )
     command.add_argument(
-        "--out",
-        type=Path,
-        help="folder to write; by default BUNDLE/report, and the accuracies in BUNDLE",
+        "--out", type=Path, help="folder to write; by default the bundle's own report"
     )
     add_numerics(command)
     command.set_defaults(run=_evaluate)

@@ -167,7 +167,7 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _rounded(stage: fx.GraphModule, weight: fx.Node) -> fx.Node:
-    values = _attribute(stage, str(weight.target)).detach()
+    values = stage.get_parameter(str(weight.target)).detach()
     steps = (values.flatten(1).abs().amax(dim=1) / LARGEST_WEIGHT).clamp(min=SMALLEST_STEP)
     name = str(weight.target).replace(".", "_")
     stage.register_buffer(f"{name}_steps", steps)
@@ -178,9 +178,3 @@ def _rounded(stage: fx.GraphModule, weight: fx.Node) -> fx.Node:
         torch.fake_quantize_per_channel_affine,
         (weight, *parts, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT),
     )
-
-
-def _attribute(stage: fx.GraphModule, path: str) -> Tensor:
-    owner, _, name = path.rpartition(".")
-    value: Tensor = getattr(stage.get_submodule(owner), name)
-    return value

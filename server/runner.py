@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle
-from server.compiled import CompiledUnit
 from server.costs import CostTable, batch_sizes
 from server.graphs import Captured
 from server.units import make_units
@@ -23,7 +22,8 @@ WARM_UP_RUNS = 5
 Seconds = dict[int, dict[int, float]]
 """By stage, then by batch size."""
 Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""A compiled unit for one batch size: its inputs in a list to its outputs in a list."""
+"""A compiled unit for one batch size: its inputs in a list to its outputs in a list, which its next
+call may overwrite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Runner:
         """
         n = len(inputs)
         program, size = self._plan(stage, n)
-        lasting = not isinstance(program, Captured | CompiledUnit)
+        lasting = program is None
         if isinstance(program, Captured):
             tensors = self._fill(program.buffers, inputs)
         else:

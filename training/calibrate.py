@@ -114,12 +114,13 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     class_ids = images.class_ids if labelled else None
     names = ("measure", "ensemble", "method", "delta", "search_share", "mean_macs", "seed")
     options = Options(**{name: getattr(arguments, name) for name in names})
-    ranges = None
+    ranges, needed = None, [*dtypes]
     if torch.int8 in dtypes:
         ranges = find_ranges(bundle, images, search_part(len(images), options))
+        needed.append(torch.float32)  # which int8 is priced against
     every = {
         dtype: cached_logits(bundle, images, dtype, cache_folder(arguments), ranges)
-        for dtype in (*dtypes, *[torch.float32] * (ranges is not None))
+        for dtype in dict.fromkeys(needed)
     }
     logits, *others = (every[dtype] for dtype in dtypes)
     costs = stage_seconds(bundle, dtypes[0]) if arguments.cost == "measured" else None

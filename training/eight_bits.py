@@ -45,23 +45,19 @@ def price(
         class_ids: `[N]`; without them, every answer that differs counts as a loss.
         policy: gives the confidences, and the probability that the bound fails.
     """
-    n = len(exact)
-    labels = torch.zeros(n, dtype=torch.int64) if class_ids is None else class_ids
-    full, changed = (
-        outcomes_of(logits, labels, policy.calibrations, policy.measure)
-        for logits in (exact, rounded)
-    )
-    if class_ids is None:
-        lost = full.answers[:, -1] != changed.answers[:, -1]
-        losses, gains = int(lost.sum()), 0
-    else:
-        before, after = full.right[:, -1], changed.right[:, -1]
-        losses, gains = int((before & ~after).sum()), int((after & ~before).sum())
-    bound = risk.upper_bound(
-        lambda b: risk.paired_p_value(losses, gains, n, b) <= policy.delta, low=-1.0
-    )
+    before, after = _full_depth(exact, policy), _full_depth(rounded, policy)
+    truth = before if class_ids is None else class_ids.numpy()
+    difference = (before == truth).astype(int) - (after == truth)
+    losses, gains, n = int((difference > 0).sum()), int((difference < 0).sum()), len(difference)
     return Quantisation(
         ranges=tuple(dict(stage) for stage in ranges),
-        measured_accuracy_loss=(losses - gains) / n,
-        accuracy_loss_bound=bound,
+        measured_accuracy_loss=float(difference.mean()),
+        accuracy_loss_bound=risk.paired_upper_bound(losses, gains, n, policy.delta),
     )
+
+
+def _full_depth(logits: Tensor, policy: Policy) -> np.ndarray:
+    """What the full network answers: class ids `[N]`."""
+    unknown = torch.zeros(len(logits), dtype=torch.int64)
+    outcomes = outcomes_of(logits, unknown, policy.calibrations, policy.measure)
+    return outcomes.answers[:, -1]

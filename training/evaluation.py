@@ -174,14 +174,9 @@ def _point_result(m: Measured, point: OperatingPoint) -> PointResult:
 def loss_interval(differences: np.ndarray) -> tuple[float, float]:
     """Exact two-sided interval for the mean of differences `[N]` in {-1, 0, +1}."""
     losses, gains, n = int((differences > 0).sum()), int((differences < 0).sum()), len(differences)
-
-    def bound(losses: int, gains: int) -> float:
-        delta = (1 - LEVEL) / 2
-        return risk.upper_bound(
-            lambda b: risk.paired_p_value(losses, gains, n, b) <= delta, low=-1.0
-        )
-
-    return -bound(gains, losses), bound(losses, gains)
+    delta = (1 - LEVEL) / 2
+    least = -risk.paired_upper_bound(gains, losses, n, delta)
+    return least, risk.paired_upper_bound(losses, gains, n, delta)
 
 
 def curve(m: Measured, vectors: list[tuple[float, ...]]) -> tuple[CurvePoint, ...]:

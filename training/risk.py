@@ -69,6 +69,11 @@ def paired_p_value(losses: int, gains: int, n: int, bound: float) -> float:
     return _worst_level(float(paired_score(losses, gains, n, bound)), n, bound)
 
 
+def paired_upper_bound(losses: int, gains: int, n: int, delta: float) -> float:
+    """The accuracy lost is at most this with probability 1 - delta; negative is a gain."""
+    return upper_bound(lambda b: paired_p_value(losses, gains, n, b) <= delta, low=-1.0)
+
+
 def paired_score(losses: ArrayLike, gains: ArrayLike, n: int, bound: float) -> np.ndarray:
     """Tango's score for paired proportions (Statistics in Medicine 1998): float64, shaped alike.
 

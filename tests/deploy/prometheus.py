@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import httpx
 import pytest
 import yaml
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 RULES = ROOT / "deploy/prometheus/rules"
 MISSING = "{} is not installed; on Debian: apt-get install prometheus"

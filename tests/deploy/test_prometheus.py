@@ -12,7 +12,6 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
 from PIL import Image
 from prometheus import RULES, free_port, program, scraping, wait_until
 
@@ -21,6 +20,7 @@ from deploy.grafana.__main__ import DASHBOARDS, FOLDER
 from deploy.grafana.dashboard import RUNBOOKS, render
 from deploy.objectives import AUDIT_AGREEMENT, AVAILABILITY, LATENCY_SECONDS, LATENCY_SHARE
 from server.metrics import SECONDS_BUCKETS
+from tests.conftest import ROOT
 
 QUERIES = [
     pytest.param(query.expression, id=f"{dashboard.name}: {panel.title}: {query.legend}")

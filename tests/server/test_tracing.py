@@ -5,7 +5,6 @@ import sys
 from itertools import pairwise
 
 import pytest
-from conftest import ROOT, running
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -14,6 +13,7 @@ from server.repository import Served
 from server.settings import Settings
 from server.tickets import Seen
 from server.tracing import RequestTracer, intervals, tracer_from
+from tests.conftest import ROOT, running
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{CALLER}-01"

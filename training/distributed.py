@@ -83,6 +83,9 @@ def processes(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield Processes(place, dist.get_rank(), count)
+        # Leave together: DDP keeps gloo's threads past the group's end, and a process that left
+        # right after a collective died where such a thread let go of its tensor (pytorch#190489).
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

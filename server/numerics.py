@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,21 +21,32 @@ ROUNDS = 3
 """Taken in turn, the fastest of each counting, so that what else runs does not decide."""
 
 
-def choose_dtype(asked: str, bundle: Bundle, device: torch.device) -> torch.dtype:
+def choose_dtype(
+    asked: str,
+    bundle: Bundle,
+    device: torch.device,
+    suits: Callable[[torch.dtype], bool] = suits_cpu,
+) -> torch.dtype:
     """The numerics that were asked for, or with `auto` those that suit device and policy.
 
     A policy's guarantee is for the numerics that it was certified in, so `auto` never takes
     narrower ones on CPU. It takes float32 instead where that is faster, which loses nothing. It
     never takes int8, which loses accuracy of its own.
 
+    Args:
+        asked: as the settings say.
+        bundle: with a policy.
+        device: where it will run.
+        suits: whether the processor computes in a dtype.
+
     Raises:
         ValueError: int8 where it cannot be served.
     """
     assert bundle.policy is not None
     if asked == "int8":
-        _check_int8(bundle.policy, device)
+        _check_int8(bundle.policy, device, suits(torch.int8))
     certified = bundle.policy.dtypes or (name_of(torch.float32),)
-    dtype = DTYPES[asked] if asked != "auto" else _suiting(certified, bundle, device)
+    dtype = DTYPES[asked] if asked != "auto" else _suiting(certified, bundle, device, suits)
     served = name_of(dtype)
     if served not in certified:
         log.warning(
@@ -46,9 +57,11 @@ def choose_dtype(asked: str, bundle: Bundle, device: torch.device) -> torch.dtyp
     return dtype
 
 
-def _check_int8(policy: Policy, device: torch.device) -> None:
+def _check_int8(policy: Policy, device: torch.device, suits: bool) -> None:
     if device.type != "cpu":
         raise ValueError(f"DTYPE is int8, which is for CPU, and the device is {device.type}")
+    if not suits:
+        raise ValueError("DTYPE is int8, which needs a processor with VNNI; this one has none")
     log.info(
         "in int8 the full network loses at most %.2f points of accuracy against float32, with "
         "probability %g; early exits come on top",
@@ -57,11 +70,16 @@ def _check_int8(policy: Policy, device: torch.device) -> None:
     )
 
 
-def _suiting(certified: Sequence[str], bundle: Bundle, device: torch.device) -> torch.dtype:
+def _suiting(
+    certified: Sequence[str],
+    bundle: Bundle,
+    device: torch.device,
+    suits: Callable[[torch.dtype], bool],
+) -> torch.dtype:
     if device.type == "cuda":
         half = [name for name in ("float16", "bfloat16") if name in certified]
         return DTYPES[half[0]] if half else torch.float16
-    if "bfloat16" not in certified or not suits_cpu(torch.bfloat16):
+    if "bfloat16" not in certified or not suits(torch.bfloat16):
         return torch.float32
     runners = {d: Runner(bundle, device, d) for d in (torch.bfloat16, torch.float32)}
     rounds = [{d: _batch_seconds(r) for d, r in runners.items()} for _ in range(ROUNDS)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.bundle import Bundle
 from model.fold import Stage
-from model.numerics import name_of
+from model.numerics import name_of, suits_cpu
 from server.compile import compile_unit, traceable_units
 from server.compiled import CompiledUnit
 from server.programs import Programs
@@ -102,9 +102,9 @@ def measure(
 
 
 def cases_of(bundle: Bundle, batches: Sequence[int]) -> Iterator[tuple[torch.dtype, int, str]]:
-    """Numerics, batch size and way; int8 where the policy has it, which is only real compiled."""
+    """Numerics, batch size and way; int8 where policy and processor have it, only real compiled."""
     yield from itertools.product((torch.float32, torch.bfloat16), batches, WAYS)
-    if bundle.policy and bundle.policy.quantisation:
+    if bundle.policy and bundle.policy.quantisation and suits_cpu(torch.int8):
         yield from itertools.product((torch.int8,), batches, ("compiled",))
 
 

@@ -104,15 +104,21 @@ def test_other_numerics_than_the_policys_are_warned_of(bundle, caplog):
     assert "certified in float32" in caplog.text
 
 
+def always(dtype):
+    return True
+
+
 def test_int8_is_served_where_the_policy_was_calibrated_for_it(bundle, caplog):
     with pytest.raises(ValueError, match="not calibrated for int8; run: python -m training"):
-        choose_dtype("int8", bundle, CPU)
+        choose_dtype("int8", bundle, CPU, suits=always)
     with pytest.raises(ValueError, match="int8, which is for CPU, and the device is cuda"):
         choose_dtype("int8", bundle, torch.device("cuda"))
     eight = in_eight_bits(bundle)
+    with pytest.raises(ValueError, match="needs a processor with VNNI; this one has none"):
+        choose_dtype("int8", eight, CPU, suits=lambda _: False)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        assert choose_dtype("int8", eight, CPU) is torch.int8
+        assert choose_dtype("int8", eight, CPU, suits=always) is torch.int8
     assert "loses at most 0.20 points of accuracy against float32, with probability 0.9" in (
         caplog.text
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model.fold import fold_stages
+from model.numerics import suits_cpu
 from model.policy import Calibration, Measure, Rule
 from model.quantisation import observe, quantise
 from server.__main__ import main
@@ -320,6 +321,8 @@ def test_rows_that_are_kept_outlast_the_next_batch(compiled, bundle, units):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):
+    if not suits_cpu(dtype):
+        pytest.skip("this processor has no VNNI")
     net = tiny(architecture)
     stages = fold_stages(net)
     if dtype is torch.int8:

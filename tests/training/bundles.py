@@ -30,7 +30,7 @@ def write_noisy_images(root, n, classes=CLASSES, seed=0):
 def write_bundle(path, classes=CLASSES):
     """A network of random features whose classifiers are fitted by ridge regression."""
     torch.manual_seed(0)
-    net = build("resnet10", len(classes), width=4)
+    net = build("resnet10", len(classes), width=8)
     rng = np.random.default_rng(7)
     ids = rng.integers(0, 3, 256)
     brightness = np.array(LEVELS)[ids] + rng.normal(0, 22, 256)
@@ -55,7 +55,7 @@ def write_bundle(path, classes=CLASSES):
         name="brightness",
         version="1",
         architecture="resnet10",
-        arguments={"width": 4},
+        arguments={"width": 8},
         classes=classes,
         preprocess=PREPROCESS,
         training={},

@@ -42,7 +42,7 @@ def image_set(n=48, classes=CLASSES, side=16):
 
 def tiny_net(seed=0, classes=3, **arguments):
     torch.manual_seed(seed)
-    return build("resnet10", classes, width=4, **arguments)
+    return build("resnet10", classes, width=8, **arguments)
 
 
 def tiny_recipe(**changes):

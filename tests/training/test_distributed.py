@@ -80,7 +80,7 @@ def test_torchrun_trains_one_bundle(folder, tmp_path):
         "--architecture",
         "resnet10",
         "--width",
-        "4",
+        "8",
         "--size",
         "16",
         "--batch-size",

@@ -171,7 +171,7 @@ def save(path, net, classes=("dark", "light", "middle"), **arguments):
         name="teacher",
         version="1",
         architecture="resnet10",
-        arguments={"width": 4, **arguments},
+        arguments={"width": 8, **arguments},
         classes=classes,
         preprocess=PREPROCESS,
         training={},
@@ -223,7 +223,7 @@ def test_a_bundle_is_where_training_goes_on(tmp_path):
 
 def test_a_bundle_of_other_classes_gives_everything_but_its_classifiers(tmp_path):
     save(tmp_path, tiny_net(5))
-    net = build("resnet10", 2, width=4)
+    net = build("resnet10", 2, width=8)
     fresh = net.head(1).fc.weight.clone()
     load_trained(net, tmp_path)
     assert torch.equal(net.head(1).fc.weight, fresh)
@@ -233,14 +233,14 @@ def test_a_bundle_of_other_classes_gives_everything_but_its_classifiers(tmp_path
 
 
 def test_a_bundle_of_another_network_is_no_start(tmp_path):
-    wider = build("resnet10", 3, width=8)
+    wider = build("resnet10", 3, width=16)
     with pytest.raises(TrainingError, match="is of another network: it differs at "):
         load_trained(wider, save(tmp_path, tiny_net(5)))
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch", "nested"])
 def test_a_plain_backbone_is_where_training_starts(tmp_path, form):
-    published = build("resnet10", 3, width=4).backbone
+    published = build("resnet10", 3, width=8).backbone
     state = {**published.state_dict(), "fc.weight": torch.zeros(1000, 32)}
     file = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
     if form == "safetensors":
@@ -257,7 +257,7 @@ def test_a_plain_backbone_is_where_training_starts(tmp_path, form):
 
 
 def test_a_shorter_network_starts_from_the_front_of_a_whole_backbone(tmp_path):
-    published = build("resnet10", 3, width=4).backbone
+    published = build("resnet10", 3, width=8).backbone
     torch.save(published.state_dict(), tmp_path / "w.pth")
     net = tiny_net(1, keep=[1, 2])
     load_pretrained(net, tiny_net().backbone, tmp_path / "w.pth")
@@ -267,7 +267,10 @@ def test_a_shorter_network_starts_from_the_front_of_a_whole_backbone(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: build("resnet10", 3, width=8).backbone.state_dict(), "does not fit this backbone"),
+        (
+            lambda: build("resnet10", 3, width=16).backbone.state_dict(),
+            "does not fit this backbone",
+        ),
         (lambda: {"weights": 3}, "is not a state dict of plain weights"),
         (lambda: math.sqrt, "is not a state dict of plain weights"),
     ],

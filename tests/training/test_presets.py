@@ -26,7 +26,7 @@ from training.report import published_at
 from training.shapes import build_net
 
 MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
-TINY = ["--architecture", "resnet10", "--width", "4", "--size", "16", "--batch-size", "16"]
+TINY = ["--architecture", "resnet10", "--width", "8", "--size", "16", "--batch-size", "16"]
 
 
 def parse(words):
@@ -117,16 +117,16 @@ def test_shares_of_mixed_images_cannot_exceed_all():
     ],
 )
 def test_a_shape_builds_the_exits_that_it_says(shape, plain, kept, stem):
-    net, arguments = build_net(Shape("resnet10", width=4, **shape), 3, 32, plain)
+    net, arguments = build_net(Shape("resnet10", width=8, **shape), 3, 32, plain)
     assert net.kept == kept and arguments["stem"] == stem
 
 
 def test_large_images_get_the_stem_for_large_images():
-    assert build_net(Shape("resnet10", width=4), 3, 224, False)[1]["stem"] == 224
+    assert build_net(Shape("resnet10", width=8), 3, 224, False)[1]["stem"] == 224
 
 
 def test_a_plain_network_has_no_heads_but_its_own_classifier():
-    net, _ = build_net(Shape("resnet10", width=4), 3, 32, plain=True)
+    net, _ = build_net(Shape("resnet10", width=8), 3, 32, plain=True)
     assert [n for n, _ in net.heads.named_parameters()] == ["3.fc.weight", "3.fc.bias"]
 
 

@@ -8,7 +8,7 @@ from model.network import build
 from tests.training.conftest import CPU, tiny_recipe
 from training.losses import total
 from training.objective import objective
-from training.run import start
+from training.run import TrainingError, check_kernels, start
 
 
 def two_steps(net, distill_from="next"):
@@ -30,8 +30,15 @@ def two_steps(net, distill_from="next"):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_takes_two_steps_with_every_term(name):
     torch.manual_seed(0)
-    terms = two_steps(build(name, 3, width=4))
+    terms = two_steps(build(name, 3, width=16 if name.endswith("lite") else 8))
     assert {term.split("/")[0] for term in terms} == {"label", "distillation", "feature"}
+
+
+def test_a_network_too_narrow_for_the_processor_is_refused():
+    check_kernels(build("resnet10", 3, width=8), "AVX2")
+    check_kernels(build("resnet10", 3, width=4), "AVX512")
+    with pytest.raises(TrainingError, match="fewer than 8 channels"):
+        check_kernels(build("resnet10", 3, width=4), "AVX2")
 
 
 @pytest.mark.parametrize(
@@ -42,6 +49,6 @@ def test_every_architecture_takes_two_steps_with_every_term(name):
 @pytest.mark.parametrize("distill_from", ["deepest", "next", "ensemble"])
 def test_every_shape_takes_two_steps_from_every_teacher(arguments, distill_from):
     torch.manual_seed(0)
-    net = build("resnet50", 3, width=4, **arguments)
+    net = build("resnet50", 3, width=8, **arguments)
     terms = two_steps(net, distill_from)
     assert len([t for t in terms if t.startswith("label")]) == net.exits

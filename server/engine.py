@@ -1,8 +1,8 @@
 """The workers between scheduler and runner: each schedules, runs, settles.
 
-Workers are alike, and share one scheduler under one lock. A worker that is free takes what messages
-there are, then the batch that the scheduler says is best, and runs it without the lock; one that
-finds nothing to run waits for a message.
+Workers share one scheduler under one lock. A worker that is free takes what messages there are,
+then the batch that the scheduler says is best, and runs it without the lock; one that finds nothing
+to run waits for a message. One that the scheduler does not want, for HTTP's sake, only sleeps.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import queue
 import random
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import numpy as np
 
 from model.policy import Reason, Rule
 from server.errors import DeadlineExceeded, Draining, OfframpError, Overloaded
+from server.inbox import Inbox
 from server.metrics import EngineMetrics
 from server.overload import OverloadController
 from server.runner import Row, StageOutput, StageRunner
@@ -63,16 +62,17 @@ class Engine:
         self._audit_rate = audit_rate
         self._clock = clock
         self._chance = chance
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._outbox = Outbox()
         self._lock = threading.Lock()
         """Held by whoever touches scheduler, outbox, tickets or jobs."""
         self._workers = [
-            threading.Thread(target=self._run, name="engine", daemon=True)
-            for _ in range(scheduler.workers)
+            threading.Thread(target=self._run, args=(number,), name="engine", daemon=True)
+            for number in range(scheduler.most_workers)
         ]
         self._beat = clock()
         self._stopping = False
+        self._ending = threading.Event()
         metrics.in_force(scheduler.controller.level)
 
     # --- called from other threads -----------------------------------------------------------
@@ -85,6 +85,7 @@ class Engine:
     def stop(self) -> None:
         """End the workers once every job sent so far is settled, and wait for them."""
         self._inbox.put(None)
+        self._ending.set()
         for worker in self._workers:
             worker.join()
 
@@ -146,24 +147,28 @@ class Engine:
 
     # --- a worker ----------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, number: int = 0) -> None:
         name_thread("engine")
         busy = False
         while busy or not self._stopping:
-            busy = self.step(wait=not busy)
-        self._take_messages(0.0)  # jobs sent too late are told so
+            if number < self.scheduler.workers:
+                busy = self.step(wait=not busy, worker=number)
+            elif self._ending.wait(BEAT_SECONDS):  # woken by no message, since each would wake it
+                break
+        self._take_messages(number)  # jobs sent too late are told so
         self._inbox.put(None)  # for the next worker
 
-    def step(self, wait: bool) -> bool:
+    def step(self, wait: bool, worker: int = 0) -> bool:
         """Take the messages that are there, then run at most one batch.
 
         Args:
             wait: for a message, if there is none; until the next beat or audit at most.
+            worker: which one this is.
 
         Returns:
             Whether there was anything to run.
         """
-        self._take_messages(self._patience() if wait else 0.0)
+        self._take_messages(worker, self._patience() if wait else 0.0)
         batch = self._next_batch()
         if batch is None or (self._stopping and batch.audit):
             return False
@@ -175,19 +180,16 @@ class Engine:
             self._beat = self._clock()
             return min(BEAT_SECONDS, self.scheduler.next_audit(self._beat))
 
-    def _take_messages(self, seconds: float) -> None:
-        try:
-            message = self._inbox.get(timeout=seconds) if seconds else self._inbox.get_nowait()
-        except queue.Empty:
+    def _take_messages(self, worker: int, seconds: float = 0.0) -> None:
+        messages = self._inbox.take(worker, seconds)
+        if not messages:
             return
         with self._lock:
-            with suppress(queue.Empty):
-                while True:
-                    if message is None:
-                        self._stopping = True
-                    else:
-                        message()
-                    message = self._inbox.get_nowait()
+            for message in messages:
+                if message is None:
+                    self._stopping = True
+                else:
+                    message()
             self._outbox.send()
 
     def _next_batch(self) -> Batch | None:

@@ -28,6 +28,9 @@ from server.tracing import tracer_from
 
 log = logging.getLogger("offramp")
 
+HTTP_SECONDS = 0.0005
+"""What a request takes beside its stages: 0.25 ms on a processor of 2024, 0.75 on one of 2021."""
+
 
 class Served:
     """One bundle being served: loaded at once, ready when warm, draining at the end.
@@ -45,7 +48,10 @@ class Served:
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = _device(settings)
         on_cpu = self.device.type == "cpu"
-        self.workers = workers_at_once(settings.workers, settings.threads) if on_cpu else 1
+        fewest, self.workers = (
+            workers_at_once(settings.workers, settings.threads) if on_cpu else (1, 1)
+        )
+        self._http_seconds = HTTP_SECONDS if fewest < self.workers else 0.0
         if on_cpu:
             torch.set_num_threads(settings.threads)
         self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)
@@ -75,7 +81,9 @@ class Served:
         max_batch = self.settings.max_batch
         runner = Runner(self.bundle, self.device, self.dtype)
         costs = CostTable(runner.warm_up(batch_sizes(max_batch)))
-        scheduler = Scheduler(costs, self._controller(), max_batch, self.workers)
+        scheduler = Scheduler(
+            costs, self._controller(), max_batch, self.workers, self._http_seconds
+        )
         macs = [e.macs for e in self.bundle.description.exits]
         engine = Engine(
             scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate

@@ -125,7 +125,9 @@ class Scheduler:
         costs: expected seconds of every stage and batch size.
         controller: moves the thresholds under load.
         max_batch: the largest batch.
-        workers: how many batches run at the same time.
+        workers: how many batches may run at the same time.
+        http_seconds: what a request takes beside its stages, if the last worker would have the core
+            that this is done on; 0 if there is a core for it.
     """
 
     def __init__(
@@ -134,11 +136,13 @@ class Scheduler:
         controller: OverloadController,
         max_batch: int,
         workers: int = 1,
+        http_seconds: float = 0.0,
     ) -> None:
         self.costs = costs
         self.controller = controller
         self.max_batch = max_batch
-        self.workers = workers
+        self.most_workers = self.workers = workers
+        self._http_seconds = http_seconds
         self.exits = costs.stages
         self._queues: dict[int, list[Job]] = {k: [] for k in range(1, self.exits + 1)}
         self._audits: deque[Job] = deque(maxlen=MAX_AUDITS)
@@ -188,6 +192,7 @@ class Scheduler:
 
     def next_step(self, now: float) -> Step:
         """Choose what a free worker does now, and take those jobs off their queues."""
+        self.workers = self._workers_worth_their_core()
         self.backlog_seconds = self.predicted_wait(now)
         self.controller.update(self.backlog_seconds, now)
         overdue = self._take_overdue(now)
@@ -293,11 +298,31 @@ class Scheduler:
         """No batch that this job was the first of runs any more."""
         self._ends.pop(job.number, None)
 
+    def _workers_worth_their_core(self) -> int:
+        """All of them where images take long; else one less, which leaves its core to HTTP.
+
+        On `c` cores, with images that take `s` seconds of computing and `h` of HTTP, `c` workers
+        answer `c / (s + h)` a second, one less at most `(c - 1) / s`.
+        """
+        others = self.most_workers - 1
+        if others and self._image_seconds() < others * self._http_seconds:
+            return others
+        return self.most_workers
+
+    def _image_seconds(self) -> float:
+        """Expected seconds of computing for one image, among as many as fill a batch."""
+        survivors = float(self.max_batch)
+        seconds = 0.0
+        for stage, leaving in self._leaving.items():
+            seconds += self.costs.seconds(stage, survivors)
+            survivors *= 1 - leaving
+        return seconds / self.max_batch
+
     def _free_at(self, now: float) -> float:
         """When a worker is expected to be free."""
         if len(self._ends) < self.workers:
             return now
-        return max(now, min(self._ends.values()))
+        return max(now, sorted(self._ends.values())[len(self._ends) - self.workers])
 
     def _first_exit_seconds(self, job: Job, now: float) -> float:
         ahead = bisect_left(self._queues[1], job.urgency, key=lambda j: j.urgency)

@@ -62,7 +62,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1024,
         description="stage batches that run at the same time on CPU, each with THREADS; 0 for as "
-        "many as the cores but one, which is left for HTTP",
+        "many as the cores, or all but one where HTTP needs it more",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -121,14 +121,18 @@ class Settings(BaseSettings):
         return init_settings, env_settings
 
 
-def workers_at_once(asked: int, threads: int, cores: int | None = None) -> int:
-    """Stage batches at the same time on CPU, where `asked` is a setting and 0 leaves it open.
+def workers_at_once(asked: int, threads: int, cores: int | None = None) -> tuple[int, int]:
+    """Fewest and most stage batches at the same time on CPU: with and without a core for HTTP.
 
     Args:
+        asked: the setting; 0 leaves it open.
         threads: inside one operation of each.
         cores: by default, the machine's.
     """
-    return asked or max(1, ((cores or os.cpu_count() or 1) - 1) // threads)
+    cores = cores or os.cpu_count() or 1
+    if asked:
+        return asked, asked
+    return max(1, (cores - 1) // threads), max(1, cores // threads)
 
 
 def load_settings(argv: Sequence[str]) -> Settings:

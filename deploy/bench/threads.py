@@ -74,8 +74,8 @@ def setups(cores: int) -> list[Setup]:
 
 
 def default(cores: int) -> Setup:
-    """What a server takes on so many cores unless it is told."""
-    return Setup(workers_at_once(0, 1, cores), 1)
+    """What a server takes on so many cores for a quick network, unless it is told."""
+    return Setup(workers_at_once(0, 1, cores)[0], 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,7 +220,7 @@ def prometheus(serve, cifar, tmp_path_factory):
         load.add(servers["offramp-slow"], 1, deadline_ms=5000)
         load.add(servers["offramp-slow"], 2, deadline_ms=350)
         load.add(servers["offramp-full"], 6, pause=0.01)
-        load.add(servers["offramp-wrong"], 1, pause=0.01, max_exit=1)
+        load.add(servers["offramp-wrong"], 1, pause=0.04, max_exit=1)
         load.add(servers["offramp-deep"], 1, pause=0.05)
         yield one
 

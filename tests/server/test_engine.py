@@ -85,7 +85,7 @@ class World:
     Of several workers, each further one takes a turn while the one before runs its batch.
     """
 
-    def __init__(self, audit_rate=0.0, workers=1):
+    def __init__(self, audit_rate=0.0, workers=1, http_seconds=0.0):
         self.now = 100.0
         self.loop = FakeLoop()
         self.runner = FakeRunner(self)
@@ -95,7 +95,7 @@ class World:
         self.at_work, self.workers = 0, workers
         self.runner.meanwhile = self.others_work
         self.engine = Engine(
-            Scheduler(CostTable(rows), controller, 4, workers),
+            Scheduler(CostTable(rows), controller, 4, workers, http_seconds),
             self.runner,
             EngineMetrics(self.metrics, [1, 2, 3]),
             audit_rate,
@@ -382,15 +382,16 @@ def test_a_worker_that_leaves_jobs_waiting_wakes_another():
     for _ in range(5):
         world.submit(0.9, 0.9, 0.9)
     world.engine.step(False)
-    assert not world.engine._inbox.empty()
+    assert len(world.engine._inbox)
     world.finish()
     world.submit(0.9, 0.9, 0.9)
     world.engine.step(False)
-    assert world.engine._inbox.empty(), "nobody is woken for nothing"
+    assert not len(world.engine._inbox), "nobody is woken for nothing"
 
 
-def test_real_workers_answer_every_job_once():
-    world = World(workers=3)
+@pytest.mark.parametrize("http_seconds", [0.0, 1.0])
+def test_real_workers_answer_every_job_once(http_seconds):
+    world = World(workers=3, http_seconds=http_seconds)
     world.runner.meanwhile = lambda: time.sleep(1e-4)
     world.engine.start()
     with ThreadPoolExecutor(4) as clients:

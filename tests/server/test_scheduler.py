@@ -266,6 +266,28 @@ def test_workers_share_what_waits():
     assert two.predicted_wait(0.0) == pytest.approx(one.predicted_wait(0.0) / 2)
 
 
+@pytest.mark.parametrize(("http_seconds", "at_work"), [(0.0, 3), (1e-4, 3), (1e-2, 2)])
+def test_the_last_worker_leaves_its_core_to_http_where_images_are_quick(http_seconds, at_work):
+    template = make_scheduler(workers=3)
+    scheduler = Scheduler(template.costs, template.controller, 8, 3, http_seconds)
+    scheduler.next_step(0.0)
+    assert (scheduler.workers, scheduler.most_workers) == (at_work, 3)
+
+
+def test_a_worker_that_is_no_longer_wanted_is_waited_for():
+    template = make_scheduler()
+    scheduler = Scheduler(template.costs, template.controller, 1, 2, 1e-6)
+    for _ in range(2):
+        scheduler.admit(job(), 0.0)
+        ends = scheduler.next_step(0.0).batch.seconds
+    for stage in range(1, STAGES + 1):
+        scheduler.costs.replace(stage, {1: 1e-9})
+    scheduler.next_step(0.0)
+    assert scheduler.workers == 1
+    with pytest.raises(Refused):
+        scheduler.admit(job(deadline=0.9 * ends), 0.0)
+
+
 def test_another_worker_is_called_for_while_jobs_wait_and_one_is_free():
     scheduler = make_scheduler(max_batch=4, workers=2)
     for _ in range(12):

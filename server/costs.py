@@ -5,14 +5,20 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 
-LEARNING_RATE = 0.1
-"""Weight of one new measurement."""
+PACE_RATE = 0.1
+"""Weight of one batch in how fast the machine is now."""
+LEARNING_RATE = 0.03
+"""Weight of one batch in what its own size costs."""
 OUTLIER = 3.0
 """A measurement counts for at most this many times what was expected, and at least the inverse."""
 
 
 class CostTable:
     """Expected seconds of a batch, by stage and batch size.
+
+    What else runs on the machine slows all stages and sizes alike. So a batch tells much about all
+    of them, and little about its own alone: one that has not run since the machine was idle would
+    else look cheap.
 
     Args:
         seconds: for each stage (1..E), measured seconds by batch size.
@@ -21,6 +27,8 @@ class CostTable:
     def __init__(self, seconds: Mapping[int, Mapping[int, float]]) -> None:
         self._sizes: dict[int, list[int]] = {}
         self._seconds: dict[int, list[float]] = {}
+        self._pace = 1.0
+        """What batches take now, as a multiple of what they were measured at."""
         for stage, row in seconds.items():
             self.replace(stage, row)
 
@@ -34,14 +42,7 @@ class CostTable:
 
         Linear between measured sizes, proportional beyond the largest, constant below one.
         """
-        sizes, seconds = self._sizes[stage], self._seconds[stage]
-        i = bisect_left(sizes, size)
-        if i == 0:
-            return seconds[0]
-        if i == len(sizes):
-            return seconds[-1] * size / sizes[-1]
-        share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
-        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+        return self._pace * self._measured(stage, size)
 
     def replace(self, stage: int, row: Mapping[int, float]) -> None:
         """Take new measurements of a stage: seconds by batch size."""
@@ -49,10 +50,11 @@ class CostTable:
         self._seconds[stage] = [row[size] for size in self._sizes[stage]]
 
     def observe(self, stage: int, size: int, seconds: float) -> None:
-        """Move the measured sizes on both sides towards what a batch just took."""
+        """Learn from a batch how fast the machine is, and what the sizes on both sides cost."""
         sizes = self._sizes[stage]
         ratio = seconds / self.seconds(stage, size)
         ratio = min(OUTLIER, max(1 / OUTLIER, ratio))
+        self._pace *= 1 + PACE_RATE * (ratio - 1)
         above = min(bisect_left(sizes, size), len(sizes) - 1)
         below = above if sizes[above] <= size else max(0, above - 1)
         for i in {below, above}:
@@ -61,9 +63,19 @@ class CostTable:
     def as_rows(self) -> dict[int, dict[int, float]]:
         """The table as it stands: seconds by stage, then by batch size."""
         return {
-            stage: dict(zip(sizes, self._seconds[stage], strict=True))
+            stage: {size: self.seconds(stage, size) for size in sizes}
             for stage, sizes in self._sizes.items()
         }
+
+    def _measured(self, stage: int, size: float) -> float:
+        sizes, seconds = self._sizes[stage], self._seconds[stage]
+        i = bisect_left(sizes, size)
+        if i == 0:
+            return seconds[0]
+        if i == len(sizes):
+            return seconds[-1] * size / sizes[-1]
+        share = (size - sizes[i - 1]) / (sizes[i] - sizes[i - 1])
+        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
 
 def batch_sizes(max_batch: int) -> list[int]:

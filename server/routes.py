@@ -146,6 +146,7 @@ async def post_classify(
             errors.BadMultipart,
             errors.BodyTooLarge,
             InvalidParameter,
+            errors.Overloaded,
             OfframpError,
             *UNAVAILABLE,
         ),

@@ -83,7 +83,8 @@ def render(image: Header, size: int) -> Image.Image:
     """Decode an opened image's pixels. Arguments and errors as for `decode`."""
     try:
         image.draft("RGB", (2 * size, 2 * size))
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except Image.DecompressionBombError:
         raise ImageTooLarge("a part of the image is too large") from None
     except Exception:  # as above

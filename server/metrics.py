@@ -170,10 +170,13 @@ class Metrics:
         self._gauge("build_info", "What is running", list(build)).labels(**build).set(1)
 
     def _create_series(self, exits: int) -> None:
-        for route in ROUTES:
-            self.request_seconds.labels(route)
-            for code in REQUEST_CODES:
-                self.requests.labels(route, code)
+        # Looked up here once, since labels() takes longer than counting does.
+        self._request_seconds = {route: self.request_seconds.labels(route) for route in ROUTES}
+        self._requests_by_code = {
+            (route, int(code)): self.requests.labels(route, code)
+            for route in ROUTES
+            for code in REQUEST_CODES
+        }
         for phase in PHASES:
             self.phase_seconds.labels(phase)
         for reason in REFUSALS:
@@ -197,6 +200,12 @@ class Metrics:
             family.labels(self.model, exit)
         for agreed in ("true", "false"):
             self.audited.labels(self.model, exit, agreed)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """A request to one of the routes got its response, so long after its first byte."""
+        known = self._requests_by_code.get((route, status))
+        (known or self.requests.labels(route, str(status))).inc()
+        self._request_seconds[route].observe(seconds)
 
     def render(self) -> bytes:
         """The exposition that Prometheus scrapes."""

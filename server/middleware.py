@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -130,8 +130,7 @@ class Surroundings:
         seconds = time.perf_counter() - context.arrived
         path = scope["path"]
         if path in ROUTES:
-            self._metrics.requests.labels(path, str(context.status)).inc()
-            self._metrics.request_seconds.labels(path).observe(seconds)
+            self._metrics.answered(path, context.status, seconds)
         if context.trace:
             context.trace.end(context.status, context.request_id)
             context.fields["trace_id"] = context.trace.trace_id
@@ -182,4 +181,4 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and ACCEPTABLE_ID.fullmatch(value):
             return str(value, "ascii")
-    return uuid4().hex
+    return secrets.token_hex(16)

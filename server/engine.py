@@ -67,7 +67,7 @@ class Engine:
         self._lock = threading.Lock()
         """Held by whoever touches scheduler, outbox, tickets or jobs."""
         self._workers = [
-            threading.Thread(target=self._run, args=(number,), name="engine", daemon=True)
+            threading.Thread(target=self._run, args=(number,), name=f"engine-{number}", daemon=True)
             for number in range(scheduler.most_workers)
         ]
         self._beat = clock()
@@ -148,7 +148,7 @@ class Engine:
     # --- a worker ----------------------------------------------------------------------------
 
     def _run(self, number: int = 0) -> None:
-        name_thread("engine")
+        name_thread(f"engine-{number}")
         busy = False
         while busy or not self._stopping:
             if number < self.scheduler.workers:

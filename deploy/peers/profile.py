@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +59,17 @@ def profile(pid: int, before: Moment, after: Moment) -> dict[str, Any]:
     """What happened between two moments, as seconds and as shares of the whole machine.
 
     Outside stages is the event loop, decoding and whatever else is not the engine; and of the
-    engine thread the time that it ran, or was ready to run, less the time it spent in stages.
+    engine's workers the time that they ran, or were ready to run, less what they spent in stages.
     """
     cores = os.cpu_count() or 1
     seconds = after.seconds - before.seconds
     stages = after.stage_seconds - before.stage_seconds
     running = dict.fromkeys((ENGINE, TEAM, LOOP, DECODERS, REST), 0.0)
-    engine = min((t.number for t in after.threads.values() if t.name == "engine"), default=0)
+    workers = _workers(after)
     scheduling = -stages
     for number, thread in after.threads.items():
         was = before.threads.get(number, Thread(number, thread.name, 0, 0))
-        group = _group(thread, pid, engine)
+        group = _group(thread, pid, workers)
         running[group] += (thread.running - was.running) / 1e9
         if group == ENGINE:
             ready = thread.ready - was.ready
@@ -100,11 +100,20 @@ def table(said: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _group(thread: Thread, pid: int, engine: int) -> str:
+def _workers(moment: Moment) -> set[int]:
+    """The first thread of each name that is the engine's; its team has inherited the name."""
+    first: dict[str, int] = {}
+    for thread in moment.threads.values():
+        if thread.name.startswith(ENGINE):
+            first[thread.name] = min(thread.number, first.get(thread.name, thread.number))
+    return set(first.values())
+
+
+def _group(thread: Thread, pid: int, workers: Set[int]) -> str:
     if thread.number == pid:
         return LOOP
-    if thread.name == "engine":  # its team has inherited the name
-        return ENGINE if thread.number == engine else TEAM
+    if thread.name.startswith(ENGINE):
+        return ENGINE if thread.number in workers else TEAM
     return DECODERS if thread.name.startswith("decode") else REST
 
 

@@ -143,6 +143,21 @@ def test_a_profile_counts_as_outside_what_is_neither_stage_nor_idle():
     assert "event loop | 2.00" in profile.table(said)
 
 
+def test_a_profile_counts_every_worker_of_the_engine():
+    def moment(seconds, busy, stages):
+        names = {10: "python", 11: "engine-0", 12: "engine-1", 13: "engine-1"}
+        ran = {10: 0.0, 11: busy, 12: busy, 13: 1.0}
+        threads = {
+            n: profile.Thread(n, name, int(ran[n] * seconds * 1e9), 0) for n, name in names.items()
+        }
+        return profile.Moment(seconds, threads, stages, 0.0)
+
+    said = profile.profile(10, moment(0.0, 0.0, 0.0), moment(10.0, 0.9, 16.0))
+    assert said["cpu_seconds"][profile.ENGINE] == pytest.approx(18.0)
+    assert said["cpu_seconds"][profile.TEAM] == pytest.approx(10.0)
+    assert said["scheduling_seconds"] == pytest.approx(2.0)
+
+
 def test_queries_of_a_server_are_joined():
     assert PLAIN.url(80) == "http://127.0.0.1:80/classify"
     url = offramp("x", "threshold=1").url(80, "deadline_ms=50")

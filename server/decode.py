@@ -37,6 +37,7 @@ class Decoder:
     def __init__(
         self, preprocess: Preprocess, max_pixels: int, threads: int, metrics: Metrics
     ) -> None:
+        image.prepare()
         self._preprocess = preprocess
         self._max_pixels = max_pixels
         self._pool = ThreadPoolExecutor(threads, "decode", name_thread, ("decode",))

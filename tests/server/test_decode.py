@@ -1,13 +1,15 @@
 """Decoding: large images in a bounded pool, small ones without a thread hop."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from server.decode import Decoder
 from server.metrics import Metrics
-from tests.conftest import PREPROCESS, encode, noise
+from tests.conftest import PREPROCESS, ROOT, encode, noise
 
 LARGE = encode(noise(200, 200))
 
@@ -75,3 +77,13 @@ def test_a_small_image_overtakes_large_ones(decoder, slow, png):
 
     assert all(asyncio.run(run()))
     assert slow.threads[2] == threading.main_thread().name
+
+
+def test_no_image_waits_for_its_formats_import():
+    code = (
+        "from PIL import Image\n"
+        "from model.image import FORMATS, prepare\n"
+        "prepare()\n"
+        "assert set(FORMATS) <= set(Image.OPEN)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -71,8 +71,7 @@ class Engine:
             for number in range(scheduler.most_workers)
         ]
         self._beat = clock()
-        self._stopping = False
-        self._ending = threading.Event()
+        self._stopping = threading.Event()
         metrics.in_force(scheduler.controller.level)
 
     # --- called from other threads -----------------------------------------------------------
@@ -85,7 +84,6 @@ class Engine:
     def stop(self) -> None:
         """End the workers once every job sent so far is settled, and wait for them."""
         self._inbox.put(None)
-        self._ending.set()
         for worker in self._workers:
             worker.join()
 
@@ -150,13 +148,20 @@ class Engine:
     def _run(self, number: int = 0) -> None:
         name_thread(f"engine-{number}")
         busy = False
-        while busy or not self._stopping:
-            if number < self.scheduler.workers:
+        while busy or not self._stopping.is_set():
+            if number < self.scheduler.workers or self._stopping.is_set():
                 busy = self.step(wait=not busy, worker=number)
-            elif self._ending.wait(BEAT_SECONDS):  # woken by no message, since each would wake it
-                break
+            else:
+                self._sleep(leaving_jobs=busy)
+                busy = False
         self._take_messages(number)  # jobs sent too late are told so
         self._inbox.put(None)  # for the next worker
+
+    def _sleep(self, leaving_jobs: bool) -> None:
+        """Wait for the end, or to be wanted again; no message wakes it, since each would."""
+        if leaving_jobs:
+            self.call(_wake)  # another worker, which may wait for a message
+        self._stopping.wait(BEAT_SECONDS)
 
     def step(self, wait: bool, worker: int = 0) -> bool:
         """Take the messages that are there, then run at most one batch.
@@ -170,7 +175,7 @@ class Engine:
         """
         self._take_messages(worker, self._patience() if wait else 0.0)
         batch = self._next_batch()
-        if batch is None or (self._stopping and batch.audit):
+        if batch is None or (self._stopping.is_set() and batch.audit):
             return False
         self._run_batch(batch)
         return True
@@ -187,7 +192,7 @@ class Engine:
         with self._lock:
             for message in messages:
                 if message is None:
-                    self._stopping = True
+                    self._stopping.set()
                 else:
                     message()
             self._outbox.send()
@@ -272,7 +277,7 @@ class Engine:
 
     def _admit(self, job: Job, ticket: Ticket) -> None:
         try:
-            if self._stopping:
+            if self._stopping.is_set():
                 raise Draining
             self.scheduler.admit(job, self._clock())
         except Refused as refused:

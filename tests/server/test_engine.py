@@ -389,6 +389,14 @@ def test_a_worker_that_leaves_jobs_waiting_wakes_another():
     assert not len(world.engine._inbox), "nobody is woken for nothing"
 
 
+@pytest.mark.parametrize("leaving_jobs", [True, False])
+def test_a_worker_that_goes_to_sleep_wakes_another_only_for_the_jobs_it_leaves(leaving_jobs):
+    world = World(workers=2)
+    world.engine._stopping.set()  # so that sleep is short
+    world.engine._sleep(leaving_jobs)
+    assert len(world.engine._inbox) == leaving_jobs
+
+
 @pytest.mark.parametrize("http_seconds", [0.0, 1.0])
 def test_real_workers_answer_every_job_once(http_seconds):
     world = World(workers=3, http_seconds=http_seconds)

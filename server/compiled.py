@@ -38,11 +38,11 @@ class CompiledUnit:
     def __init__(self, file: Path, dtype: torch.dtype, workers: int = 1, threads: int = 1) -> None:
         # Without streams each thread that calls computes by itself. A stream has threads of its
         # own: handing over to them and back took up to a third of a small stage's time.
-        shared_out = (workers, workers * threads) if threads > 1 else (0, 1)
+        streams = workers if threads > 1 else 0
         options = {
             **options_for(dtype),
-            "NUM_STREAMS": shared_out[0],
-            "INFERENCE_NUM_THREADS": shared_out[1],
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": threads * max(1, streams),
         }
         self._mapped = _read(file)  # weights stay there, which OpenVINO does not hold on to
         shared = openvino().Tensor(self._mapped, shared_memory=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import count
@@ -305,18 +305,22 @@ class Scheduler:
         answer `c / (s + h)` a second, one less at most `(c - 1) / s`.
         """
         others = self.most_workers - 1
-        if others and self._image_seconds() < others * self._http_seconds:
+        http_seconds = others * self._http_seconds
+        if http_seconds and self._image_seconds() < http_seconds:
             return others
         return self.most_workers
 
     def _image_seconds(self) -> float:
         """Expected seconds of computing for one image, among as many as fill a batch."""
-        survivors = float(self.max_batch)
-        seconds = 0.0
-        for stage, leaving in self._leaving.items():
-            seconds += self.costs.seconds(stage, survivors)
-            survivors *= 1 - leaving
-        return seconds / self.max_batch
+        return sum(seconds for seconds, _ in self._course(1, self.max_batch)) / self.max_batch
+
+    def _course(self, stage: int, jobs: int) -> Iterator[tuple[float, float]]:
+        """Of jobs that start a stage together, stage by stage: seconds, and how many leave then."""
+        survivors = float(jobs)
+        for k in range(stage, self.exits + 1):
+            leaving = survivors * self._leaving[k]
+            yield self.costs.seconds(k, survivors), leaving
+            survivors -= leaving
 
     def _free_at(self, now: float) -> float:
         """When a worker is expected to be free."""
@@ -388,11 +392,9 @@ class Scheduler:
         This is Gittins' index of a job that may need several stages (Gittins 1979), with batch
         costs and the running share of jobs that leave at each exit.
         """
-        survivors, left, seconds, best = float(len(batch.jobs)), 0.0, 0.0, 0.0
-        for stage in range(batch.stage, self.exits + 1):
-            seconds += self.costs.seconds(stage, survivors)
-            leaving = survivors * self._leaving[stage]
-            left, survivors = left + leaving, survivors - leaving
+        left, seconds, best = 0.0, 0.0, 0.0
+        for stage_seconds, leaving in self._course(batch.stage, len(batch.jobs)):
+            left, seconds = left + leaving, seconds + stage_seconds
             best = max(best, left / seconds)
         waited = now - min(job.queued for job in batch.jobs)
         return best * (1 + waited / PATIENCE_SECONDS)

@@ -186,11 +186,11 @@ class Engine:
             return min(BEAT_SECONDS, self.scheduler.next_audit(self._beat))
 
     def _take_messages(self, worker: int, seconds: float = 0.0) -> None:
-        messages = self._inbox.take(worker, seconds)
-        if not messages:
-            return
+        self._inbox.wait(worker, seconds)
+        # Taken under the lock, or one who takes later could call first: what was sent before the
+        # end would be told that it has ended, and a client would go away before it came.
         with self._lock:
-            for message in messages:
+            for message in self._inbox.take():
                 if message is None:
                     self._stopping.set()
                 else:

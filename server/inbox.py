@@ -32,23 +32,24 @@ class Inbox:
             if len(self._messages) == 1 and self._waiting:
                 self._waiting.pop(min(self._waiting)).release()
 
-    def take(self, worker: int, seconds: float = 0.0) -> list[Message]:
-        """Every message there is.
+    def wait(self, worker: int, seconds: float) -> None:
+        """Wait until there is a message to take, if there is none.
 
         Args:
             worker: its number; of several that wait the lowest is let go.
-            seconds: to wait for a message at most, if there is none.
+            seconds: to wait at most.
         """
         with self._lock:
             if self._messages or not seconds:
-                return self._all()
+                return
             gate = self._waiting[worker] = threading.Lock()
             gate.acquire()
         gate.acquire(timeout=seconds)
         with self._lock:
             self._waiting.pop(worker, None)
-            return self._all()
 
-    def _all(self) -> list[Message]:
-        messages, self._messages = self._messages, []
-        return messages
+    def take(self) -> list[Message]:
+        """Every message there is, in the order in which they were put."""
+        with self._lock:
+            messages, self._messages = self._messages, []
+            return messages

@@ -1,6 +1,8 @@
 """The engine's laws, driven step by step: a fake clock, runner and client loop; no torch."""
 
+import functools
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -395,6 +397,25 @@ def test_a_worker_that_goes_to_sleep_wakes_another_only_for_the_jobs_it_leaves(l
     world.engine._stopping.set()  # so that sleep is short
     world.engine._sleep(leaving_jobs)
     assert len(world.engine._inbox) == leaving_jobs
+
+
+@pytest.fixture
+def rude_threads():
+    """Threads that interrupt each other wherever they can."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("rude_threads")
+def test_real_workers_call_messages_in_the_order_sent():
+    world, called = World(workers=3), []
+    world.engine.start()
+    for number in range(30_000):
+        world.engine.call(functools.partial(called.append, number))
+    world.engine.stop()
+    assert called == list(range(30_000))
 
 
 @pytest.mark.parametrize("http_seconds", [0.0, 1.0])

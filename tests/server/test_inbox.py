@@ -20,16 +20,23 @@ def test_all_messages_are_taken_at_once_in_their_order():
     messages = [lambda: None, None, lambda: None]
     for message in messages:
         inbox.put(message)
-    assert inbox.take(0) == messages
-    assert inbox.take(0) == inbox.take(0, 1e-3) == []
+    inbox.wait(0, 60.0)
+    assert inbox.take() == messages
+    inbox.wait(0, 1e-3)
+    assert inbox.take() == []
 
 
 def test_of_those_that_wait_the_first_is_let_go_for_all_that_comes():
     inbox = Inbox()
+
+    def take(worker):
+        inbox.wait(worker, 60.0)
+        return inbox.take()
+
     with ThreadPoolExecutor(2) as pool:
-        second = pool.submit(inbox.take, 1, 60.0)
+        second = pool.submit(take, 1)
         waiting(inbox, 1)
-        first = pool.submit(inbox.take, 0, 60.0)
+        first = pool.submit(take, 0)
         waiting(inbox, 2)
         inbox.put(print)
         assert first.result(10)[0] is print
@@ -42,9 +49,11 @@ def test_no_message_is_lost_or_taken_twice():
     inbox, taken, each = Inbox(), [], 500
 
     def work(worker):
-        while None not in (messages := inbox.take(worker, 0.01)):
-            taken.extend(messages)
-        taken.extend(m for m in messages if m)
+        messages = []
+        while None not in messages:
+            inbox.wait(worker, 0.01)
+            messages = inbox.take()
+            taken.extend(m for m in messages if m)
         inbox.put(None)
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(3)]

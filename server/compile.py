@@ -22,7 +22,6 @@ from model.bundle import Bundle, BundleError, load_servable
 from model.numerics import DTYPES, carrier
 from server.compiled import (
     PRECISIONS,
-    at_border,
     is_features,
     openvino,
     options_for,
@@ -82,7 +81,12 @@ def order(max_batch: int) -> list[int]:
 
 
 class Bordered(nn.Module):
-    """A module whose features come and go channels last: `[N, H, W, C]`."""
+    """A module whose features come and go channels last: `[N, H, W, C]`.
+
+    That is how OpenVINO computes, but it copies what a convolution with a shortcut's sum gives
+    twice before it counts as channels last. What passes through another operation it does not copy,
+    so features are clamped to the numbers that bfloat16 has, which is no bound to any.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -92,7 +96,10 @@ class Bordered(nn.Module):
         """As the module."""
         given = [t.permute(0, 3, 1, 2) if is_features(t) else t for t in inputs]
         outputs = self._module(*given)
-        return tuple(t.permute(0, 2, 3, 1) if is_features(t) else t for t in outputs)
+        largest = torch.finfo(torch.bfloat16).max
+        return tuple(
+            t.clamp(-largest, largest).permute(0, 2, 3, 1) if is_features(t) else t for t in outputs
+        )
 
 
 @torch.no_grad()
@@ -110,7 +117,9 @@ def compile_unit(
         dtype: what it is to compute in.
         file: where to put it; `server.compiled.CompiledUnit` runs it.
     """
-    given = tuple(at_border(tensor, torch.float32) for tensor in inputs)
+    given = tuple(
+        t.float().permute(0, 2, 3, 1).contiguous() if is_features(t) else t for t in inputs
+    )
     traced = torch.jit.trace(Bordered(unit).eval(), given, check_trace=False)
     network = _with_borders(_converted(traced, given), dtype)
     compiled = openvino().Core().compile_model(network, "CPU", options_for(dtype))

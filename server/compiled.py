@@ -23,7 +23,9 @@ class CompiledUnit:
     """Runs a unit that OpenVINO compiled, without holding Python's lock meanwhile.
 
     Features cross its borders channels last and in its own numerics, which is how both torch and
-    OpenVINO have them in memory, so that nothing is converted or copied on the way.
+    OpenVINO have them in memory, so that nothing is converted on the way. Inputs and outputs stay
+    where OpenVINO put them: making a tensor known to it anew takes longer than copying an image's
+    features.
 
     Args:
         file: as `write_compiled` wrote it.
@@ -47,32 +49,41 @@ class CompiledUnit:
         self._mapped = _read(file)  # weights stay there, which OpenVINO does not hold on to
         shared = openvino().Tensor(self._mapped, shared_memory=True)
         self._network = openvino().Core().import_model(shared, "CPU", options)
-        self._kept = carrier(dtype)
         self._own = threading.local()
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        """The inputs of the thread that asks, `[N, C, H, W]` where they are features."""
+        if not hasattr(self._own, "request"):
+            self._prepare_thread()
+        buffers: list[Tensor] = self._own.buffers
+        return buffers
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The unit's outputs, which this thread's next call of the unit overwrites.
 
         Args:
-            tensors: of the shapes that it was compiled for.
+            tensors: of the shapes that it was compiled for; its buffers are taken as they are.
 
         Raises:
             RuntimeError: the unit failed.
         """
-        if not hasattr(self._own, "request"):
-            self._prepare_thread()
-        inputs = [at_border(tensor, self._kept) for tensor in tensors]
-        for i, tensor in enumerate(inputs):
-            self._own.request.set_input_tensor(i, _lend(tensor))
+        for buffer, tensor in zip(self.buffers, tensors, strict=True):
+            if tensor is not buffer:
+                buffer.copy_(tensor)
         self._own.request.infer()
         outputs: list[Tensor] = self._own.outputs
         return outputs
 
     def _prepare_thread(self) -> None:
-        request = self._network.create_infer_request()
-        given = [request.get_output_tensor(i) for i in range(len(self._network.outputs))]
-        self._own.request, self._own.given = request, given
-        self._own.outputs = [_borrow(tensor) for tensor in given]
+        own, request = self._own, self._network.create_infer_request()
+        own.inputs = [request.get_input_tensor(i) for i in range(len(self._network.inputs))]
+        own.given = [request.get_output_tensor(i) for i in range(len(self._network.outputs))]
+        own.buffers = [_borrow(tensor) for tensor in own.inputs]
+        own.outputs = [_borrow(tensor) for tensor in own.given]
+        for buffer in own.buffers:
+            buffer.zero_()  # what a batch leaves free is computed too: no chance numbers
+        own.request = request
 
 
 def openvino() -> Any:
@@ -108,13 +119,6 @@ def is_features(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim == 4
 
 
-def at_border(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A unit's input as it crosses: features `[N, H, W, C]` in `dtype`, all else as it is."""
-    if is_features(tensor):
-        tensor = tensor.permute(0, 2, 3, 1).to(dtype)
-    return tensor.contiguous()
-
-
 def _read(file: Path) -> np.ndarray:
     """What `write_compiled` was given; mapped, so that weights are not in memory twice over."""
     if file.stat().st_size <= DIGEST_BYTES:
@@ -124,14 +128,6 @@ def _read(file: Path) -> np.ndarray:
     if hashlib.sha256(data.data).digest() != digest.tobytes():
         raise RuntimeError("it is damaged")
     return data
-
-
-def _lend(tensor: Tensor) -> Any:
-    """A torch tensor as one of OpenVINO's, in the same memory; numpy has no bfloat16."""
-    if tensor.dtype is torch.bfloat16:
-        bits = tensor.view(torch.uint16).numpy()
-        return openvino().Tensor(bits, list(tensor.shape), openvino().Type.bf16)
-    return openvino().Tensor(tensor.numpy(), shared_memory=True)
 
 
 def _borrow(given: Any) -> Tensor:

@@ -14,16 +14,23 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from server.costs import CostTable, batch_sizes
-from server.graphs import Captured
 from server.units import make_units
 
 WARM_UP_RUNS = 5
 
 Seconds = dict[int, dict[int, float]]
 """By stage, then by batch size."""
-Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""A compiled unit for one batch size: its inputs in a list to its outputs in a list, which its next
-call may overwrite."""
+
+
+class Program(Protocol):
+    """A unit compiled for one batch size."""
+
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        """Its inputs in the thread that asks; whoever fills them saves a copy."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run on these inputs; the outputs last until this thread's next call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +103,13 @@ class Runner:
             inputs: for stage 1 uint8 pixels `[H, W, 3]`, else the rows that the stage before gave.
         """
         n = len(inputs)
-        program, size = self._plan(stage, n)
-        lasting = program is None
-        if isinstance(program, Captured):
-            tensors = self._fill(program.buffers, inputs)
+        program, _ = self._plan(stage, n)
+        if program:
+            features, said, state = program(self._fill(program.buffers, inputs))
         else:
-            tensors = self._gather([*inputs, *[inputs[-1]] * (size - n)])
-        features, said, state = program(tensors) if program else self.units[stage - 1](*tensors)
+            features, said, state = self.units[stage - 1](*self._gather(inputs))
         host = _to_host(said[:n]).numpy()
-        rows = [Row(features, state, i, lasting) for i in range(n)]
+        rows = [Row(features, state, i, lasting=program is None) for i in range(n)]
         return StageOutput(host[:, 0].tolist(), host[:, 1:], rows)
 
     @torch.inference_mode()
@@ -220,11 +225,11 @@ def _parts(rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _to_host(said: Tensor) -> Tensor:
     """A copy on the host; waits for the device, this once a batch."""
-    on_card = said.device.type == "cuda"
-    host = torch.empty(said.shape, dtype=said.dtype, pin_memory=on_card)
-    host.copy_(said, non_blocking=on_card)
-    if on_card:
-        done = torch.cuda.Event()
-        done.record()
-        done.synchronize()
+    if said.device.type != "cuda":
+        return said.clone()
+    host = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
+    host.copy_(said, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    done.synchronize()
     return host

@@ -22,7 +22,6 @@ from model.numerics import name_of, suits_cpu
 from server.compile import compile_unit, traceable_units
 from server.compiled import CompiledUnit
 from server.programs import Programs
-from server.runner import Program
 from server.units import Unit, example_inputs, make_units
 
 WAYS = ("eager", "folded", "compiled")
@@ -31,6 +30,8 @@ WARM_UP_RUNS = 10
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 Clock = Callable[[], float]
+Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""A unit's inputs to its outputs."""
 Pass = Callable[[], None]
 """Takes one batch through all stages, as far as numbers on the host."""
 
@@ -160,7 +161,7 @@ def _programs(
     way: str,
     dtype: torch.dtype,
     files: Sequence[Path],
-) -> list[Program]:
+) -> list[Run]:
     if way != "compiled":
         return [_eager(module) for module in modules]
     for module, inputs, file in zip(modules, examples, files, strict=True):
@@ -198,5 +199,5 @@ def table(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def _eager(module: nn.Module) -> Program:
+def _eager(module: nn.Module) -> Run:
     return lambda tensors: module(*tensors)

@@ -36,6 +36,17 @@ def in_eight_bits(bundle):
     return replace(bundle, policy=bundle.policy.model_copy(update=changed))
 
 
+class Program:
+    """A unit as if it were compiled for batches of 4 images."""
+
+    def __init__(self, unit):
+        self.unit = unit
+        self.buffers = [torch.zeros(4, 32, 32, 3, dtype=torch.uint8)]
+
+    def __call__(self, tensors):
+        return self.unit(*tensors)
+
+
 @pytest.fixture
 def runner(bundle):
     one = Runner(bundle, CPU, torch.float32)
@@ -44,7 +55,7 @@ def runner(bundle):
 
 
 def test_a_batch_is_padded_only_where_that_is_cheaper(runner):
-    runner.use_program(1, 4, lambda tensors: tensors, 2.5)
+    runner.use_program(1, 4, Program(runner.units[0]), 2.5)
     assert [runner._plan(1, n)[1] for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 5]
     expected = {1: 1.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 5.0, 6: 6.0, 8: 8.0}
     assert runner.expected(1, 8) == expected
@@ -52,14 +63,14 @@ def test_a_batch_is_padded_only_where_that_is_cheaper(runner):
 
 
 def test_a_program_slower_than_the_eager_stage_is_not_used(runner):
-    runner.use_program(1, 4, lambda tensors: tensors, 9.0)
+    runner.use_program(1, 4, Program(runner.units[0]), 9.0)
     assert runner._plan(1, 4) == (None, 4)
 
 
 def test_padding_gives_the_same_answers(runner):
     pixels = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
     eager = runner.run(1, pixels)
-    runner.use_program(1, 4, lambda tensors: runner.units[0](*tensors), 0.5)
+    runner.use_program(1, 4, Program(runner.units[0]), 0.5)
     padded = runner.run(1, pixels)
     assert runner._plan(1, 3)[1] == 4
     np.testing.assert_allclose(padded.confidences, eager.confidences, atol=1e-4)

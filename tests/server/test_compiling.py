@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.bundle import load_servable
 from model.fold import fold_stages
 from model.numerics import suits_cpu
 from model.policy import Calibration, Measure, Rule
@@ -30,7 +31,7 @@ from server.runner import Runner
 from server.scheduler import Scheduler
 from server.settings import Settings
 from server.units import Unit, example_inputs, make_units
-from tests.conftest import PREPROCESS, encode, noise, running
+from tests.conftest import PREPROCESS, ROOT, encode, noise, running
 from tests.model.networks import FAMILIES, images, tiny
 from tests.server.test_engine import FakeLoop
 
@@ -158,6 +159,7 @@ class Swapping:
     """An engine over a real runner, driven step by step, with programs to change over to."""
 
     def __init__(self, bundle):
+        self.bundle = bundle
         self.runner = Runner(bundle, CPU, torch.float32)
         self.costs = CostTable(self.runner.warm_up(batch_sizes(4)))
         controller = OverloadController([Level(0.01, FULL_DEPTH.thresholds[:-1])], None)
@@ -184,12 +186,22 @@ class Swapping:
             self.costs.replace(stage, self.runner.expected(stage, 4))
 
     def _program(self, stage, size):
-        def program(tensors):
-            assert all(len(t) == size for t in tensors)  # as compiled code would
-            self.ran += 1
-            return self.runner.units[stage - 1](*tensors)
+        examples = example_inputs(self.runner.units, self.bundle, size, CPU)
+        return FakeProgram(self, self.runner.units[stage - 1], examples[stage - 1])
 
-        return program
+
+class FakeProgram:
+    """A unit over buffers, that counts how often it ran."""
+
+    def __init__(self, swapping, unit, buffers):
+        self.swapping = swapping
+        self.unit = unit
+        self.buffers = buffers
+
+    def __call__(self, tensors):
+        assert tensors is self.buffers  # nothing is copied twice
+        self.swapping.ran += 1
+        return self.unit(*tensors)
 
 
 @pytest.mark.parametrize("swap_after", range(7))
@@ -342,8 +354,26 @@ def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):
         inputs = features.clone(), state.clone()
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere others compute")
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_no_compiled_unit_copies_features_at_its_borders(tmp_path):
+    bundle = load_servable(ROOT / "model" / "default")
+    units = make_units(bundle, CPU, torch.float32)
+    for unit, inputs in zip(units[1:], example_inputs(units, bundle, 1, CPU)[1:], strict=True):
+        compile_unit(unit, inputs, torch.float32, tmp_path / "unit.bin")
+        for operation in operations(CompiledUnit(tmp_path / "unit.bin", torch.float32)):
+            moves = operation.get_rt_info()["layerType"].value in ("Reorder", "Transpose")
+            if moves and len(operation.output(0).partial_shape) == 4:
+                assert operation.get_friendly_name().endswith("_fake")  # a name alone
+
+
 def convolutions_in_eight_bits(program):
     """The share of a unit's convolutions that compute in integers."""
-    operations = [o.get_rt_info() for o in program._network.get_runtime_model().get_ops()]
-    kinds = [o["primitiveType"].value for o in operations if "Conv" in o["layerType"].value]
+    said = [o.get_rt_info() for o in operations(program)]
+    kinds = [o["primitiveType"].value for o in said if "Conv" in o["layerType"].value]
     return sum("I8" in kind for kind in kinds) / len(kinds)
+
+
+def operations(program):
+    """What a compiled unit consists of, as OpenVINO runs it."""
+    return program._network.get_runtime_model().get_ops()

@@ -27,8 +27,9 @@ help: ## list the targets
 serve: .venv/serve ## serve model/default on port 8000; ARGS="--port 9000 ..." for options
 	@exec $(BIN)/python -m server $(ARGS)
 
+# A test process that dies ends the run: pytest-xdist may wait forever for the one that replaces it.
 test: .venv/dev ## run the tests; ARGS="-k policy ..." for pytest options
-	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $(ARGS)
 
 check: .venv/dev ## lint and type-check
 	@$(BIN)/ruff format --check .

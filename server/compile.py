@@ -22,6 +22,7 @@ from model.bundle import Bundle, BundleError, load_servable
 from model.numerics import DTYPES, carrier
 from server.compiled import (
     PRECISIONS,
+    core,
     is_features,
     openvino,
     options_for,
@@ -122,7 +123,7 @@ def compile_unit(
     )
     traced = torch.jit.trace(Bordered(unit).eval(), given, check_trace=False)
     network = _with_borders(_converted(traced, given), dtype)
-    compiled = openvino().Core().compile_model(network, "CPU", options_for(dtype))
+    compiled = core().compile_model(network, "CPU", options_for(dtype))
     partial = file.with_name(f"{file.stem}.{os.getpid()}")
     write_compiled(compiled, partial)
     partial.replace(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ class CompiledUnit:
         }
         self._mapped = _read(file)  # weights stay there, which OpenVINO does not hold on to
         shared = openvino().Tensor(self._mapped, shared_memory=True)
-        self._network = openvino().Core().import_model(shared, "CPU", options)
+        self._network = core().import_model(shared, "CPU", options)
         self._own = threading.local()
 
     @property
@@ -97,6 +98,19 @@ def openvino() -> Any:
     except ImportError as error:
         raise RuntimeError(f"OpenVINO cannot be imported ({error})") from error
     return openvino
+
+
+@functools.cache
+def core() -> Any:
+    """The process's one OpenVINO, kept for as long as it lives.
+
+    It gives the thread that makes it another stack for signals, and frees that stack when the last
+    network goes that it made, on whichever thread that is: the next signal would end the process.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    return openvino().Core()
 
 
 def options_for(dtype: torch.dtype) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import signal
 import sys
 import threading
 import time
@@ -297,6 +298,20 @@ def test_workers_may_call_a_unit_at_the_same_time(compiled, bundle, units):
             said = list(workers.map(lambda _: program(inputs)[1].clone(), range(50)))
     for one in said:
         torch.testing.assert_close(one, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_signal_is_heard_after_another_thread_frees_a_unit(compiled):
+    (file,) = compiled[0].rglob("stage1-batch1.bin")
+    units, heard = [CompiledUnit(file, torch.float32)], []
+    freeing = threading.Thread(target=units.clear)
+    freeing.start()
+    freeing.join()
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        signal.raise_signal(signal.SIGUSR1)  # ends the process where its stack is gone
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])

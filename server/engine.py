@@ -42,7 +42,7 @@ class Engine:
         scheduler: decides; knows how many workers there are.
         runner: computes.
         metrics: records.
-        audit_rate: share of early answers that are run to the last exit in idle time.
+        audit_rate: share of the policy's early answers that are run to the last exit in idle time.
         clock: seconds; the same clock that arrivals and deadlines are on.
         chance: 0..1; decides which answers are audited.
     """
@@ -216,14 +216,18 @@ class Engine:
         except Exception:
             log.exception("stage %d failed for %d jobs", batch.stage, len(batch.jobs))
             if len(batch.jobs) == 1:
-                self._fail(batch.jobs[0], batch.audit)
+                self._fail(batch)
             else:
                 for job in batch.jobs:
                     self._run_batch(Batch(batch.stage, (job,), batch.seconds, batch.audit))
-        else:
+            return
+        try:
             with self._lock:
                 self._settle(batch, computed)
                 self._outbox.send()
+        except Exception:
+            log.exception("stage %d could not be settled", batch.stage)
+            self._fail(batch)
 
     def _compute(self, batch: Batch) -> tuple[StageOutput, float, float]:
         began = self._clock()
@@ -265,12 +269,13 @@ class Engine:
         for ticket, row in zip(staying, kept, strict=True):
             ticket.inputs = row
 
-    def _fail(self, job: Job, audit: bool) -> None:
+    def _fail(self, batch: Batch) -> None:
         with self._lock:
-            if not audit:  # an audited job has its answer
-                self._outbox.settle(job.payload, OfframpError())
-            self.scheduler.abandon(job)
-            job.payload.release()
+            for job in batch.jobs:
+                if not batch.audit:  # an audited job has its answer
+                    self._outbox.settle(job.payload, OfframpError())
+                self.scheduler.abandon(job)
+                job.payload.release()
             self._outbox.send()
 
     # --- what happens to a job ---------------------------------------------------------------
@@ -290,8 +295,8 @@ class Engine:
             self._outbox.settle(ticket, draining)
 
     def _cancel(self, ticket: Ticket) -> None:
-        if ticket.job is not None:
-            self.scheduler.cancel(ticket.job)
+        # What runs stays whole until it has run: another worker may just be gathering its inputs.
+        if ticket.job is not None and self.scheduler.cancel(ticket.job):
             ticket.release()
 
     def _show(self, exit: int, job: Job, now: float) -> None:
@@ -308,9 +313,12 @@ class Engine:
     def _answer(self, job: Job, reason: Reason) -> None:
         ticket: Ticket = job.payload
         self._finish(ticket, job, ticket.seen[-1].exit, reason)
-        early = ticket.seen[-1].exit < self._runner.exits
-        if early and self._audit_rate and self._chance() < self._audit_rate:
+        if self._tells_of_the_policy(job, reason) and self._chance() < self._audit_rate:
             self.scheduler.audit(job)
+
+    def _tells_of_the_policy(self, job: Job, reason: Reason) -> bool:
+        """Whether the policy in force gave an early answer, and not its request or the load."""
+        return reason is Reason.CONFIDENT and job.bends
 
     def _answer_overdue(self, job: Job) -> None:
         ticket: Ticket = job.payload

@@ -122,7 +122,7 @@ class Metrics:
         )
         self.audited = self._counter(
             "audited_total",
-            "Early answers run to the last exit, by whether it agreed",
+            "Early answers of the policy in force, run to the last exit, by whether it agreed",
             ["model", "exit", "agreed"],
         )
 

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ class Runner:
         return output, statistics.median(taken)
 
     def _gather(self, inputs: Sequence[np.ndarray | Row]) -> Sequence[Tensor]:
-        rows = [row for row in inputs if isinstance(row, Row)]
+        rows = _rows(inputs)
         if not rows:
             return [self._pixels(inputs).to(self._device, non_blocking=True)]
         whole = rows[0]
@@ -198,7 +198,7 @@ class Runner:
         What is beyond it stays from an earlier batch: no row's answer depends on another row.
         """
         fitting = [buffer[: len(inputs)] for buffer in buffers]
-        rows = [row for row in inputs if isinstance(row, Row)]
+        rows = _rows(inputs)
         if rows:
             for parts, buffer in zip(_parts(rows), fitting, strict=True):
                 torch.cat(parts, out=buffer)
@@ -208,8 +208,20 @@ class Runner:
 
     def _pixels(self, inputs: Sequence[np.ndarray | Row]) -> Tensor:
         """Images on the host; page-locked for a card, so that it fetches them unwaited for."""
-        pixels = torch.from_numpy(np.stack([p for p in inputs if isinstance(p, np.ndarray)]))
+        pixels = torch.from_numpy(np.stack(cast(Sequence[np.ndarray], inputs)))
         return pixels.pin_memory() if self._device.type == "cuda" else pixels
+
+
+def _rows(inputs: Sequence[np.ndarray | Row]) -> list[Row]:
+    """The rows of a batch; none where it is of images.
+
+    Raises:
+        TypeError: it is of neither alone, and what is missing would be answered by a neighbour.
+    """
+    rows = [row for row in inputs if isinstance(row, Row)]
+    if rows and len(rows) < len(inputs):
+        raise TypeError("a batch is of rows alone or of images alone")
+    return rows
 
 
 def _join(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:

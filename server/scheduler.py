@@ -174,11 +174,18 @@ class Scheduler:
             raise Refused(self.predicted_wait(now))
         self._queue(job, now)
 
-    def cancel(self, job: Job) -> None:
-        """Forget a job whose client went away; a no-op if it is done."""
-        if job.state is JobState.WAITING:
+    def cancel(self, job: Job) -> bool:
+        """Forget a job whose client went away; a no-op if it is answered.
+
+        Returns:
+            Whether it waited; one that runs is only forgotten when it has run.
+        """
+        waited = job.state is JobState.WAITING
+        if waited:
             self._queues[job.stage].remove(job)
-        job.state = JobState.DONE
+        if job.state is not JobState.AUDITED:
+            job.state = JobState.DONE
+        return waited
 
     def audit(self, job: Job) -> None:
         """Run an answered job to the last exit whenever nothing else is to do."""
@@ -251,8 +258,11 @@ class Scheduler:
         return [job for job in batch.jobs if batch.stage == self.exits]
 
     def abandon(self, job: Job) -> None:
-        """Forget a job whose run failed."""
+        """Forget a job whose run failed, wherever it has got to."""
         self._ended(job)
+        self.cancel(job)
+        if job in self._audits:
+            self._audits.remove(job)
         job.state = JobState.DONE
 
     def next_audit(self, now: float) -> float:

@@ -84,7 +84,10 @@ class Settings(BaseSettings):
     max_pixels: int = Field(50_000_000, ge=1, description="most pixels an image may announce")
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode large images")
     audit_rate: float = Field(
-        0.01, ge=0, le=1, description="share of early answers run to the last exit in idle time"
+        0.01,
+        ge=0,
+        le=1,
+        description="share of the policy's early answers run to the last exit in idle time",
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="comma-separated keys that clients must send; empty for none"

@@ -1,6 +1,7 @@
 """The contract of an answer, over real HTTP."""
 
 import json
+import shutil
 
 import pytest
 
@@ -155,10 +156,15 @@ def test_model_and_policy_describe_what_is_served(server):
     assert policy["overloaded"] is False
 
 
-def test_audited_answers_are_compared_with_the_last_exit(serve, images):
-    with serve(audit_rate=1.0) as one:
+def test_audited_answers_are_compared_with_the_last_exit(serve, images, bundle_path, tmp_path):
+    shutil.copytree(bundle_path, tmp_path / "eager")
+    policy = json.loads((tmp_path / "eager/policy.json").read_text())
+    for point in policy["operating_points"]:
+        point["thresholds"] = [0.0] * 3
+    (tmp_path / "eager/policy.json").write_text(json.dumps(policy))
+    with serve(bundle=tmp_path / "eager", audit_rate=1.0) as one:
         for image in images:
-            one.post(image, threshold=0)
+            assert one.post(image).json()["reason"] == "confident"
 
         def audited():
             return sum(

@@ -77,6 +77,17 @@ def test_padding_gives_the_same_answers(runner):
     assert len(padded.rows) == len(padded.probabilities) == 3
 
 
+def test_an_input_that_is_missing_is_never_made_up_for_by_a_neighbour(runner):
+    pixels = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
+    rows = runner.run(1, pixels).rows
+    for stage, inputs in ((1, pixels), (2, rows)):
+        with pytest.raises((TypeError, ValueError)):
+            runner.run(stage, [inputs[0], None, inputs[2]])
+        runner.use_program(stage, 4, Program(runner.units[stage - 1]), 0.0)
+        with pytest.raises((TypeError, ValueError)):
+            runner.run(stage, [inputs[0], None, inputs[2]])
+
+
 def test_the_folder_depends_on_what_programs_depend_on(bundle, tmp_path, monkeypatch):
     def folder(bundle=bundle, dtype=torch.float32, threads=1):
         return Programs(tmp_path, bundle, dtype, threads).folder

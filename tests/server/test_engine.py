@@ -64,9 +64,12 @@ class FakeRunner:
         self.clock = clock
         self.ran = []
         self.guilty = lambda images: False
+        self.forgets_rows = False
+        self.missing = 0
         self.meanwhile = lambda: None
 
     def run(self, stage, inputs):
+        self.missing += sum(image is None for image in inputs)
         self.ran.append((stage, len(inputs), self.clock.now))
         self.meanwhile()
         self.clock.now += SECONDS
@@ -75,7 +78,8 @@ class FakeRunner:
             raise RuntimeError("a broken row")
         said = [float(image[stage - 1]) for image in images]
         classes = np.eye(CLASSES, dtype=np.float32)[[0] * len(said)]
-        return StageOutput(said, classes, [Row(image, None, 0) for image in images])
+        rows = [Row(image, None, 0) for image in images]
+        return StageOutput(said, classes, [] if self.forgets_rows else rows)
 
     def keep(self, rows):
         return list(rows)
@@ -105,11 +109,11 @@ class World:
             chance=lambda: 0.0,
         )
 
-    def submit(self, *said, seconds=math.inf, loop=None, on_exit=None, rule=RULE):
+    def submit(self, *said, seconds=math.inf, loop=None, on_exit=None, rule=RULE, bends=True):
         image = np.array(said or (0.1, 0.2, 0.3))
         deadline = self.now + seconds
         loop = loop or self.loop
-        return self.engine.submit(image, rule, self.now, deadline, True, on_exit, loop)
+        return self.engine.submit(image, rule, self.now, deadline, bends, on_exit, loop)
 
     def others_work(self):
         self.at_work += 1
@@ -182,6 +186,33 @@ def test_a_job_cancelled_before_it_ran_never_runs(world):
     world.engine.cancel(world.submit())
     world.finish()
     assert world.runner.ran == []
+
+
+def test_a_job_cancelled_as_its_batch_begins_takes_nothing_from_its_neighbours(world):
+    tickets = [world.submit(0.9, 0.9, 0.9), world.submit(), world.submit(0.1, 0.9, 0.9)]
+    world.engine._take_messages(0)
+    batch = world.engine._next_batch()
+    world.engine.cancel(tickets[1])
+    world.engine._take_messages(1)  # by another worker, before this one has gathered its inputs
+    world.engine._run_batch(batch)
+    world.finish()
+    assert world.runner.ran[0][:2] == (1, 3)
+    assert [answer(t).exit for t in (tickets[0], tickets[2])] == [1, 2]
+    assert tickets[1].future.results == []
+    assert tickets[1].inputs is None
+
+
+def test_a_batch_that_cannot_be_settled_fails_and_the_engine_goes_on(world):
+    tickets = [world.submit(0.9, 0.9, 0.9), world.submit()]
+    world.runner.forgets_rows = True
+    world.engine.step(False)
+    assert [type(answer(t)) for t in tickets] == [OfframpError] * 2
+    assert all(t.inputs is None for t in tickets)
+    world.runner.forgets_rows = False
+    ticket = world.submit()
+    world.finish()
+    assert answer(ticket).exit == 3
+    assert world.engine.scheduler.predicted_wait(world.now) == 0
 
 
 def test_cancelling_an_answered_job_changes_nothing(world):
@@ -275,6 +306,33 @@ def test_an_audit_waits_for_quiet_then_runs_to_the_last_exit():
     assert world.value("audited_total", model="tiny", exit="1", agreed="true") == 1
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_an_audit_runs_whether_or_not_the_client_is_still_there(away, caplog):
+    world = World(audit_rate=1.0)
+    ticket = world.submit(0.9, 0.9, 0.9)
+    world.finish()
+    if away:
+        world.engine.cancel(ticket)
+    world.now += 2 * QUIET_SECONDS
+    world.finish()
+    assert world.value("audited_total", model="tiny", exit="1", agreed="true") == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("rule", "bends"),
+    [(Rule((0.0, 0.0, 0.0), 1, STAGES), False), (Rule(RULE.thresholds, 1, 1), True)],
+)
+def test_only_answers_that_the_policy_in_force_gave_are_audited(rule, bends):
+    world = World(audit_rate=1.0)
+    ticket = world.submit(rule=rule, bends=bends)
+    world.finish()
+    assert answer(ticket).exit == 1
+    world.now += 2 * QUIET_SECONDS
+    world.finish()
+    assert [stage for stage, _, _ in world.runner.ran] == [1]
+
+
 def test_no_audit_runs_once_draining_began():
     world = World(audit_rate=1.0)
     world.submit(0.9, 0.9, 0.9)
@@ -348,6 +406,7 @@ def test_no_job_is_lost_or_answered_twice(events, audit_rate, workers):
         happen(world, event, tickets, cancelled)
     world.finish()
     assert sum(world.engine.scheduler.queued()) == 0
+    assert not world.runner.missing
     for i, ticket in enumerate(tickets):
         assert len(ticket.future.results) <= 1
         assert ticket.future.results or i in cancelled

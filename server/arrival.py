@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.errors import InvalidParameter
+from server.protocol import parameters_from
 
 ARRIVED, READ = "offramp.arrived", "offramp.read"
 """In a request's scope: `time.perf_counter` when its first byte and its whole head were read."""
@@ -15,7 +17,6 @@ TIMES_BEHIND = 4
 answer will wait to be sent, beside the stages it needs."""
 NOT_BEHIND_SECONDS = 0.001
 """What a loop with nothing else to do may take to begin a request."""
-_DEADLINE = re.compile(rb"(?:^|&)deadline_ms=(\d{1,9})")
 
 
 class Protocol(HttpToolsProtocol):
@@ -53,8 +54,10 @@ def is_hopeless(scope: Scope, behind: float, default_deadline_ms: float | None) 
         behind: as `seconds_behind` says.
         default_deadline_ms: of requests that name none, if they have one.
     """
-    named = _DEADLINE.search(scope["query_string"])
-    deadline_ms = float(named[1]) if named else default_deadline_ms
-    if deadline_ms is None or behind <= NOT_BEHIND_SECONDS:
+    if behind <= NOT_BEHIND_SECONDS:
         return False
-    return TIMES_BEHIND * behind > deadline_ms / 1e3
+    try:
+        deadline_ms = parameters_from(scope["query_string"]).deadline_ms or default_deadline_ms
+    except InvalidParameter:
+        return False  # it must not be told to try again
+    return deadline_ms is not None and TIMES_BEHIND * behind > deadline_ms / 1e3

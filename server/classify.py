@@ -10,16 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive
-
 from model.policy import OperatingPoint, Rule
 from server.engine import Engine
-from server.errors import DeadlineExceeded, InvalidParameter, OfframpError, Overloaded
+from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
 from server.protocol import Parameters, answer_body
 from server.repository import Served
-from server.tickets import Answer, Seen, Ticket
+from server.tickets import Answer, Seen
 
 RESERVE_SECONDS = 0.005
 """Kept back from each deadline for encoding and sending the answer…"""
@@ -109,13 +106,11 @@ async def classify(
     admission: Admission,
     served: Served,
     context: Context,
-    receive: Receive | None = None,
     on_exit: Callable[[Seen], None] | None = None,
 ) -> dict[str, Any]:
     """Decode, schedule and answer one image.
 
     Args:
-        receive: the request's, once its body is read; tells when the client goes away.
         on_exit: called for each exit passed.
 
     Returns:
@@ -123,15 +118,11 @@ async def classify(
 
     Raises:
         OfframpError: any of its subclasses that concern one image.
-        ClientDisconnect: nobody waits for the answer any more.
     """
     parameters, engine = admission.parameters, admission.engine
     deadline = deadline_for(parameters, served, context)
     with place(served):
-        if time.perf_counter() > deadline:
-            served.metrics.deadlines.labels("missed").inc()
-            raise DeadlineExceeded
-        pixels, decode_seconds = await served.decoder(data)
+        pixels, decode_seconds = await served.decoder(data, deadline)
         ticket = engine.submit(
             pixels,
             admission.rule,
@@ -141,8 +132,8 @@ async def classify(
             on_exit=on_exit,
         )
         try:
-            answer = await _answer(ticket, receive)
-        except (ClientDisconnect, asyncio.CancelledError):
+            answer = await ticket.future
+        except asyncio.CancelledError:
             engine.cancel(ticket)
             raise
     if context.trace:
@@ -158,26 +149,6 @@ async def classify_or_error(
         return await classify(data, admission, served, context)
     except OfframpError as error:
         return {"error": str(error), "code": error.code, "request_id": context.request_id}
-
-
-async def _answer(ticket: Ticket, receive: Receive | None) -> Answer:
-    if receive is None:
-        return await ticket.future
-    watching = asyncio.ensure_future(_give_up_if_gone(ticket.future, receive))
-    try:
-        return await ticket.future
-    except asyncio.CancelledError:
-        if watching.done():
-            raise ClientDisconnect from None
-        raise
-    finally:
-        watching.cancel()
-
-
-async def _give_up_if_gone(answer: asyncio.Future[Answer], receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    answer.cancel()
 
 
 def _body(

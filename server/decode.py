@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,14 @@ import numpy as np
 
 from model import image
 from model.preprocess import Preprocess
-from server.errors import BrokenImage, ImageTooLarge, NoImage, OfframpError, UnsupportedImage
+from server.errors import (
+    BrokenImage,
+    DeadlineExceeded,
+    ImageTooLarge,
+    NoImage,
+    OfframpError,
+    UnsupportedImage,
+)
 from server.metrics import Metrics
 from server.threads import name_thread
 
@@ -43,19 +51,28 @@ class Decoder:
         self._pool = ThreadPoolExecutor(threads, "decode", name_thread, ("decode",))
         self._seconds = metrics.phase_seconds.labels("decode")
         self._rejected = metrics.rejected_images
+        self._missed = metrics.deadlines.labels("missed")
 
-    async def __call__(self, data: bytes) -> tuple[np.ndarray, float]:
+    async def __call__(self, data: bytes, deadline: float = math.inf) -> tuple[np.ndarray, float]:
         """Decode one image.
+
+        Args:
+            data: as it was sent.
+            deadline: on `time.perf_counter`; what waits for a thread until then is not decoded.
 
         Returns:
             uint8 pixels `[H, W, 3]` of the network's size, and the seconds it took.
 
         Raises:
             NoImage, UnsupportedImage, BrokenImage, ImageTooLarge
+            DeadlineExceeded: there are no pixels by then.
         """
         began = time.perf_counter()
         try:
-            pixels = await self._decode(data)
+            pixels = await self._decode(data, deadline - began)
+        except TimeoutError:
+            self._missed.inc()
+            raise DeadlineExceeded from None
         except image.ImageError as error:
             kind = ERRORS[type(error)]
             self._rejected.labels(kind.code).inc()
@@ -64,7 +81,9 @@ class Decoder:
         self._seconds.observe(seconds)
         return pixels, seconds
 
-    async def _decode(self, data: bytes) -> np.ndarray:
+    async def _decode(self, data: bytes, seconds: float) -> np.ndarray:
+        if seconds < 0:
+            raise TimeoutError
         if not data:
             self._rejected.labels(NoImage.code).inc()
             raise NoImage
@@ -72,7 +91,9 @@ class Decoder:
         if header.width * header.height <= SMALL_PIXELS:
             return self._render(header)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._render, header)
+        # Whoever gives up while the image still waits for a thread takes it out of the queue.
+        async with asyncio.timeout(seconds if math.isfinite(seconds) else None):
+            return await loop.run_in_executor(self._pool, self._render, header)
 
     def _render(self, header: image.Header) -> np.ndarray:
         return self._preprocess.pixels(image.render(header, self._preprocess.size))

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from urllib.parse import parse_qsl
-
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import InvalidParameter
-from server.protocol import Parameters
+from server.protocol import parameters_from
 from server.routes import check_key, context_of, post_classify, served_of
-
-LONGEST_REMEMBERED = 256
-"""Bytes of a query string; most clients send one of a few short ones over and over."""
 
 
 class Direct:
@@ -40,24 +32,3 @@ class Direct:
         served, context = await served_of(request), await context_of(request)
         response = await post_classify(request, parameters, served, context)
         await response(scope, receive, send)
-
-
-def parameters_from(query: bytes) -> Parameters:
-    """The parameters that a query string names; of one named twice, the last.
-
-    Raises:
-        InvalidParameter: an unknown one, or a bad value.
-    """
-    return _remembered(query) if len(query) <= LONGEST_REMEMBERED else _parse(query)
-
-
-def _parse(query: bytes) -> Parameters:
-    named = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-    try:
-        return Parameters.model_validate(named)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        raise InvalidParameter.of(first["loc"], first["msg"]) from None
-
-
-_remembered = lru_cache(maxsize=1024)(_parse)

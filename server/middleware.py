@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import re
@@ -14,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.arrival import arrival, is_hopeless, seconds_behind
-from server.errors import BodyTooLarge, OfframpError, Overloaded
+from server.errors import BodyTooLarge, Draining, OfframpError, Overloaded
 from server.gate import Gate
 from server.metrics import ROUTES, Metrics
 from server.protocol import error_body
@@ -91,6 +92,8 @@ class Surroundings:
             await self._app(scope, self._limited(receive), sender)
         except ClientDisconnect:
             context.status = CLIENT_CLOSED
+        except asyncio.CancelledError:  # the time to drain is over, and this is still being sent
+            await send_error(sender, context, Draining())
         except OfframpError as error:
             await send_error(sender, context, error)
         except Exception:

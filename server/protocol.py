@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.policy import OperatingPoint, Reason
+from server.errors import InvalidParameter
 from server.tickets import Answer, Seen
 
 ROUNDING = 6
 """Decimals of a probability on the wire."""
+LONGEST_REMEMBERED = 256
+"""Bytes of a query string; most clients send one of a few short ones over and over."""
 
 
 class Parameters(BaseModel):
@@ -56,6 +61,27 @@ class Parameters(BaseModel):
     def bends(self) -> bool:
         """Whether overload may answer shallower: not where the request says what suffices."""
         return self.threshold is None and self.max_accuracy_loss is None
+
+
+def parameters_from(query: bytes) -> Parameters:
+    """The parameters that a query string names; of one named twice, the last.
+
+    Raises:
+        InvalidParameter: an unknown one, or a bad value.
+    """
+    return _remembered(query) if len(query) <= LONGEST_REMEMBERED else _parse(query)
+
+
+def _parse(query: bytes) -> Parameters:
+    named = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    try:
+        return Parameters.model_validate(named)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise InvalidParameter.of(first["loc"], first["msg"]) from None
+
+
+_remembered = lru_cache(maxsize=1024)(_parse)
 
 
 class Label(BaseModel):

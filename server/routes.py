@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from model.numerics import name_of
 from server import errors, openapi, uploads
 from server.classify import Admission, admit, classify, classify_or_error
+from server.departure import ending_with_client
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
 from server.metrics import CONTENT_TYPE
 from server.middleware import Context
@@ -132,7 +133,8 @@ async def post_classify(
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
-    body = await classify(data, admission, served, context, request.receive)
+    with ending_with_client(request.receive):
+        body = await classify(data, admission, served, context)
     return _encoded(body, served)
 
 
@@ -164,9 +166,10 @@ async def post_batch(
     """
     admission = admit(parameters, served)
     images = await uploads.read_images(request, MAX_BATCH_IMAGES)
-    results = await asyncio.gather(
-        *(classify_or_error(data, admission, served, context) for data in images)
-    )
+    with ending_with_client(request.receive):
+        results = await asyncio.gather(
+            *(classify_or_error(data, admission, served, context) for data in images)
+        )
     context.server_timing = ""
     context.fields = {"images": len(images)}
     return _encoded({"results": results}, served)
@@ -188,9 +191,12 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     labels = served.bundle.description.classes
     passed: asyncio.Queue[Seen | None] = asyncio.Queue()
-    work = asyncio.ensure_future(
-        classify(data, admission, served, context, request.receive, passed.put_nowait)
-    )
+
+    async def answer() -> dict[str, Any]:
+        with ending_with_client(request.receive):
+            return await classify(data, admission, served, context, passed.put_nowait)
+
+    work = asyncio.ensure_future(answer())
     work.add_done_callback(lambda _: passed.put_nowait(None))
     try:
         while (seen := await passed.get()) is not None:

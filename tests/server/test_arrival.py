@@ -19,7 +19,13 @@ def test_the_loop_is_behind_by_what_it_took_to_begin_a_request_that_was_read():
     assert seconds_behind(scope(), 5.0) == 0.0
 
 
-@pytest.mark.parametrize("query", [b"deadline_ms=50", b"top_k=3&deadline_ms=50"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        *(b"deadline_ms=50", b"top_k=3&deadline_ms=50", b"deadline_ms=5e1", b"deadline%5Fms=50"),
+        b"deadline_ms=9000&deadline_ms=50",
+    ],
+)
 def test_a_request_is_hopeless_once_what_it_will_wait_is_more_than_it_allows(query):
     allowed = 0.05 / TIMES_BEHIND
     assert not is_hopeless(scope(query), 0.99 * allowed, None)
@@ -31,8 +37,13 @@ def test_a_short_deadline_alone_makes_no_request_hopeless():
     assert not is_hopeless(scope(b"deadline_ms=1"), 0.0009, None)
 
 
+@pytest.mark.parametrize("query", [b"deadline_ms=0", b"no_deadline_ms=9000", b"deadline_ms=soon"])
+def test_a_request_that_is_wrong_is_told_so_rather_than_to_try_again(query):
+    assert not is_hopeless(scope(query), 100.0, 50.0)
+
+
 def test_a_request_that_names_no_deadline_has_the_usual_one():
-    assert is_hopeless(scope(b"no_deadline_ms=9000"), 0.1, 50.0)
+    assert is_hopeless(scope(b"top_k=3"), 0.1, 50.0)
     assert not is_hopeless(scope(), 100.0, None)
 
 

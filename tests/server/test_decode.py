@@ -4,10 +4,12 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from server.decode import Decoder
+from server.errors import DeadlineExceeded
 from server.metrics import Metrics
 from tests.conftest import PREPROCESS, ROOT, encode, noise
 
@@ -77,6 +79,39 @@ def test_a_small_image_overtakes_large_ones(decoder, slow, png):
 
     assert all(asyncio.run(run()))
     assert slow.threads[2] == threading.main_thread().name
+
+
+def test_what_waits_for_a_thread_until_its_deadline_is_told_so_and_never_decoded(decoder, slow):
+    async def run():
+        waiting = await crowd(decoder, slow)
+        late = [asyncio.ensure_future(decoder(LARGE, time.perf_counter() + 0.02)) for _ in range(3)]
+        said = await asyncio.gather(*late, return_exceptions=True)
+        slow.end.set()
+        await asyncio.gather(*waiting)
+        return said
+
+    assert [type(said) for said in asyncio.run(run())] == [DeadlineExceeded] * 3
+    assert len(slow.threads) == 6
+
+
+def test_a_deadline_that_has_passed_already_costs_no_decoding(decoder, slow, png):
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(decoder(png, time.perf_counter() - 1))
+    assert not slow.threads
+
+
+def test_whoever_gives_up_leaves_the_queue(decoder, slow):
+    async def run():
+        waiting = await crowd(decoder, slow)
+        gone = asyncio.ensure_future(decoder(LARGE))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        slow.end.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(run())
+    assert len(slow.threads) == 6
 
 
 def test_no_image_waits_for_its_formats_import():

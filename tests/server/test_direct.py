@@ -6,8 +6,9 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.direct import Direct, parameters_from
+from server.direct import Direct
 from server.errors import InvalidParameter
+from server.protocol import parameters_from
 from server.repository import Served
 from server.settings import Settings
 

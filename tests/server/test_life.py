@@ -51,7 +51,9 @@ def refuses(server):
 
 
 def test_a_process_serves_once_ready_and_a_drain_answers_what_was_accepted(bundle_path, png):
-    with process(bundle_path, "--port", "0", "--log-format", "json") as child:
+    with process(
+        bundle_path, "--port", "0", "--log-format", "json", "--drain-seconds", "3"
+    ) as child:
         server = RunningServer(None, port_of(child))
         until(lambda: server.client.get("/readyz").status_code == 200)
         sent = {"x-request-id": "before"}
@@ -60,18 +62,22 @@ def test_a_process_serves_once_ready_and_a_drain_answers_what_was_accepted(bundl
         head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png)}\r\n"
         accepted = server.send(head.encode() + b"Expect: 100-continue\r\n\r\n")
         assert accepted.recv(100).startswith(b"HTTP/1.1 100")  # it waits for the body
+        stuck = server.send(head.encode() + b"\r\n" + png[:100])
         child.send_signal(signal.SIGTERM)
         until(lambda: refuses(server))
         accepted.sendall(png)
         assert accepted.recv(4000).startswith(b"HTTP/1.1 200")
         accepted.close()
         server.client.close()
+        assert b'"code": "draining"' in stuck.recv(4000)
+        stuck.close()
 
         assert child.wait(10) == 0
         lines = [json.loads(line) for line in child.stderr]
         requests = [line for line in lines if line["message"] == "request"]
         assert [r["request_id"] for r in requests].count("before") == 1
-        assert {r["level"] for r in lines} <= {"info", "warning"}
+        assert [r["status"] for r in requests if r.get("code") == "draining"][-1] == 503
+        assert not [r for r in lines if "exception" in r]
 
 
 def test_a_port_in_use_stops_the_start_with_a_message(bundle_path, server):

@@ -51,6 +51,25 @@ def test_a_streaming_client_that_goes_away_frees_its_place(one, png):
     assert one.post(png).status_code == 200
 
 
+def test_a_client_that_leaves_its_whole_batch_behind_frees_every_place(one, png):
+    part = b'--X\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n%s\r\n'
+    body = b"".join(part % encode(noise(seed=s)) for s in range(20)) + b"--X--\r\n"
+    head = HEAD.replace(b"/classify", b"/classify/batch") % len(body)
+    head = head.replace(b"Host", b"Content-Type: multipart/form-data; boundary=X\r\nHost")
+    with gated(one) as gate:
+        first = one.later(png)
+        gate.wait_for_a_batch()
+        connection = one.send(head + body)
+        queued(one, 21)
+        connection.close()
+        queued(one, 1)
+        gate.open()
+        assert first.result().status_code == 200
+    assert one.post(png).status_code == 200
+    assert {len(inputs) for _, inputs in gate.batches} == {1}
+    until(lambda: one.metric("requests_total", route="/classify/batch", code="499") == 1)
+
+
 def test_bad_requests_neither_slow_nor_fail_their_neighbours(one, png):
     """Everything bad is answered while the device is busy; the good ones share a batch."""
     with gated(one) as gate:

@@ -16,7 +16,7 @@ from model.bundle import Bundle
 from model.numerics import name_of
 from server.compile import READY, order
 from server.compiled import CompiledUnit, openvino
-from server.programs import Programs, disagreement, fastest
+from server.programs import Programs, disagreement, share_of_eager
 from server.runner import Program
 from server.settings import Settings
 from server.units import Unit, example_inputs
@@ -24,7 +24,7 @@ from server.units import Unit, example_inputs
 log = logging.getLogger("offramp")
 
 Use = Callable[[int, int, Program, float], None]
-"""Takes a stage, a batch size, the program for both and its seconds."""
+"""Takes a stage, a batch size, the program for both and its time as a share of the eager one's."""
 
 
 class Compiling:
@@ -135,10 +135,10 @@ class Compiling:
         return example_inputs(self._units, self._bundle, size, torch.device("cpu"))
 
     def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
-        file = self._programs.file(stage, size)
+        file, unit = self._programs.file(stage, size), self._units[stage - 1]
         try:
             program = self._load(file, self._dtype, self._workers, self._settings.threads)
-            off = disagreement(program, self._units[stage - 1], inputs, self._dtype)
+            off = disagreement(program, unit, inputs, self._dtype)
         except (RuntimeError, OSError) as error:
             log.warning("%s cannot be used (%s); it is deleted and compiled anew", file, error)
             file.unlink(missing_ok=True)
@@ -148,4 +148,4 @@ class Compiling:
             self._refused.add((stage, size))
             return
         self._used.add((stage, size))
-        use(stage, size, program, fastest(program, inputs))
+        use(stage, size, program, share_of_eager(program, unit, inputs))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -77,15 +78,25 @@ def disagreement(
 
 
 @torch.inference_mode()
-def fastest(program: Program, inputs: Sequence[Tensor]) -> float:
-    """Seconds of the fastest of some runs, which neighbours on the machine disturb least."""
-    program(inputs)
-    taken = []
+def share_of_eager(
+    program: Program,
+    unit: Unit,
+    inputs: Sequence[Tensor],
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """A program's time as a share of the eager unit's, by runs of both in turns.
+
+    What else runs slows both. Timed alone beside busy threads, 7 of 24 programs seemed slower than
+    eager units that had been timed before the first request; in turns at most one did.
+    """
+    shares = []
     for _ in range(WARM_UP_RUNS):
-        began = time.perf_counter()
+        began = clock()
         program(inputs)[1].cpu()  # a card has finished only then
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+        between = clock()
+        unit(*inputs)[1].cpu()
+        shares.append((between - began) / (clock() - between))
+    return statistics.median(shares)
 
 
 def _make_private(folder: Path) -> None:

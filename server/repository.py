@@ -80,7 +80,8 @@ class Served:
         """
         max_batch = self.settings.max_batch
         runner = Runner(self.bundle, self.device, self.dtype)
-        costs = CostTable(runner.warm_up(batch_sizes(max_batch)))
+        eager = runner.warm_up(batch_sizes(max_batch))
+        costs = CostTable(eager)
         scheduler = Scheduler(
             costs, self._controller(), max_batch, self.workers, self._http_seconds
         )
@@ -89,9 +90,9 @@ class Served:
             scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate
         )
 
-        def use(stage: int, size: int, program: Program, seconds: float) -> None:
+        def use(stage: int, size: int, program: Program, share: float) -> None:
             def take() -> None:
-                runner.use_program(stage, size, program, seconds)
+                runner.use_program(stage, size, program, share * eager[stage][size])
                 costs.replace(stage, runner.expected(stage, max_batch))
 
             engine.call(take)

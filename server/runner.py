@@ -144,7 +144,14 @@ class Runner:
         return seconds
 
     def use_program(self, stage: int, size: int, program: Program, seconds: float) -> None:
-        """Take a program that was compiled for batches of `size`, and what it was measured at."""
+        """Take a program that was compiled for batches of `size`.
+
+        Args:
+            stage: its.
+            size: its.
+            program: gives what the eager unit gives.
+            seconds: what it would have taken at warm-up, when the eager units were measured.
+        """
         self._programs = {**self._programs, (stage, size): (program, seconds)}
         self._plans = {}  # both anew, since another worker may be looking into them
 

@@ -32,7 +32,7 @@ from server.runner import Runner
 from server.scheduler import Scheduler
 from server.settings import Settings
 from server.units import Unit, example_inputs, make_units
-from tests.conftest import PREPROCESS, ROOT, encode, noise, running
+from tests.conftest import PREPROCESS, ROOT, encode, noise, running, until
 from tests.model.networks import FAMILIES, images, tiny
 from tests.server.test_engine import FakeLoop
 
@@ -246,6 +246,8 @@ def compiled(bundle_path, tmp_path_factory):
         compiling = server.served._compiling
         compiling._thread.join(60)
         complete, told = compiling.complete, len(clients[0].answers)
+        runner = server.served.engine._runner
+        until(lambda: all(runner._plan(stage, 1)[0] for stage in (1, 2, 3, 4)))
         for client in clients:
             client.enough.set()
             client.join(20)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from server.programs import disagreement
+from server.programs import disagreement, share_of_eager
+from server.runner import WARM_UP_RUNS
 
 INPUTS = (torch.zeros(2, 3),)
 
@@ -32,3 +33,33 @@ def test_a_program_may_be_as_far_off_as_its_numerics_are_coarse(off, dtype, too_
 
 def test_a_program_that_gives_no_numbers_disagrees():
     assert math.isnan(disagreement(saying(math.nan), saying(0.25), INPUTS, torch.float32))
+
+
+class BusyMachine:
+    """Time goes by only where something runs, and the longer the more else runs."""
+
+    def __init__(self, loads):
+        self.now = 0.0
+        self.loads = iter(loads)
+
+    def clock(self):
+        return self.now
+
+    def taking(self, seconds):
+        """A unit or program that takes so long on an idle machine."""
+
+        def run(*_):
+            self.now += seconds * next(self.loads)
+            return saying(0.25)()
+
+        return run
+
+
+@pytest.mark.parametrize(
+    "loads", [[1.0], [5.0], [1.0, 1.0, 1.0, 7.0, 2.0, 2.0, 3.0, 3.0, 9.0, 3.0]]
+)
+def test_a_program_is_as_fast_against_the_eager_unit_beside_traffic_as_alone(loads):
+    runs = 2 * WARM_UP_RUNS
+    machine = BusyMachine((loads * runs)[:runs])
+    program, unit = machine.taking(0.001), machine.taking(0.002)
+    assert share_of_eager(program, unit, INPUTS, machine.clock) == pytest.approx(0.5)

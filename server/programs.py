@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import platform
 import statistics
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +26,11 @@ log = logging.getLogger("offramp")
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1, torch.int8: 0.2}
 """Furthest that a confidence or probability may be from the eager unit's."""
+
+PARTIAL = ".partial"
+"""How the names of files end that are still being written."""
+STALE_SECONDS = 3600.0
+"""After so long nobody writes to such a file any more: a program takes well under a second."""
 
 
 class Programs:
@@ -53,10 +60,33 @@ class Programs:
         """Where the program for a stage and batch size is, or will be."""
         return self.folder / f"stage{stage}-batch{size}.bin"
 
+    def remove_stale(self, clock: Callable[[], float] = time.time) -> None:
+        """Remove what compilers left half written that were killed meanwhile."""
+        for partial in self.folder.glob(f"*{PARTIAL}"):
+            with contextlib.suppress(FileNotFoundError):  # another compiler removes them too
+                if clock() - partial.stat().st_mtime > STALE_SECONDS:
+                    partial.unlink()
+
     def close(self) -> None:
         """Remove the folder if it is temporary."""
         if self._temporary:
             self._temporary.cleanup()
+
+
+def put_in_place(file: Path, write: Callable[[Path], None]) -> None:
+    """Have a file written beside its place and moved there at once, so that it is never half one.
+
+    Args:
+        file: its place.
+        write: writes to the path that it is given, which no other process is given: process ids
+            would be alike in containers that share the folder.
+    """
+    partial = file.with_name(f"{file.stem}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        write(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

@@ -1,11 +1,12 @@
-"""When a program may stand in for an eager unit."""
+"""How programs come into their folder, and when one may stand in for an eager unit."""
 
 import math
+import os
 
 import pytest
 import torch
 
-from server.programs import disagreement, share_of_eager
+from server.programs import STALE_SECONDS, Programs, disagreement, put_in_place, share_of_eager
 from server.runner import WARM_UP_RUNS
 
 INPUTS = (torch.zeros(2, 3),)
@@ -63,3 +64,38 @@ def test_a_program_is_as_fast_against_the_eager_unit_beside_traffic_as_alone(loa
     machine = BusyMachine((loads * runs)[:runs])
     program, unit = machine.taking(0.001), machine.taking(0.002)
     assert share_of_eager(program, unit, INPUTS, machine.clock) == pytest.approx(0.5)
+
+
+def test_compilers_of_the_same_program_write_to_files_of_their_own(tmp_path):
+    file = tmp_path / "stage1-batch1.bin"
+
+    def write(partial):
+        partial.write_text("half")
+        put_in_place(file, lambda other: other.write_text("another's"))
+        assert partial.read_text() == "half"
+
+    put_in_place(file, write)
+    assert file.read_text() == "half"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_cannot_be_written_in_full_leaves_nothing(tmp_path):
+    def write(partial):
+        partial.write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        put_in_place(tmp_path / "stage1-batch1.bin", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_a_killed_compiler_left_is_removed(bundle, tmp_path):
+    programs = Programs(tmp_path, bundle, torch.float32, 1)
+    ready = programs.file(1, 1)
+    ready.touch()
+    old, new = (ready.with_name(f"stage2-batch1.{i}.partial") for i in "ab")
+    for file, age_seconds in ((ready, 9e9), (old, STALE_SECONDS + 1), (new, STALE_SECONDS - 1)):
+        file.touch()
+        os.utime(file, (1e10 - age_seconds, 1e10 - age_seconds))
+    programs.remove_stale(clock=lambda: 1e10)
+    assert sorted(programs.folder.iterdir()) == [ready, new]

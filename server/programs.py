@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import platform
+import stat
 import statistics
 import tempfile
 import time
@@ -33,28 +35,50 @@ STALE_SECONDS = 3600.0
 """After so long nobody writes to such a file any more: a program takes well under a second."""
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user can put code into, which this process will run.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 class Programs:
     """The compiled units of one bundle, on one kind of machine, in a folder of the cache.
 
     Args:
-        cache: its folder; a temporary one takes its place where it cannot be written.
+        cache: its folder; where it cannot be written, a temporary one with links to what it holds.
         bundle: a calibrated bundle.
         dtype: the units' numerics.
         threads: inside one operation.
+        make: a folder for programs.
     """
 
-    def __init__(self, cache: Path, bundle: Bundle, dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self,
+        cache: Path,
+        bundle: Bundle,
+        dtype: torch.dtype,
+        threads: int,
+        make: Callable[[Path], None] = make_private,
+    ) -> None:
         self.cache = cache.expanduser()
         self.folder = self.cache / _digest(bundle, dtype, threads)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
-            _make_private(self.folder)
+            make(self.folder)
         except OSError as error:
-            log.info("%s cannot be written (%s); compiling anew at each start", cache, error)
+            filled = self.folder
             self._temporary = tempfile.TemporaryDirectory(prefix="offramp-")
             self.cache = Path(self._temporary.name)
-            self.folder = self.cache / self.folder.name
-            _make_private(self.folder)
+            self.folder = self.cache / filled.name
+            make(self.folder)
+            linked = self._link_to(filled)
+            said = "%s cannot be written (%s); what its %d programs lack is compiled at each start"
+            log.info(said, cache, error, linked)
 
     def file(self, stage: int, size: int) -> Path:
         """Where the program for a stage and batch size is, or will be."""
@@ -71,6 +95,20 @@ class Programs:
         """Remove the folder if it is temporary."""
         if self._temporary:
             self._temporary.cleanup()
+
+    def _link_to(self, filled: Path) -> int:
+        """Link to the programs that somebody filled a folder with beforehand; how many.
+
+        A program is code, and who filled a folder that this user cannot write is not known.
+        """
+        programs = list(filled.glob("*.bin"))
+        safe = [program for program in programs if _is_safe(program)]
+        for program in safe:
+            (self.folder / program.name).symlink_to(program.resolve())
+        if len(safe) < len(programs):
+            said = "%d of %d programs in %s are not used: others than this user can change them"
+            log.warning(said, len(programs) - len(safe), len(programs), filled)
+        return len(safe)
 
 
 def put_in_place(file: Path, write: Callable[[Path], None]) -> None:
@@ -129,11 +167,19 @@ def share_of_eager(
     return statistics.median(shares)
 
 
-def _make_private(folder: Path) -> None:
-    """Make a folder that only this user can put code into, which this process will run."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+def _is_safe(file: Path) -> bool:
+    """Whether nobody but root and this user can change a file, or put another in its place."""
+    with contextlib.suppress(OSError):  # what cannot be looked at is not safe
+        whole = file.resolve(strict=True)
+        return all(_is_ours(path.stat()) for path in (whole, *whole.parents))
+    return False
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Whether root or this user owns it, and others may at most add to it, as to /tmp."""
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    only_add = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    return status.st_uid in (0, os.geteuid()) and bool(only_add or not others_write)
 
 
 def _digest(bundle: Bundle, dtype: torch.dtype, threads: int) -> str:

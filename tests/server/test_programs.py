@@ -1,12 +1,22 @@
 """How programs come into their folder, and when one may stand in for an eager unit."""
 
+import errno
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from server.programs import STALE_SECONDS, Programs, disagreement, put_in_place, share_of_eager
+from server.programs import (
+    STALE_SECONDS,
+    Programs,
+    disagreement,
+    make_private,
+    put_in_place,
+    share_of_eager,
+)
 from server.runner import WARM_UP_RUNS
 
 INPUTS = (torch.zeros(2, 3),)
@@ -99,3 +109,57 @@ def test_only_what_a_killed_compiler_left_is_removed(bundle, tmp_path):
         os.utime(file, (1e10 - age_seconds, 1e10 - age_seconds))
     programs.remove_stale(clock=lambda: 1e10)
     assert sorted(programs.folder.iterdir()) == [ready, new]
+
+
+@pytest.fixture
+def filled(bundle, tmp_path):
+    """A program that an image was filled with, and what opens its cache where that is read-only."""
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o755)
+    file = Programs(cache, bundle, torch.float32, 1).file(1, 1)
+    file.write_text("compiled before")
+    file.chmod(0o644)
+
+    def make(folder):
+        if cache in folder.parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        make_private(folder)
+
+    return file, lambda: Programs(cache, bundle, torch.float32, 1, make)
+
+
+def test_a_cache_filled_beforehand_is_used_where_it_cannot_be_written(filled):
+    file, open_read_only = filled
+    programs = open_read_only()
+    assert programs.file(1, 1).read_text() == "compiled before"
+    lacking = programs.file(1, 2)
+    assert not lacking.exists()
+    put_in_place(lacking, Path.touch)
+    assert lacking.exists()
+    assert Path(tempfile.gettempdir()) in lacking.parents
+    programs.file(1, 1).unlink()  # as one that turns out to be damaged
+    programs.close()
+    assert not programs.folder.exists()
+    assert [f.read_text() for f in file.parent.iterdir()] == ["compiled before"]
+
+
+@pytest.mark.parametrize("place", ["program", "folder", "cache"])
+def test_a_program_that_others_may_change_is_not_taken_from_a_read_only_cache(
+    filled, place, caplog
+):
+    file, open_read_only = filled
+    {"program": file, "folder": file.parent, "cache": file.parent.parent}[place].chmod(0o777)
+    programs = open_read_only()
+    assert not programs.file(1, 1).exists()
+    assert "1 of 1 programs in" in caplog.text
+    programs.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("place", ["program", "folder"])
+def test_a_program_of_another_user_is_not_taken_from_a_read_only_cache(filled, place):
+    file, open_read_only = filled
+    os.chown(file if place == "program" else file.parent, 54321, 54321)
+    programs = open_read_only()
+    assert not programs.file(1, 1).exists()
+    programs.close()

@@ -114,11 +114,15 @@ class Compiling:
         self._thread = threading.Thread(target=work, name="compiling", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop compiling."""
+    def stop(self) -> None:
+        """End the compiler and hand over nothing more."""
         self._closed = True
         if self._process and self._process.poll() is None:
             self._process.terminate()
+
+    def close(self) -> None:
+        """Stop, wait for that, and remove what is temporary."""
+        self.stop()
         if self._thread:
             self._thread.join()
         self._programs.close()

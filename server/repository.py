@@ -119,10 +119,18 @@ class Served:
         if self.settings.compile == "auto":
             compiling.compile_in_background(use)
             return
+        try:
+            self._compile_all(compiling, use)
+        except RuntimeError:
+            if not self.draining:  # then the compiler was stopped, by this process or with it
+                raise
+            log.info("compiling ends early: the server drains")
+
+    def _compile_all(self, compiling: Compiling, use: Use) -> None:
         for line in compiling.compile():
             log.info(line)
-            if self.draining:
-                compiling.close()
+            if self.draining:  # since before there was a compiler to stop
+                compiling.stop()
         compiling.use_ready(use)
         if not compiling.complete:
             raise RuntimeError("COMPILE is require, but not every stage could be compiled")
@@ -177,6 +185,11 @@ class Served:
         self.point = point
         if self._engine:
             self._engine.use(self._controller())
+
+    def stop_compiling(self) -> None:
+        """End what compiles, so that a drain does not wait for it."""
+        if self._compiling:
+            self._compiling.stop()
 
     def close(self) -> None:
         """End the engine once everything accepted has been answered."""

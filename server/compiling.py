@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,6 +56,8 @@ class Compiling:
         self._workers = workers
         self._programs = Programs(settings.cache_dir, bundle, dtype, settings.threads)
         self._load = load
+        # The thread that calls computes by itself, unless it has others do so.
+        self._clock = time.thread_time if settings.threads == 1 else time.perf_counter
         self._used: set[tuple[int, int]] = set()
         self._refused: set[tuple[int, int]] = set()
         self._process: subprocess.Popen[str] | None = None
@@ -152,4 +155,4 @@ class Compiling:
             self._refused.add((stage, size))
             return
         self._used.add((stage, size))
-        use(stage, size, program, share_of_eager(program, unit, inputs))
+        use(stage, size, program, share_of_eager(program, unit, inputs, self._clock))

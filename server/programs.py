@@ -154,8 +154,16 @@ def share_of_eager(
 ) -> float:
     """A program's time as a share of the eager unit's, by runs of both in turns.
 
-    What else runs slows both. Timed alone beside busy threads, 7 of 24 programs seemed slower than
-    eager units that had been timed before the first request; in turns at most one did.
+    What else runs slows both. Timed alone beside three busy threads, 9 to 13 of 24 programs seemed
+    slower than eager units that had been timed before; in turns at most two did, and none by
+    `thread_time`.
+
+    Args:
+        program: gives what the unit gives.
+        unit: eager.
+        inputs: of both.
+        clock: `thread_time` leaves out the wait for Python's lock, which eager units need after
+            every operation: by other clocks a lone image's share may be a third of what it is.
     """
     shares = []
     for _ in range(WARM_UP_RUNS):

@@ -38,6 +38,7 @@ def create_app(served: Served) -> FastAPI:
             yield
         finally:
             served.draining = True
+            served.stop_compiling()
             await warming
             await asyncio.to_thread(served.close)
 

@@ -12,7 +12,7 @@ from model.bundle import Bundle
 from server.compiling import Use
 from server.costs import batch_sizes
 from server.graphs import Capture, Captured
-from server.programs import disagreement, fastest
+from server.programs import disagreement, share_of_eager
 from server.units import Unit, example_inputs
 
 log = logging.getLogger("offramp")
@@ -61,8 +61,8 @@ class Capturing:
                 raise
             log.warning("stages run without CUDA graphs, so answers take longer: %s", error)
             return
-        for stage, size, program, seconds in captured:
-            use(stage, size, program, seconds)
+        for stage, size, program, share in captured:
+            use(stage, size, program, share)
         log.info("every stage is captured as a CUDA graph")
 
     @torch.inference_mode()
@@ -71,9 +71,10 @@ class Capturing:
         buffers = [[torch.zeros_like(t) for t in inputs] for inputs in self._examples(max_batch)]
         for size in reversed(batch_sizes(max_batch)):
             for k, inputs in enumerate(self._examples(size)):
-                captured = Captured(self._units[k], [b[:size] for b in buffers[k]], self._capture)
+                unit = self._units[k]
+                captured = Captured(unit, [b[:size] for b in buffers[k]], self._capture)
                 self._check(k, size, captured, inputs)
-                yield k + 1, size, captured, fastest(captured, inputs)
+                yield k + 1, size, captured, share_of_eager(captured, unit, inputs)
 
     def _check(self, k: int, size: int, captured: Captured, inputs: Sequence[Tensor]) -> None:
         """On other inputs than it was captured with, which were zeros."""

@@ -29,7 +29,7 @@ from server.compiled import (
     write_compiled,
 )
 from server.costs import batch_sizes
-from server.programs import Programs
+from server.programs import Programs, put_in_place
 from server.settings import Settings
 from server.units import Unit, example_inputs, make_units
 
@@ -56,6 +56,7 @@ def compile_missing(arguments: argparse.Namespace) -> None:
     bundle = load_servable(arguments.bundle)
     dtype = DTYPES[arguments.dtype]
     programs = Programs(arguments.cache_dir, bundle, dtype, arguments.threads)
+    programs.remove_stale()
     units = traceable_units(bundle, dtype)
     for size in order(arguments.max_batch):
         inputs = example_inputs(units, bundle, size, torch.device("cpu"))
@@ -124,9 +125,7 @@ def compile_unit(
     traced = torch.jit.trace(Bordered(unit).eval(), given, check_trace=False)
     network = _with_borders(_converted(traced, given), dtype)
     compiled = core().compile_model(network, "CPU", options_for(dtype))
-    partial = file.with_name(f"{file.stem}.{os.getpid()}")
-    write_compiled(compiled, partial)
-    partial.replace(file)
+    put_in_place(file, lambda partial: write_compiled(compiled, partial))
 
 
 def _converted(traced: Any, inputs: Sequence[Tensor]) -> Any:

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from model.bundle import Bundle
 from model.numerics import name_of
 from server.compile import READY, order
 from server.compiled import CompiledUnit, openvino
-from server.programs import Programs, disagreement, fastest
+from server.programs import Programs, disagreement, share_of_eager
 from server.runner import Program
 from server.settings import Settings
 from server.units import Unit, example_inputs
@@ -24,7 +25,7 @@ from server.units import Unit, example_inputs
 log = logging.getLogger("offramp")
 
 Use = Callable[[int, int, Program, float], None]
-"""Takes a stage, a batch size, the program for both and its seconds."""
+"""Takes a stage, a batch size, the program for both and its time as a share of the eager one's."""
 
 
 class Compiling:
@@ -55,6 +56,8 @@ class Compiling:
         self._workers = workers
         self._programs = Programs(settings.cache_dir, bundle, dtype, settings.threads)
         self._load = load
+        # The thread that calls computes by itself, unless it has others do so.
+        self._clock = time.thread_time if settings.threads == 1 else time.perf_counter
         self._used: set[tuple[int, int]] = set()
         self._refused: set[tuple[int, int]] = set()
         self._process: subprocess.Popen[str] | None = None
@@ -114,11 +117,15 @@ class Compiling:
         self._thread = threading.Thread(target=work, name="compiling", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop compiling."""
+    def stop(self) -> None:
+        """End the compiler and hand over nothing more."""
         self._closed = True
         if self._process and self._process.poll() is None:
             self._process.terminate()
+
+    def close(self) -> None:
+        """Stop, wait for that, and remove what is temporary."""
+        self.stop()
         if self._thread:
             self._thread.join()
         self._programs.close()
@@ -135,10 +142,10 @@ class Compiling:
         return example_inputs(self._units, self._bundle, size, torch.device("cpu"))
 
     def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
-        file = self._programs.file(stage, size)
+        file, unit = self._programs.file(stage, size), self._units[stage - 1]
         try:
             program = self._load(file, self._dtype, self._workers, self._settings.threads)
-            off = disagreement(program, self._units[stage - 1], inputs, self._dtype)
+            off = disagreement(program, unit, inputs, self._dtype)
         except (RuntimeError, OSError) as error:
             log.warning("%s cannot be used (%s); it is deleted and compiled anew", file, error)
             file.unlink(missing_ok=True)
@@ -148,4 +155,4 @@ class Compiling:
             self._refused.add((stage, size))
             return
         self._used.add((stage, size))
-        use(stage, size, program, fastest(program, inputs))
+        use(stage, size, program, share_of_eager(program, unit, inputs, self._clock))

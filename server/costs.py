@@ -25,8 +25,8 @@ class CostTable:
     """
 
     def __init__(self, seconds: Mapping[int, Mapping[int, float]]) -> None:
-        self._sizes: dict[int, list[int]] = {}
-        self._seconds: dict[int, list[float]] = {}
+        self._rows: dict[int, tuple[list[int], list[float]]] = {}
+        """By stage, sizes and their seconds: together, since other threads read them meanwhile."""
         self._pace = 1.0
         """What batches take now, as a multiple of what they were measured at."""
         for stage, row in seconds.items():
@@ -35,7 +35,7 @@ class CostTable:
     @property
     def stages(self) -> int:
         """How many stages the table knows."""
-        return len(self._sizes)
+        return len(self._rows)
 
     def seconds(self, stage: int, size: float) -> float:
         """Expected seconds of a batch of `size` images, which may be an expectation itself.
@@ -46,29 +46,29 @@ class CostTable:
 
     def replace(self, stage: int, row: Mapping[int, float]) -> None:
         """Take new measurements of a stage: seconds by batch size."""
-        self._sizes[stage] = sorted(row)
-        self._seconds[stage] = [row[size] for size in self._sizes[stage]]
+        sizes = sorted(row)
+        self._rows[stage] = sizes, [row[size] for size in sizes]
 
     def observe(self, stage: int, size: int, seconds: float) -> None:
         """Learn from a batch how fast the machine is, and what the sizes on both sides cost."""
-        sizes = self._sizes[stage]
+        sizes, measured = self._rows[stage]
         ratio = seconds / self.seconds(stage, size)
         ratio = min(OUTLIER, max(1 / OUTLIER, ratio))
         self._pace *= 1 + PACE_RATE * (ratio - 1)
         above = min(bisect_left(sizes, size), len(sizes) - 1)
         below = above if sizes[above] <= size else max(0, above - 1)
         for i in {below, above}:
-            self._seconds[stage][i] *= 1 + LEARNING_RATE * (ratio - 1)
+            measured[i] *= 1 + LEARNING_RATE * (ratio - 1)
 
     def as_rows(self) -> dict[int, dict[int, float]]:
         """The table as it stands: seconds by stage, then by batch size."""
         return {
-            stage: {size: self.seconds(stage, size) for size in sizes}
-            for stage, sizes in self._sizes.items()
+            stage: {size: self._pace * seconds for size, seconds in zip(*row, strict=True)}
+            for stage, row in self._rows.items()
         }
 
     def _measured(self, stage: int, size: float) -> float:
-        sizes, seconds = self._sizes[stage], self._seconds[stage]
+        sizes, seconds = self._rows[stage]
         i = bisect_left(sizes, size)
         if i == 0:
             return seconds[0]

@@ -80,7 +80,8 @@ class Served:
         """
         max_batch = self.settings.max_batch
         runner = Runner(self.bundle, self.device, self.dtype)
-        costs = CostTable(runner.warm_up(batch_sizes(max_batch)))
+        eager = runner.warm_up(batch_sizes(max_batch))
+        costs = CostTable(eager)
         scheduler = Scheduler(
             costs, self._controller(), max_batch, self.workers, self._http_seconds
         )
@@ -89,9 +90,9 @@ class Served:
             scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate
         )
 
-        def use(stage: int, size: int, program: Program, seconds: float) -> None:
+        def use(stage: int, size: int, program: Program, share: float) -> None:
             def take() -> None:
-                runner.use_program(stage, size, program, seconds)
+                runner.use_program(stage, size, program, share * eager[stage][size])
                 costs.replace(stage, runner.expected(stage, max_batch))
 
             engine.call(take)
@@ -118,10 +119,18 @@ class Served:
         if self.settings.compile == "auto":
             compiling.compile_in_background(use)
             return
+        try:
+            self._compile_all(compiling, use)
+        except RuntimeError:
+            if not self.draining:  # then the compiler was stopped, by this process or with it
+                raise
+            log.info("compiling ends early: the server drains")
+
+    def _compile_all(self, compiling: Compiling, use: Use) -> None:
         for line in compiling.compile():
             log.info(line)
-            if self.draining:
-                compiling.close()
+            if self.draining:  # since before there was a compiler to stop
+                compiling.stop()
         compiling.use_ready(use)
         if not compiling.complete:
             raise RuntimeError("COMPILE is require, but not every stage could be compiled")
@@ -176,6 +185,11 @@ class Served:
         self.point = point
         if self._engine:
             self._engine.use(self._controller())
+
+    def stop_compiling(self) -> None:
+        """End what compiles, so that a drain does not wait for it."""
+        if self._compiling:
+            self._compiling.stop()
 
     def close(self) -> None:
         """End the engine once everything accepted has been answered."""

@@ -144,9 +144,16 @@ class Runner:
         return seconds
 
     def use_program(self, stage: int, size: int, program: Program, seconds: float) -> None:
-        """Take a program that was compiled for batches of `size`, and what it was measured at."""
+        """Take a program that was compiled for batches of `size`.
+
+        Args:
+            stage: its.
+            size: its.
+            program: gives what the eager unit gives.
+            seconds: what it would have taken at warm-up, when the eager units were measured.
+        """
         self._programs = {**self._programs, (stage, size): (program, seconds)}
-        self._plans = {}  # both anew, since another worker may be looking into them
+        self._plans = {}  # both anew and in this order, since other workers look into them
 
     def expected(self, stage: int, largest: int) -> dict[int, float]:
         """Seconds of a stage by batch size, at every size where they leave a straight line."""
@@ -155,9 +162,10 @@ class Runner:
         return {n: self._best(stage, n)[0] for n in sorted(corners) if n <= largest}
 
     def _plan(self, stage: int, n: int) -> tuple[Program | None, int]:
-        plan = self._plans.get((stage, n))
+        plans = self._plans  # once: a plan made before a program came must not outlast it
+        plan = plans.get((stage, n))
         if plan is None:
-            plan = self._plans[stage, n] = self._best(stage, n)[1:]
+            plan = plans[stage, n] = self._best(stage, n)[1:]
         return plan
 
     def _best(self, stage: int, n: int) -> tuple[float, Program | None, int]:

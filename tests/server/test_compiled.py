@@ -67,6 +67,26 @@ def test_a_program_slower_than_the_eager_stage_is_not_used(runner):
     assert runner._plan(1, 4) == (None, 4)
 
 
+class Interrupted(Runner):
+    """Something happens in another thread after a way to run a batch was chosen."""
+
+    def __init__(self, bundle, happening):
+        super().__init__(bundle, CPU, torch.float32)
+        self._happening = happening
+
+    def _best(self, stage, n):
+        best = super()._best(stage, n)
+        self._happening(self)
+        return best
+
+
+def test_a_program_that_comes_while_a_batch_is_planned_is_used_for_the_next(bundle):
+    program = Program(None)
+    runner = Interrupted(bundle, lambda one: one.use_program(1, 4, program, 0.5))
+    assert runner._plan(1, 3) == (None, 3)
+    assert runner._plan(1, 3) == (program, 4)
+
+
 def test_padding_gives_the_same_answers(runner):
     pixels = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
     eager = runner.run(1, pixels)

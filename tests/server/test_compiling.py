@@ -32,7 +32,7 @@ from server.runner import Runner
 from server.scheduler import Scheduler
 from server.settings import Settings
 from server.units import Unit, example_inputs, make_units
-from tests.conftest import PREPROCESS, ROOT, encode, noise, running
+from tests.conftest import PREPROCESS, ROOT, encode, noise, running, until
 from tests.model.networks import FAMILIES, images, tiny
 from tests.server.test_engine import FakeLoop
 
@@ -45,6 +45,13 @@ def no_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
 
 
+def compute(seconds):
+    """Keep a thread busy."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 class FakeFolder:
     """Programs that are the eager units, each called by the name of its file."""
 
@@ -52,6 +59,7 @@ class FakeFolder:
         self.units = units
         self.broken = set()
         self.wrong = set()
+        self.waiting = set()
 
     def load(self, file, dtype, workers, threads):
         if file.name in self.broken:
@@ -60,6 +68,10 @@ class FakeFolder:
         off = 0.5 if file.name in self.wrong else 0.0
 
         def program(tensors):
+            if file.name in self.waiting:
+                another = threading.Thread(target=compute, args=(0.02,))
+                another.start()
+                another.join()
             features, said, state = unit(*tensors)
             return features, said + off, state
 
@@ -119,6 +131,13 @@ def test_a_program_that_disagrees_is_never_used_and_said_once(compiling, folder,
     assert handed_over(compiling) == []
     assert not compiling.complete
     assert caplog.text.count("differs from the eager stage by 5.0e-01") == 1
+
+
+def test_what_other_threads_do_meanwhile_does_not_make_a_program_slower(compiling, folder):
+    folder.waiting = {"stage1-batch1.bin"}
+    shares = {}
+    compiling.use_ready(lambda stage, size, program, share: shares.update({(stage, size): share}))
+    assert shares[1, 1] < 3.0  # by the clock on the wall it takes 20 times as long
 
 
 def test_require_without_a_compiler_stops_the_start(bundle_path, no_compiler, capsys, monkeypatch):
@@ -246,6 +265,8 @@ def compiled(bundle_path, tmp_path_factory):
         compiling = server.served._compiling
         compiling._thread.join(60)
         complete, told = compiling.complete, len(clients[0].answers)
+        runner = server.served.engine._runner
+        until(lambda: all(runner._plan(stage, 1)[0] for stage in (1, 2, 3, 4)))
         for client in clients:
             client.enough.set()
             client.join(20)

@@ -48,6 +48,26 @@ def test_one_outlier_moves_the_table_little(costs):
     assert costs.seconds(1, 1) <= 1.3
 
 
+class ReadMeanwhile(dict):
+    """New measurements; whenever one is looked up, somebody reads the whole table."""
+
+    def __init__(self, row, read):
+        super().__init__(row)
+        self.read = read
+
+    def __getitem__(self, size):
+        self.read()
+        return super().__getitem__(size)
+
+
+def test_who_reads_while_a_stage_is_replaced_sees_the_old_row_or_the_new_one(costs):
+    old, new = {1: 1.0, 4: 2.0, 8: 3.0}, {n: 0.5 * n for n in range(1, 9)}
+    seen = []
+    costs.replace(1, ReadMeanwhile(new, lambda: seen.append(costs.as_rows()[1])))
+    assert seen == [old] * len(new)
+    assert costs.as_rows()[1] == new
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 8, 32, 100])
 def test_a_batch_is_padded_by_less_than_half(most):
     sizes = batch_sizes(most)

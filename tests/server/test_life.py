@@ -15,7 +15,7 @@ from tests.conftest import ROOT, RunningServer, until
 
 
 @contextmanager
-def process(bundle_path, *flags):
+def process(bundle_path, *flags, **options):
     command = [sys.executable, "-m", "server", "--bundle", str(bundle_path), "--threads", "1"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OFFRAMP_")}
     child = subprocess.Popen(
@@ -24,6 +24,7 @@ def process(bundle_path, *flags):
         env={**environment, "OFFRAMP_COMPILE": "off"},
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
     try:
         yield child
@@ -78,6 +79,21 @@ def test_a_process_serves_once_ready_and_a_drain_answers_what_was_accepted(bundl
         assert [r["request_id"] for r in requests].count("before") == 1
         assert [r["status"] for r in requests if r.get("code") == "draining"][-1] == 503
         assert not [r for r in lines if "exception" in r]
+
+
+@pytest.mark.parametrize(
+    ("end", "number"), [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], ids=["one", "group"]
+)
+def test_a_drain_while_required_programs_are_compiled_is_quiet(bundle_path, tmp_path, end, number):
+    flags = ("--port", "0", "--log-format", "json", "--max-batch", "64")
+    compiled = ("--compile", "require", "--cache-dir", str(tmp_path))
+    with process(bundle_path, *flags, *compiled, start_new_session=True) as child:
+        port_of(child)
+        until(lambda: list(tmp_path.iterdir()))  # a folder for what is to be compiled
+        end(child.pid, number)
+        said = child.stderr.read()
+        assert child.wait(10) == 0
+    assert {json.loads(line)["level"] for line in said.splitlines()} <= {"info"}
 
 
 def test_a_port_in_use_stops_the_start_with_a_message(bundle_path, server):

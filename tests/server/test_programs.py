@@ -1,11 +1,23 @@
-"""When a program may stand in for an eager unit."""
+"""How programs come into their folder, and when one may stand in for an eager unit."""
 
+import errno
 import math
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from server.programs import disagreement
+from server.programs import (
+    STALE_SECONDS,
+    Programs,
+    disagreement,
+    make_private,
+    put_in_place,
+    share_of_eager,
+)
+from server.runner import WARM_UP_RUNS
 
 INPUTS = (torch.zeros(2, 3),)
 
@@ -32,3 +44,122 @@ def test_a_program_may_be_as_far_off_as_its_numerics_are_coarse(off, dtype, too_
 
 def test_a_program_that_gives_no_numbers_disagrees():
     assert math.isnan(disagreement(saying(math.nan), saying(0.25), INPUTS, torch.float32))
+
+
+class BusyMachine:
+    """Time goes by only where something runs, and the longer the more else runs."""
+
+    def __init__(self, loads):
+        self.now = 0.0
+        self.loads = iter(loads)
+
+    def clock(self):
+        return self.now
+
+    def taking(self, seconds):
+        """A unit or program that takes so long on an idle machine."""
+
+        def run(*_):
+            self.now += seconds * next(self.loads)
+            return saying(0.25)()
+
+        return run
+
+
+@pytest.mark.parametrize(
+    "loads", [[1.0], [5.0], [1.0, 1.0, 1.0, 7.0, 2.0, 2.0, 3.0, 3.0, 9.0, 3.0]]
+)
+def test_a_program_is_as_fast_against_the_eager_unit_beside_traffic_as_alone(loads):
+    runs = 2 * WARM_UP_RUNS
+    machine = BusyMachine((loads * runs)[:runs])
+    program, unit = machine.taking(0.001), machine.taking(0.002)
+    assert share_of_eager(program, unit, INPUTS, machine.clock) == pytest.approx(0.5)
+
+
+def test_compilers_of_the_same_program_write_to_files_of_their_own(tmp_path):
+    file = tmp_path / "stage1-batch1.bin"
+
+    def write(partial):
+        partial.write_text("half")
+        put_in_place(file, lambda other: other.write_text("another's"))
+        assert partial.read_text() == "half"
+
+    put_in_place(file, write)
+    assert file.read_text() == "half"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_cannot_be_written_in_full_leaves_nothing(tmp_path):
+    def write(partial):
+        partial.write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        put_in_place(tmp_path / "stage1-batch1.bin", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_a_killed_compiler_left_is_removed(bundle, tmp_path):
+    programs = Programs(tmp_path, bundle, torch.float32, 1)
+    ready = programs.file(1, 1)
+    ready.touch()
+    old, new = (ready.with_name(f"stage2-batch1.{i}.partial") for i in "ab")
+    for file, age_seconds in ((ready, 9e9), (old, STALE_SECONDS + 1), (new, STALE_SECONDS - 1)):
+        file.touch()
+        os.utime(file, (1e10 - age_seconds, 1e10 - age_seconds))
+    programs.remove_stale(clock=lambda: 1e10)
+    assert sorted(programs.folder.iterdir()) == [ready, new]
+
+
+@pytest.fixture
+def filled(bundle, tmp_path):
+    """A program that an image was filled with, and what opens its cache where that is read-only."""
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o755)
+    file = Programs(cache, bundle, torch.float32, 1).file(1, 1)
+    file.write_text("compiled before")
+    file.chmod(0o644)
+
+    def make(folder):
+        if cache in folder.parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        make_private(folder)
+
+    return file, lambda: Programs(cache, bundle, torch.float32, 1, make)
+
+
+def test_a_cache_filled_beforehand_is_used_where_it_cannot_be_written(filled):
+    file, open_read_only = filled
+    programs = open_read_only()
+    assert programs.file(1, 1).read_text() == "compiled before"
+    lacking = programs.file(1, 2)
+    assert not lacking.exists()
+    put_in_place(lacking, Path.touch)
+    assert lacking.exists()
+    assert Path(tempfile.gettempdir()) in lacking.parents
+    programs.file(1, 1).unlink()  # as one that turns out to be damaged
+    programs.close()
+    assert not programs.folder.exists()
+    assert [f.read_text() for f in file.parent.iterdir()] == ["compiled before"]
+
+
+@pytest.mark.parametrize("place", ["program", "folder", "cache"])
+def test_a_program_that_others_may_change_is_not_taken_from_a_read_only_cache(
+    filled, place, caplog
+):
+    file, open_read_only = filled
+    {"program": file, "folder": file.parent, "cache": file.parent.parent}[place].chmod(0o777)
+    programs = open_read_only()
+    assert not programs.file(1, 1).exists()
+    assert "1 of 1 programs in" in caplog.text
+    programs.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("place", ["program", "folder"])
+def test_a_program_of_another_user_is_not_taken_from_a_read_only_cache(filled, place):
+    file, open_read_only = filled
+    os.chown(file if place == "program" else file.parent, 54321, 54321)
+    programs = open_read_only()
+    assert not programs.file(1, 1).exists()
+    programs.close()

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deploy.loadtest.client import Client
 from deploy.loadtest.samples import Sample
@@ -24,7 +25,7 @@ class Result:
     sent: float
     finished: float
     status: int
-    """0 where no response came."""
+    """0 where no response came, or none that says something of an image."""
     right: bool | None
     """Whether the label was right; None where none is known."""
     exit: int = 0
@@ -110,10 +111,27 @@ async def _send(
         async with asyncio.timeout(patience):
             status, body = await client.post(sample.data)
     finished = time.perf_counter() - began
-    if status != 200:
-        return Result(intended, sent, finished, status, None if sample.label is None else False)
-    answer = json.loads(body)
+    answer = _answer(body) if status == 200 else None
+    if answer is None:
+        failed = 0 if status == 200 else status
+        return Result(intended, sent, finished, failed, None if sample.label is None else False)
     right = None if sample.label is None else answer.get("label") == sample.label
+    exit, reason = answer.get("exit"), answer.get("reason")
     return Result(
-        intended, sent, finished, 200, right, answer.get("exit", 0), answer.get("reason", "")
+        intended,
+        sent,
+        finished,
+        200,
+        right,
+        exit if isinstance(exit, int) else 0,
+        reason if isinstance(reason, str) else "",
     )
+
+
+def _answer(body: bytes) -> dict[str, Any] | None:
+    """What a server says of an image; None where it is no JSON object."""
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) else None

@@ -1,6 +1,7 @@
 """The load tester against a small server whose behaviour is known."""
 
 import asyncio
+import functools
 import gc
 import json
 import math
@@ -18,17 +19,24 @@ from deploy.loadtest.summary import summarise
 
 OTTER = Sample(b"otter", "otter")
 BEAR = Sample(b"bear", "bear")
+NONSENSE = [b"otter, I think", b'["otter"]', b"null", b"[" * 100_000]
+"""What a server may say of an image with status 200 without saying anything."""
+GONE = "http://127.0.0.1:9/"
 
 
-async def answer(reader, writer):
-    """Says otter to everything; closes the connection on `bear`; 429 for `busy`."""
+async def answer(posted, reader, writer):
+    """Says otter to everything; closes the connection on `bear`; 429 for `busy`; echoes nonsense.
+    Notes what was `posted`.
+    """
     try:
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
             body = await reader.readexactly(length)
+            posted.append(body)
             status = b"429 Too Many Requests" if body == b"busy" else b"200 OK"
             said = json.dumps({"label": "otter", "exit": 1, "reason": "confident"}).encode()
+            said = body if body in NONSENSE else said
             closing = b"Connection: close\r\n" if body == b"bear" else b""
             writer.write(b"HTTP/1.1 " + status + b"\r\n" + closing)
             writer.write(b"Content-Length: %d\r\n\r\n" % len(said) + said)
@@ -40,18 +48,31 @@ async def answer(reader, writer):
         writer.close()
 
 
-def against_server(load):
+def beside_server(use, posted=None):
+    """What `use` comes to, given the server's URL; `posted` fills with the bodies of requests."""
+
     async def run():
-        server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        client = Client(f"http://127.0.0.1:{port}/classify?top_k=1")
+        handler = functools.partial(answer, [] if posted is None else posted)
+        server = await asyncio.start_server(handler, "127.0.0.1", 0)
+        try:
+            return await use(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/classify")
+        finally:
+            server.close()
+
+    return asyncio.run(run())
+
+
+def against_server(load):
+    """What a load comes to that is given a client of the server."""
+
+    async def use(url):
+        client = Client(f"{url}?top_k=1")
         try:
             return await load(client)
         finally:
             await client.close()
-            server.close()
 
-    return asyncio.run(run())
+    return beside_server(use)
 
 
 def test_every_request_is_accounted_for_with_its_label_exit_and_reason():
@@ -83,8 +104,43 @@ def test_a_refusal_counts_as_wrong_and_as_not_answered():
 
 
 def test_a_server_that_is_gone_is_counted_not_raised():
-    results = asyncio.run(open_loop(Client("http://127.0.0.1:9/"), [OTTER], [0.0]))
+    results = asyncio.run(open_loop(Client(GONE), [OTTER], [0.0]))
     assert results[0].status == 0
+
+
+@pytest.mark.parametrize("said", NONSENSE)
+def test_an_answer_that_says_nothing_of_an_image_is_counted_not_raised(said):
+    results = against_server(lambda c: open_loop(c, [Sample(said, "otter"), OTTER], [0.0] * 9))
+    assert {(r.status, r.right) for r in results} == {(0, False), (200, True)}
+
+
+@pytest.mark.parametrize(
+    "said", [{"label": "otter", "exit": "deep", "reason": ["confident"]}, {"label": "otter"}]
+)
+def test_an_answer_without_a_proper_exit_or_reason_is_still_an_answer(said):
+    class Saying(Client):
+        async def post(self, body):
+            return 200, json.dumps(said).encode()
+
+    results = asyncio.run(open_loop(Saying(GONE), [OTTER], [0.0]))
+    assert summarise(results, math.inf)["status"] == {"200": 1}
+    assert (results[0].right, results[0].exit, results[0].reason) == (True, 0, "")
+
+
+def test_a_head_without_end_is_counted_not_raised():
+    async def run():
+        server = await asyncio.start_server(babble, "127.0.0.1", 0)
+        client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+        said = await client.post(b"otter")
+        server.close()
+        return said
+
+    async def babble(reader, writer):
+        writer.write(b"x" * 200_000)
+        await reader.read()
+        writer.close()
+
+    assert asyncio.run(run()) == (0, b"")
 
 
 def test_a_closed_loop_sends_the_next_when_the_last_was_answered():

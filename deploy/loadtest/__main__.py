@@ -17,6 +17,9 @@ from deploy.loadtest.plot import plot
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.summary import summarise
 
+PATIENCE_DEADLINES = 10
+LEAST_PATIENCE_SECONDS = 10.0
+
 
 def main(argv: list[str] | None = None) -> int:
     """Load each server in turn with the same load, print one table."""
@@ -48,10 +51,24 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--clients", type=int, help="closed loop with so many clients instead")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the load")
     parser.add_argument("--deadline-ms", type=float, default=50.0, help="what counts as in time")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        metavar="SECONDS",
+        help="after which a request is given up and counts as failed, with status 0; if not given, "
+        f"{PATIENCE_DEADLINES} deadlines, but at least {LEAST_PATIENCE_SECONDS:g} s",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of send times and images")
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--plot", type=Path, help="write the latency picture here (PNG)")
     return parser
+
+
+def _patience(arguments: argparse.Namespace) -> float:
+    """Seconds after which a request is given up."""
+    deadlines = PATIENCE_DEADLINES * arguments.deadline_ms / 1e3
+    given: float | None = arguments.patience
+    return max(LEAST_PATIENCE_SECONDS, deadlines) if given is None else given
 
 
 async def _run(arguments: argparse.Namespace, samples: list[Sample]) -> dict[str, Any]:
@@ -75,7 +92,12 @@ async def _load(
 ) -> list[Result]:
     if arguments.clients:
         return await closed_loop(
-            client, samples, arguments.clients, arguments.seconds, arguments.seed
+            client,
+            samples,
+            arguments.clients,
+            arguments.seconds,
+            arguments.seed,
+            _patience(arguments),
         )
     if arguments.trace:
         times = schedules.recorded(arguments.trace)
@@ -83,7 +105,7 @@ async def _load(
         times = schedules.bursts(arguments.bursts, arguments.seconds, seed=arguments.seed)
     else:
         times = schedules.poisson(arguments.rate, arguments.seconds, arguments.seed)
-    return await open_loop(client, samples, times, arguments.seed)
+    return await open_loop(client, samples, times, arguments.seed, _patience(arguments))
 
 
 def _table(summaries: dict[str, Any]) -> str:

@@ -11,22 +11,24 @@ from collections import Counter
 import pytest
 
 from deploy.loadtest import demo, schedules
+from deploy.loadtest.__main__ import _parser, _patience
 from deploy.loadtest.client import Client
 from deploy.loadtest.headroom import own_rate
-from deploy.loadtest.load import Result, closed_loop, open_loop
+from deploy.loadtest.load import Result, closed_loop, once, open_loop
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.summary import summarise
 
 OTTER = Sample(b"otter", "otter")
 BEAR = Sample(b"bear", "bear")
+SILENCE = Sample(b"silence", "otter")
 NONSENSE = [b"otter, I think", b'["otter"]', b"null", b"[" * 100_000]
 """What a server may say of an image with status 200 without saying anything."""
 GONE = "http://127.0.0.1:9/"
 
 
 async def answer(posted, reader, writer):
-    """Says otter to everything; closes the connection on `bear`; 429 for `busy`; echoes nonsense.
-    Notes what was `posted`.
+    """Says otter to everything; closes the connection on `bear`; 429 for `busy`; says nothing to
+    `silence`, and nonsense to itself. Notes what was `posted`.
     """
     try:
         while True:
@@ -34,6 +36,9 @@ async def answer(posted, reader, writer):
             length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
             body = await reader.readexactly(length)
             posted.append(body)
+            if body == SILENCE.data:
+                await reader.read()  # until the client leaves
+                break
             status = b"429 Too Many Requests" if body == b"busy" else b"200 OK"
             said = json.dumps({"label": "otter", "exit": 1, "reason": "confident"}).encode()
             said = body if body in NONSENSE else said
@@ -141,6 +146,31 @@ def test_a_head_without_end_is_counted_not_raised():
         writer.close()
 
     assert asyncio.run(run()) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda c: open_loop(c, [SILENCE], [0.0, 0.01], patience=0.05),
+        lambda c: closed_loop(c, [SILENCE], clients=2, seconds=0.01, patience=0.05),
+        lambda c: once(c, [SILENCE] * 1000, clients=2, patience=0.05),
+    ],
+)
+def test_a_server_that_falls_silent_is_given_up(load):
+    results = against_server(load)
+    assert [(r.status, r.right) for r in results] == [(0, False)] * 2
+
+
+def test_a_client_that_is_answered_goes_on_to_send_every_image_once():
+    results = against_server(lambda c: once(c, [OTTER, BEAR] * 5, clients=3))
+    assert [r.status for r in results] == [200] * 10
+
+
+def test_patience_is_ten_deadlines_but_ten_seconds_at_least():
+    command = [GONE, "--images", "x"]
+    asked = [["--deadline-ms", "50"], ["--deadline-ms", "4000"], ["--patience", "0.5"]]
+    said = [_patience(_parser().parse_args([*command, *options])) for options in asked]
+    assert said == [10.0, 40.0, 0.5]
 
 
 def test_a_closed_loop_sends_the_next_when_the_last_was_answered():

@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ from deploy.loadtest.summary import summarise
 
 PATIENCE_DEADLINES = 10
 LEAST_PATIENCE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What every server is sent."""
+
+    send: Callable[[Client, Sequence[Sample]], Awaitable[list[Result]]]
+    seconds: float | None
+    """Its length; None where all requests are sent at once."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,41 +82,35 @@ def _patience(arguments: argparse.Namespace) -> float:
     return max(LEAST_PATIENCE_SECONDS, deadlines) if given is None else given
 
 
+def _load(arguments: argparse.Namespace) -> Load:
+    seconds, seed, patience = arguments.seconds, arguments.seed, _patience(arguments)
+    if clients := arguments.clients:
+        return Load(lambda c, s: closed_loop(c, s, clients, seconds, seed, patience), seconds)
+    if arguments.trace:
+        times = schedules.recorded(arguments.trace)
+        seconds = schedules.length(times)
+    elif arguments.bursts:
+        times = schedules.bursts(arguments.bursts, seconds, seed=seed)
+    else:
+        times = schedules.poisson(arguments.rate, seconds, seed)
+    return Load(lambda c, s: open_loop(c, s, times, seed, patience), seconds)
+
+
 async def _run(arguments: argparse.Namespace, samples: list[Sample]) -> dict[str, Any]:
-    possible = await own_rate(samples[0])
+    load, possible = _load(arguments), await own_rate(samples[0])
     results: dict[str, list[Result]] = {}
     for url in arguments.urls:
         client = Client(url)
-        results[url] = await _load(arguments, client, samples)
+        results[url] = await load.send(client, samples)
         await client.close()
     deadline = arguments.deadline_ms / 1e3
     if arguments.plot:
         plot(results, deadline, arguments.plot)
-    summaries = {url: summarise(of_server, deadline) for url, of_server in results.items()}
+    summaries = {url: summarise(rs, deadline, load.seconds) for url, rs in results.items()}
     for summary in summaries.values():
-        summary["tester_headroom"] = possible / max(summary.get("offered_per_second", 0), 1e-9)
+        offered = summary.get("offered_per_second")
+        summary["tester_headroom"] = possible / offered if offered else None
     return summaries
-
-
-async def _load(
-    arguments: argparse.Namespace, client: Client, samples: list[Sample]
-) -> list[Result]:
-    if arguments.clients:
-        return await closed_loop(
-            client,
-            samples,
-            arguments.clients,
-            arguments.seconds,
-            arguments.seed,
-            _patience(arguments),
-        )
-    if arguments.trace:
-        times = schedules.recorded(arguments.trace)
-    elif arguments.bursts:
-        times = schedules.bursts(arguments.bursts, arguments.seconds, seed=arguments.seed)
-    else:
-        times = schedules.poisson(arguments.rate, arguments.seconds, arguments.seed)
-    return await open_loop(client, samples, times, arguments.seed, _patience(arguments))
 
 
 def _table(summaries: dict[str, Any]) -> str:

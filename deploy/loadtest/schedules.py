@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 BURST_SECONDS = 1.0
@@ -46,6 +46,14 @@ def recorded(file: Path) -> list[float]:
     if not times:
         raise ValueError(f"{file} has no send time")
     return [t - times[0] for t in times]
+
+
+def length(times: Sequence[float]) -> float | None:
+    """How long a recorded load lasts, in seconds: one mean gap longer than to its last request.
+
+    So that the rate is that of the gaps. None where all requests come at once.
+    """
+    return times[-1] * len(times) / (len(times) - 1) if times[-1] else None
 
 
 def _poisson(chance: random.Random, rate: float, start: float, end: float) -> Iterator[float]:

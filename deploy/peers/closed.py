@@ -36,7 +36,7 @@ def measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: float) -> 
 async def _measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: float) -> Row:
     row: Row = {"name": peer.name, "clients": {}}
     client = client_of(peer)
-    each = summarise(await once(client, samples, AT_ONCE, NEVER_LATE), NEVER_LATE)
+    each = summarise(await once(client, samples, AT_ONCE, NEVER_LATE), NEVER_LATE, None)
     row["accuracy"] = each["accuracy_of_answers"]
     for clients in CLIENTS:
         profiled = peer.ours and clients == CLIENTS[-1]
@@ -44,7 +44,7 @@ async def _measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: flo
         results = await closed_loop(client, samples, clients, seconds, 1, NEVER_LATE)
         if before:
             row["profile"] = profile(pid, before, look(pid, f"http://127.0.0.1:{PORT}"))
-        row["clients"][str(clients)] = summarise(results, NEVER_LATE)
+        row["clients"][str(clients)] = summarise(results, NEVER_LATE, seconds)
     await client.close()
     return row
 

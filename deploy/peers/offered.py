@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ class Load:
     kind: str
     factor: float
     times: tuple[float, ...]
+    seconds: float
+    """Its length."""
 
 
 def loads(kind: str, capacity: float, seconds: float) -> list[Load]:
@@ -49,7 +52,7 @@ def loads(kind: str, capacity: float, seconds: float) -> list[Load]:
         seconds: length of each.
     """
     made = (tuple(KINDS[kind](factor * capacity, seconds)) for factor in FACTORS)
-    return [Load(kind, f, times) for f, times in zip(FACTORS, made, strict=True)]
+    return [Load(kind, f, times, seconds) for f, times in zip(FACTORS, made, strict=True)]
 
 
 def longest_seconds(servers: int, seconds: float) -> float:
@@ -68,9 +71,9 @@ async def _capacity(
 ) -> float:
     client = client_of(peer, *query)
     await once(client, samples, WARM_CLIENTS)
-    summary = summarise(await closed_loop(client, samples, CLIENTS, seconds, seed=1), 60.0)
+    results = await closed_loop(client, samples, CLIENTS, seconds, seed=1)
     await client.close()
-    answered: float = summary["answered_per_second"]
+    answered: float = summarise(results, math.inf, seconds)["answered_per_second"]
     return answered
 
 
@@ -100,7 +103,7 @@ async def _measure(peer: Peer, samples: Sequence[Sample], load: Load) -> Row:
     client = client_of(peer, *query)
     results = await open_loop(client, samples, load.times, patience=PATIENCE_SECONDS)
     await client.close()
-    summary = summarise([_own(peer, r) for r in results], DEADLINE_SECONDS)
+    summary = summarise([_own(peer, r) for r in results], DEADLINE_SECONDS, load.seconds)
     return {"name": peer.name, "kind": load.kind, "load": load.factor, **outcomes(summary)}
 
 

@@ -27,7 +27,7 @@ from deploy.simulator import Overhead
 from deploy.sweep.engine import Row
 from deploy.sweep.measuring import measure, record_confidences
 from deploy.sweep.prediction import predict
-from deploy.sweep.recording import record, sent
+from deploy.sweep.recording import load_seconds, record, sent
 from deploy.sweep.report import plot, table
 from server.classify import RESERVE_SECONDS, RESERVE_SHARE
 
@@ -82,7 +82,12 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
             bar.set_description(f"{kind} at {factor:g} of full depth")
             times = KINDS[kind](factor * costs.full_depth_per_second, arguments.seconds)
             row = await record(
-                arguments.url, arguments.admin_token, samples, times, arguments.deadline_ms / 1e3
+                arguments.url,
+                arguments.admin_token,
+                samples,
+                times,
+                arguments.seconds,
+                arguments.deadline_ms / 1e3,
             )
             rows.append({"kind": kind, "load": factor, **row})
     return {
@@ -105,7 +110,9 @@ def _simulated(said: Row, row: Row) -> Row:
         reserve_seconds=min(RESERVE_SECONDS, RESERVE_SHARE * deadline),
         cores=said["cores"],
     )
-    return predict(row["engine"], sent(row), said["confidences"], deadline, overhead)
+    return predict(
+        row["engine"], sent(row), said["confidences"], deadline, load_seconds(row), overhead
+    )
 
 
 def _costs(said: Row) -> str:

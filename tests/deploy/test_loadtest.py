@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from deploy.loadtest import demo, schedules
-from deploy.loadtest.__main__ import _parser, _patience
+from deploy.loadtest.__main__ import _parser, _patience, main
 from deploy.loadtest.client import Client
 from deploy.loadtest.headroom import own_rate
 from deploy.loadtest.load import Result, closed_loop, once, open_loop
@@ -103,7 +103,7 @@ def test_a_load_is_not_stopped_to_look_for_garbage_that_was_there_before():
 
 def test_a_refusal_counts_as_wrong_and_as_not_answered():
     results = against_server(lambda c: open_loop(c, [Sample(b"busy", "otter")], [0.0]))
-    summary = summarise(results, math.inf)
+    summary = summarise(results, math.inf, 1.0)
     assert summary["status"] == {"429": 1}
     assert (summary["effective_accuracy"], summary["accuracy_of_answers"]) == (0.0, None)
 
@@ -128,7 +128,7 @@ def test_an_answer_without_a_proper_exit_or_reason_is_still_an_answer(said):
             return 200, json.dumps(said).encode()
 
     results = asyncio.run(open_loop(Saying(GONE), [OTTER], [0.0]))
-    assert summarise(results, math.inf)["status"] == {"200": 1}
+    assert summarise(results, math.inf, 1.0)["status"] == {"200": 1}
     assert (results[0].right, results[0].exit, results[0].reason) == (True, 0, "")
 
 
@@ -173,6 +173,67 @@ def test_patience_is_ten_deadlines_but_ten_seconds_at_least():
     assert said == [10.0, 40.0, 0.5]
 
 
+def evenly(rate, seconds):
+    """Results of a load whose every request is answered after 5 ms."""
+    times = [i / rate for i in range(rate * seconds)]
+    return [Result(at, at, at + 0.005, 200, True) for at in times]
+
+
+RATES = ("offered_per_second", "answered_per_second", "goodput_per_second")
+
+
+def test_rates_are_over_the_length_of_a_load_whenever_its_last_answer_came():
+    late = Result(1.0, 1.0, 13.0, 200, True)
+    said = summarise([*evenly(100, 3), late], 0.05, 3.0)
+    assert [said[rate] for rate in RATES] == pytest.approx([301 / 3, 100.0, 100.0])
+    assert said["in_time_share"] == 300 / 301
+
+
+def test_a_backlog_that_is_answered_after_a_load_makes_no_rate_large():
+    slow = [Result(at, at, 2 * at + 0.01, 200, True) for at in (i / 100 for i in range(300))]
+    said = summarise(slow, math.inf, 3.0)
+    assert said["offered_per_second"] == 100
+    assert said["answered_per_second"] == pytest.approx(50, rel=0.01)
+    assert said["in_time_share"] == 1.0
+
+
+def test_a_load_without_a_length_has_no_rates():
+    said = summarise(evenly(100, 1), math.inf, None)
+    assert [said[rate] for rate in RATES] == [None] * 3
+    assert said["in_time_share"] == 1.0
+
+
+def run_main(folder, *arguments, image=b"otter"):
+    """The command's status against the server, and how many requests came to it."""
+    (folder / "images/otter").mkdir(parents=True)
+    (folder / "images/otter/1.png").write_bytes(image)
+    words = [*arguments, "--images", str(folder / "images"), "--seconds", "0.1"]
+    posted = []
+
+    status = beside_server(lambda url: asyncio.to_thread(main, [url, *words]), posted)
+    return status, len(posted)
+
+
+def test_the_command_prints_a_table_and_writes_figures_and_a_picture(tmp_path, capsys):
+    out, picture = tmp_path / "x.json", tmp_path / "x.png"
+    assert run_main(tmp_path, "--json", str(out), "--plot", str(picture))[0] == 0
+    assert "effective accuracy" in capsys.readouterr().out
+    (summary,) = json.loads(out.read_text()).values()
+    assert summary["effective_accuracy"] == 1
+    assert summary["offered_per_second"] == len(schedules.poisson(50, 0.1)) / 0.1
+    assert summary["tester_headroom"] > 0
+    assert picture.stat().st_size > 1000
+
+
+def test_requests_of_a_trace_that_come_all_at_once_have_no_rates(tmp_path, capsys):
+    trace = tmp_path / "trace.txt"
+    trace.write_text("7.0\n7.0\n")
+    assert run_main(tmp_path, "--trace", str(trace))[0] == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "offered / s - answered / s - goodput / s (in time) - in time" in said
+    assert "status {'200': 2}" in said
+
+
 def test_a_closed_loop_sends_the_next_when_the_last_was_answered():
     results = against_server(lambda c: closed_loop(c, [OTTER], clients=2, seconds=0.05))
     assert len(results) >= 4
@@ -182,7 +243,7 @@ def test_a_closed_loop_sends_the_next_when_the_last_was_answered():
 def test_latency_counts_from_when_a_request_should_have_been_sent():
     late = Result(intended=1.0, sent=3.0, finished=3.5, status=200, right=True)
     assert late.seconds == 2.5
-    assert summarise([late], 1.0)["effective_accuracy"] == 0.0
+    assert summarise([late], 1.0, 4.0)["effective_accuracy"] == 0.0
 
 
 def test_poisson_sends_at_the_asked_rate():
@@ -203,6 +264,11 @@ def test_a_recorded_trace_starts_at_zero(tmp_path):
     trace = tmp_path / "trace.txt"
     trace.write_text("12.5\n12.0\n13\n")
     assert schedules.recorded(trace) == [0.0, 0.5, 1.0]
+
+
+def test_a_trace_lasts_for_one_mean_gap_after_its_last_request():
+    assert schedules.length([i / 100 for i in range(300)]) == pytest.approx(3.0)
+    assert schedules.length([0.0, 0.0]) is schedules.length([0.0]) is None
 
 
 def test_a_folder_without_images_is_an_error(tmp_path):

@@ -83,7 +83,7 @@ def test_offered_loads_are_multiples_of_our_capacity_with_the_same_mean_in_burst
 def test_every_request_of_an_offered_load_is_in_time_late_refused_or_failed():
     statuses = [(200, 0.01), (200, 0.2), (0, 0.5), (429, 0.01), (500, 0.01)]
     results = [Result(0.0, 0.0, seconds, status, status == 200) for status, seconds in statuses]
-    said = offered.outcomes(summarise(results, offered.DEADLINE_SECONDS))
+    said = offered.outcomes(summarise(results, offered.DEADLINE_SECONDS, 1.0))
     shares = [said[f"{name}_share"] for name in ("in_time", "late", "refused", "failed")]
     assert shares == pytest.approx([0.2, 0.4, 0.2, 0.2])
     assert said["effective_accuracy"] == pytest.approx(0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.files import need_writable
 from deploy.loadtest import schedules
 from deploy.loadtest.client import Client
 from deploy.loadtest.headroom import own_rate
@@ -18,6 +20,7 @@ from deploy.loadtest.load import Result, closed_loop, open_loop
 from deploy.loadtest.plot import plot
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.summary import summarise
+from deploy.options import count, positive
 
 PATIENCE_DEADLINES = 10
 LEAST_PATIENCE_SECONDS = 10.0
@@ -36,14 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     """Load each server in turn with the same load, print one table."""
     arguments = _parser().parse_args(argv)
     try:
-        samples = read_samples(arguments.images)
-        summaries = asyncio.run(_run(arguments, samples))
+        need_writable(arguments.json, arguments.plot)
+        load, samples = _load(arguments), read_samples(arguments.images)
+        results, summaries = asyncio.run(_run(arguments, load, samples))
+        print(_table(summaries))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(summaries, indent=2) + "\n")
+        if arguments.plot:
+            plot(results, arguments.deadline_ms / 1e3, arguments.plot)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(_table(summaries))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(summaries, indent=2) + "\n")
     return 0
 
 
@@ -56,15 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("urls", nargs="+", metavar="URL", help="where images are posted")
     parser.add_argument("--images", type=Path, required=True, help="folder CLASS/* or plain")
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--rate", type=float, default=50.0, help="Poisson requests a second")
-    load.add_argument("--bursts", type=float, metavar="RATE", help="bursts around this mean rate")
+    load.add_argument("--rate", type=positive, default=50.0, help="Poisson requests a second")
+    load.add_argument(
+        "--bursts", type=positive, metavar="RATE", help="bursts around this mean rate"
+    )
     load.add_argument("--trace", type=Path, help="file of send times in seconds, one a line")
-    load.add_argument("--clients", type=int, help="closed loop with so many clients instead")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of the load")
-    parser.add_argument("--deadline-ms", type=float, default=50.0, help="what counts as in time")
+    load.add_argument("--clients", type=count, help="closed loop with so many clients instead")
+    parser.add_argument("--seconds", type=positive, default=10.0, help="length of the load")
+    parser.add_argument("--deadline-ms", type=positive, default=50.0, help="what counts as in time")
     parser.add_argument(
         "--patience",
-        type=float,
+        type=positive,
         metavar="SECONDS",
         help="after which a request is given up and counts as failed, with status 0; if not given, "
         f"{PATIENCE_DEADLINES} deadlines, but at least {LEAST_PATIENCE_SECONDS:g} s",
@@ -84,33 +92,54 @@ def _patience(arguments: argparse.Namespace) -> float:
 
 def _load(arguments: argparse.Namespace) -> Load:
     seconds, seed, patience = arguments.seconds, arguments.seed, _patience(arguments)
-    if clients := arguments.clients:
+    if (clients := arguments.clients) is not None:
         return Load(lambda c, s: closed_loop(c, s, clients, seconds, seed, patience), seconds)
-    if arguments.trace:
+    if arguments.trace is not None:
         times = schedules.recorded(arguments.trace)
         seconds = schedules.length(times)
-    elif arguments.bursts:
+    elif arguments.bursts is not None:
         times = schedules.bursts(arguments.bursts, seconds, seed=seed)
     else:
         times = schedules.poisson(arguments.rate, seconds, seed)
+    if not times:
+        raise ValueError(f"at this rate no request comes in {seconds:g} s")
     return Load(lambda c, s: open_loop(c, s, times, seed, patience), seconds)
 
 
-async def _run(arguments: argparse.Namespace, samples: list[Sample]) -> dict[str, Any]:
-    load, possible = _load(arguments), await own_rate(samples[0])
+async def _run(
+    arguments: argparse.Namespace, load: Load, samples: Sequence[Sample]
+) -> tuple[dict[str, list[Result]], dict[str, Any]]:
+    clients = {url: Client(url) for url in arguments.urls}
+    if len(clients) < len(arguments.urls):
+        raise ValueError("the same URL is given twice, for which there would be one column")
+    for url in clients:
+        await _need_answer(url, samples[0], _patience(arguments))
+    possible = await own_rate(samples[0])
     results: dict[str, list[Result]] = {}
-    for url in arguments.urls:
-        client = Client(url)
+    for url, client in clients.items():
         results[url] = await load.send(client, samples)
         await client.close()
     deadline = arguments.deadline_ms / 1e3
-    if arguments.plot:
-        plot(results, deadline, arguments.plot)
     summaries = {url: summarise(rs, deadline, load.seconds) for url, rs in results.items()}
     for summary in summaries.values():
-        offered = summary.get("offered_per_second")
+        offered = summary["offered_per_second"]
         summary["tester_headroom"] = possible / offered if offered else None
-    return summaries
+    return results, summaries
+
+
+async def _need_answer(url: str, sample: Sample, patience: float) -> None:
+    """Any answer: before the first load, lest its figures are lost to the next server's address.
+
+    Raises:
+        ValueError: none comes.
+    """
+    client, status = Client(url), 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(patience):
+            status, _ = await client.post(sample.data)
+    await client.close()
+    if not status:
+        raise ValueError(f"{url} gives no answer")
 
 
 def _table(summaries: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from deploy.files import need_writable
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.schedules import BURST_SECONDS, KINDS
 from deploy.simulator import Overhead
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and simulate every load, print one table; a failure is one sentence and status 2."""
     arguments = _parser().parse_args(argv)
     try:
+        need_writable(arguments.json, arguments.plot)
         said = _recorded(arguments.again) if arguments.again else _measured(arguments)
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -225,6 +225,15 @@ def test_the_command_prints_a_table_and_writes_figures_and_a_picture(tmp_path, c
     assert picture.stat().st_size > 1000
 
 
+def test_figures_are_there_even_if_the_picture_cannot_be_drawn(tmp_path, capsys):
+    out = tmp_path / "x.json"
+    assert run_main(tmp_path, "--json", str(out), "--plot", str(tmp_path / "x.nope"))[0] == 2
+    said = capsys.readouterr()
+    assert "effective accuracy" in said.out
+    assert said.err.startswith("error: Format 'nope' is not supported")
+    assert json.loads(out.read_text())
+
+
 def test_requests_of_a_trace_that_come_all_at_once_have_no_rates(tmp_path, capsys):
     trace = tmp_path / "trace.txt"
     trace.write_text("7.0\n7.0\n")
@@ -232,6 +241,44 @@ def test_requests_of_a_trace_that_come_all_at_once_have_no_rates(tmp_path, capsy
     said = " ".join(capsys.readouterr().out.split())
     assert "offered / s - answered / s - goodput / s (in time) - in time" in said
     assert "status {'200': 2}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--plot", "/nope/x.png"], "/nope/x.png cannot be written: there is no folder /nope"),
+        (["--json", "/nope/x.json"], "/nope/x.json cannot be written: there is no folder /nope"),
+        (["--json", "/"], "/ cannot be written: it is a folder"),
+        (["--trace", "/nope/trace"], "No such file"),
+        (["--rate", "0.001"], "at this rate no request comes in 0.1 s"),
+        ([GONE], f"{GONE} gives no answer"),
+        ([GONE, GONE], "the same URL is given twice"),
+    ],
+)
+def test_what_would_lose_a_measurement_is_said_before_it(tmp_path, capsys, arguments, said):
+    status, posted = run_main(tmp_path, *arguments)
+    assert (status, posted) == (2, 1 if arguments == [GONE] else 0)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_server_that_is_silent_from_the_start_is_not_loaded(tmp_path, capsys):
+    status, posted = run_main(tmp_path, "--patience", "0.05", image=SILENCE.data)
+    assert (status, posted) == (2, 1)
+    assert "/classify gives no answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--rate", "--bursts", "--clients", "--seconds", "--deadline-ms", "--patience"]
+)
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])
+def test_a_load_of_nothing_is_refused(option, value, capsys):
+    with pytest.raises(SystemExit):
+        main([GONE, "--images", "x", option, value])
+    assert f"argument {option}: '{value}' is no " in capsys.readouterr().err
 
 
 def test_a_closed_loop_sends_the_next_when_the_last_was_answered():
@@ -264,6 +311,14 @@ def test_a_recorded_trace_starts_at_zero(tmp_path):
     trace = tmp_path / "trace.txt"
     trace.write_text("12.5\n12.0\n13\n")
     assert schedules.recorded(trace) == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("line", ["time", "nan", "inf", "-0.5", "1 2", "0.1,0.2"])
+def test_a_line_of_a_trace_that_is_no_time_is_named(tmp_path, line):
+    trace = tmp_path / "trace.txt"
+    trace.write_text(f"1.0\n\n{line}\n2.0\n")
+    with pytest.raises(ValueError, match=f"trace.txt, line 3: '{line}' is no time in seconds"):
+        schedules.recorded(trace)
 
 
 def test_a_trace_lasts_for_one_mean_gap_after_its_last_request():

@@ -170,6 +170,11 @@ def test_a_sweep_of_nothing_is_one_sentence(capsys):
     assert "a sweep needs a URL, --images and --admin-token, or --again" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(capsys):
+    assert main(["http://127.0.0.1:9", "--images", "x", "--json", "/nope/x.json"]) == 2
+    assert "/nope/x.json cannot be written: there is no folder /nope" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_sweep_measures_and_simulates_every_load(serve, tmp_path, capsys):
     for i in range(4):

@@ -9,7 +9,7 @@ from typing import Any
 from deploy.loadtest.load import closed_loop, once
 from deploy.loadtest.samples import Sample
 from deploy.loadtest.summary import summarise
-from deploy.peers.peer import Peer
+from deploy.peers.peer import Peer, PeerError
 from deploy.peers.profile import look, profile
 from deploy.peers.running import PORT, client_of
 
@@ -29,6 +29,9 @@ def measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: float) -> 
         pid: its process; Offramp's is profiled while most clients load it.
         samples: images as the server wants them.
         seconds: of each load.
+
+    Raises:
+        PeerError: it answers nothing, or nothing to one client alone, which leaves no row.
     """
     return asyncio.run(_measure(peer, pid, samples, seconds))
 
@@ -37,6 +40,8 @@ async def _measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: flo
     row: Row = {"name": peer.name, "clients": {}}
     client = client_of(peer)
     each = summarise(await once(client, samples, AT_ONCE, NEVER_LATE), NEVER_LATE, None)
+    if "200" not in each["status"]:
+        raise PeerError("answered no image")
     row["accuracy"] = each["accuracy_of_answers"]
     for clients in CLIENTS:
         profiled = peer.ours and clients == CLIENTS[-1]
@@ -45,6 +50,8 @@ async def _measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: flo
         if before:
             row["profile"] = profile(pid, before, look(pid, f"http://127.0.0.1:{PORT}"))
         row["clients"][str(clients)] = summarise(results, NEVER_LATE, seconds)
+        if not saturated(row):
+            raise PeerError(f"answered no image of one client alone in {seconds:g} s")
     await client.close()
     return row
 

@@ -62,7 +62,11 @@ def longest_seconds(servers: int, seconds: float) -> float:
 
 
 def capacity(peer: Peer, samples: Sequence[Sample], seconds: float, *query: str) -> float:
-    """Images a second that a running Offramp answers, asked so."""
+    """Images a second that a running Offramp answers, asked so.
+
+    Raises:
+        PeerError: it answers none, so that there is nothing to make loads of.
+    """
     return asyncio.run(_capacity(peer, samples, seconds, query))
 
 
@@ -74,6 +78,8 @@ async def _capacity(
     results = await closed_loop(client, samples, CLIENTS, seconds, seed=1)
     await client.close()
     answered: float = summarise(results, math.inf, seconds)["answered_per_second"]
+    if not answered:
+        raise PeerError(f"{peer.name} answered no image in {seconds:g} s")
     return answered
 
 
@@ -81,7 +87,8 @@ def measure(peer: Peer, samples: Sequence[Sample], offered: Sequence[Load]) -> I
     """A row for each load on a running server, until it collapses.
 
     Raises:
-        PeerError: it does not recover from a load that it should have been able to bear.
+        PeerError: it answers no image at all, or does not recover from a load that it should have
+            been able to bear.
     """
     asyncio.run(_warm(peer, samples))
     for load in offered:
@@ -94,8 +101,10 @@ def measure(peer: Peer, samples: Sequence[Sample], offered: Sequence[Load]) -> I
 
 async def _warm(peer: Peer, samples: Sequence[Sample]) -> None:
     client = client_of(peer)
-    await once(client, samples, WARM_CLIENTS)
+    results = await once(client, samples, WARM_CLIENTS)
     await client.close()
+    if all(r.status != 200 for r in results):
+        raise PeerError("answered no image")
 
 
 async def _measure(peer: Peer, samples: Sequence[Sample], load: Load) -> Row:

@@ -42,7 +42,13 @@ class Client:
             length = b"\r\nContent-Length: %d" % len(body)
             writer.write(self._head + length + HEAD_END + body)
             status, answer, keep = await _response(reader)
-        except (OSError, asyncio.IncompleteReadError, ValueError, IndexError):
+        except (
+            OSError,
+            asyncio.IncompleteReadError,
+            asyncio.LimitOverrunError,
+            ValueError,
+            IndexError,
+        ):
             writer.close()
             return 0, b""
         except asyncio.CancelledError:

@@ -10,9 +10,13 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deploy.loadtest.client import Client
 from deploy.loadtest.samples import Sample
+
+PATIENCE_SECONDS = 60.0
+"""After which a request is given up unless told otherwise, so that every measurement ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class Result:
     sent: float
     finished: float
     status: int
-    """0 where no response came."""
+    """0 where no response came in time, or none that says something of an image."""
     right: bool | None
     """Whether the label was right; None where none is known."""
     exit: int = 0
@@ -41,7 +45,7 @@ async def open_loop(
     samples: Sequence[Sample],
     times: Sequence[float],
     seed: int = 0,
-    patience: float | None = None,
+    patience: float = PATIENCE_SECONDS,
 ) -> list[Result]:
     """Send at these times, whatever has been answered by then.
 
@@ -73,26 +77,51 @@ def _steady() -> Iterator[None]:
 
 
 async def closed_loop(
-    client: Client, samples: Sequence[Sample], clients: int, seconds: float, seed: int = 0
+    client: Client,
+    samples: Sequence[Sample],
+    clients: int,
+    seconds: float,
+    seed: int = 0,
+    patience: float = PATIENCE_SECONDS,
 ) -> list[Result]:
-    """So many clients, each sending its next request when the last was answered."""
+    """So many clients, each sending its next request when the last was answered or given up.
+
+    Args:
+        seconds: after which none begins another.
+        patience: seconds after which a request is given up, as status 0.
+    """
     began = time.perf_counter()
 
     async def one(number: int) -> list[Result]:
         chance, results = random.Random(seed + number), []
         while (now := time.perf_counter() - began) < seconds:
-            results.append(await _send(client, chance.choice(samples), began, now))
+            results.append(await _send(client, chance.choice(samples), began, now, patience))
         return results
 
     return [r for rs in await asyncio.gather(*map(one, range(clients))) for r in rs]
 
 
-async def once(client: Client, samples: Sequence[Sample], clients: int) -> list[Result]:
-    """Send every sample once, from so many clients."""
+async def once(
+    client: Client, samples: Sequence[Sample], clients: int, patience: float = PATIENCE_SECONDS
+) -> list[Result]:
+    """Send every sample once, from so many clients.
+
+    A client that gave a request up sends no more, so that a server that has fallen silent is not
+    waited for once a sample.
+
+    Args:
+        patience: seconds after which a request is given up, as status 0.
+    """
     began, left = time.perf_counter(), iter(samples)
 
     async def one() -> list[Result]:
-        return [await _send(client, s, began, time.perf_counter() - began) for s in left]
+        results: list[Result] = []
+        for sample in left:
+            now = time.perf_counter() - began
+            results.append(await _send(client, sample, began, now, patience))
+            if results[-1].seconds >= patience:
+                break
+        return results
 
     return [r for rs in await asyncio.gather(*(one() for _ in range(clients))) for r in rs]
 
@@ -102,7 +131,7 @@ async def _send(
     sample: Sample,
     began: float,
     intended: float,
-    patience: float | None = None,
+    patience: float,
 ) -> Result:
     sent = time.perf_counter() - began
     status, body = 0, b""
@@ -110,10 +139,27 @@ async def _send(
         async with asyncio.timeout(patience):
             status, body = await client.post(sample.data)
     finished = time.perf_counter() - began
-    if status != 200:
-        return Result(intended, sent, finished, status, None if sample.label is None else False)
-    answer = json.loads(body)
+    answer = _answer(body) if status == 200 else None
+    if answer is None:
+        failed = 0 if status == 200 else status
+        return Result(intended, sent, finished, failed, None if sample.label is None else False)
     right = None if sample.label is None else answer.get("label") == sample.label
+    exit, reason = answer.get("exit"), answer.get("reason")
     return Result(
-        intended, sent, finished, 200, right, answer.get("exit", 0), answer.get("reason", "")
+        intended,
+        sent,
+        finished,
+        200,
+        right,
+        exit if isinstance(exit, int) else 0,
+        reason if isinstance(reason, str) else "",
     )
+
+
+def _answer(body: bytes) -> dict[str, Any] | None:
+    """What a server says of an image; None where it is no JSON object."""
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) else None

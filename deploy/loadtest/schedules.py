@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 BURST_SECONDS = 1.0
@@ -40,12 +41,31 @@ def recorded(file: Path) -> list[float]:
     """Send times from a file with one a line, in seconds; shifted to start at zero.
 
     Raises:
-        ValueError: a line is not a number, or there is none.
+        ValueError: a line is no such time, or there is none.
     """
-    times = sorted(float(line) for line in file.read_text().split())
+    lines = enumerate(file.read_text().splitlines(), 1)
+    times = sorted(_recorded(file, number, line.strip()) for number, line in lines if line.strip())
     if not times:
         raise ValueError(f"{file} has no send time")
     return [t - times[0] for t in times]
+
+
+def length(times: Sequence[float]) -> float | None:
+    """How long a recorded load lasts, in seconds: one mean gap longer than to its last request.
+
+    So that the rate is that of the gaps. None where all requests come at once.
+    """
+    return times[-1] * len(times) / (len(times) - 1) if times[-1] else None
+
+
+def _recorded(file: Path, number: int, line: str) -> float:
+    try:
+        time = float(line)
+    except ValueError:
+        time = math.nan
+    if not 0 <= time < math.inf:
+        raise ValueError(f"{file}, line {number}: {line[:40]!r} is no time in seconds")
+    return time
 
 
 def _poisson(chance: random.Random, rate: float, start: float, end: float) -> Iterator[float]:

@@ -13,24 +13,31 @@ from deploy.loadtest.load import Result
 PERCENTILES = (50, 90, 95, 99, 99.9)
 
 
-def summarise(results: Sequence[Result], deadline_seconds: float) -> dict[str, Any]:
+def summarise(
+    results: Sequence[Result], deadline_seconds: float, load_seconds: float | None
+) -> dict[str, Any]:
     """Rates, goodput, effective accuracy, percentiles, exits and reasons.
+
+    Rates are over the length of the load, whenever its last answer came: a single late one would
+    make all of them small. They count the answers that came within it, since a server that still
+    works off a backlog afterwards does so without being loaded. Shares, percentiles and counts are
+    of all requests.
 
     Args:
         results: of one load against one server.
         deadline_seconds: what counts as in time.
+        load_seconds: length of the load; None where it has none, and so no rates.
     """
     if not results:
         return {"offered": 0}
     answered = [r for r in results if r.status == 200]
     in_time = [r for r in answered if r.seconds <= deadline_seconds]
     labelled = [r for r in results if r.right is not None]
-    span = max(max(r.finished for r in results), 1e-9)
     return {
         "offered": len(results),
-        "offered_per_second": len(results) / span,
-        "answered_per_second": len(answered) / span,
-        "goodput_per_second": len(in_time) / span,
+        "offered_per_second": len(results) / load_seconds if load_seconds else None,
+        "answered_per_second": _rate(answered, load_seconds),
+        "goodput_per_second": _rate(in_time, load_seconds),
         "in_time_share": len(in_time) / len(results),
         "accuracy_of_answers": _share(r.right for r in answered if r.right is not None),
         "effective_accuracy": _share(
@@ -42,6 +49,12 @@ def summarise(results: Sequence[Result], deadline_seconds: float) -> dict[str, A
         "reasons": _counts(r.reason for r in answered if r.reason),
         "sender_lag_ms": _percentiles([1e3 * (r.sent - r.intended) for r in results]),
     }
+
+
+def _rate(results: Sequence[Result], load_seconds: float | None) -> float | None:
+    if not load_seconds:
+        return None
+    return sum(r.finished <= load_seconds for r in results) / load_seconds
 
 
 def _share(values: Any) -> float | None:

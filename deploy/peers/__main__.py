@@ -18,8 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from deploy.files import need_writable
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.schedules import BURST_SECONDS, KINDS
+from deploy.options import positive
 from deploy.peers import closed, goals, offered, profile
 from deploy.peers.peer import OTHERS, OUR_WAYS, OURS, Peer, PeerError, pinned
 from deploy.peers.running import prepare, started
@@ -34,33 +36,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure every server; a failure that concerns them all is one sentence and status 2."""
     arguments = _parser().parse_args(argv)
     try:
+        need_writable(arguments.json, arguments.plot)
         if arguments.offered and (arguments.seconds or OFFERED_SECONDS) < 2 * BURST_SECONDS:
             raise ValueError("--seconds must hold a burst and a calm, so at least 2")
         samples = read_samples(arguments.images, MOST_IMAGES)
         said = _offered(arguments, samples) if arguments.offered else _closed(arguments, samples)
+        _write(arguments.json, said)  # already here, since what is made of the rows may fail
+        _report(arguments, said)
+        _write(arguments.json, said)
     except (ValueError, OSError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        arguments.json.write_text(json.dumps(said, indent=1) + "\n")
     return 0
 
 
+def _write(file: Path | None, said: Row) -> None:
+    if file:
+        file.write_text(json.dumps(said, indent=1) + "\n")
+
+
+def _report(arguments: argparse.Namespace, said: Row) -> None:
+    """Add the goals, and print and draw what is made of the rows."""
+    if arguments.offered:
+        depths = said["full_depth_per_second"], said["first_exit_per_second"]
+        aimed = goals.of_offered(said["rows"], *depths)
+    else:
+        aimed = goals.of_closed(said["rows"])
+    said["goals"] = [str(goal) for goal in aimed]
+    if aimed:
+        print(f"\n{goals.table(aimed)}")
+    for row in said["rows"]:
+        if "profile" in row:
+            print(f"\n{row['name']}\n\n{profile.table(row['profile'])}")
+    if arguments.offered and arguments.plot:
+        offered.plot(said["rows"], arguments.plot)
+
+
 def _closed(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
-    rows = []
+    rows: list[Row] = []
     for peer in tqdm(_chosen(arguments, (*OTHERS, *OUR_WAYS)), "servers"):
         try:
             rows.append(_closed_row(arguments, peer, _wrapped(peer, samples)))
         except (PeerError, OSError) as error:
             rows.append({"name": peer.name, "failed": str(error)})
-    aimed = goals.of_closed(rows)
     print(closed.table(rows))
-    if aimed:
-        print(f"\n{goals.table(aimed)}")
-    for row in rows:
-        if "profile" in row:
-            print(f"\n{row['name']}\n\n{profile.table(row['profile'])}")
-    return {"rows": rows, "goals": [str(goal) for goal in aimed]}
+    return {"rows": rows}
 
 
 def _closed_row(arguments: argparse.Namespace, peer: Peer, samples: list[Sample]) -> Row:
@@ -94,18 +114,12 @@ def _offered(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
                     rows.append(row)  # at once, since a later one may fail
         except (PeerError, OSError) as error:
             rows.append({"name": peer.name, "kind": kind, "failed": str(error)})
-    aimed = goals.of_offered(rows, full_depth, first_exit)
     print(f"full depth {full_depth:.0f} images/s, first exit {first_exit:.0f} images/s\n")
     print(offered.table(rows))
-    if aimed:
-        print(f"\n{goals.table(aimed)}")
-    if arguments.plot:
-        offered.plot(rows, arguments.plot)
     return {
         "full_depth_per_second": full_depth,
         "first_exit_per_second": first_exit,
         "rows": rows,
-        "goals": [str(goal) for goal in aimed],
     }
 
 
@@ -141,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=positive,
         help=f"of each load, instead of {CLOSED_SECONDS:g}, or {OFFERED_SECONDS:g} with --offered",
     )
     parser.add_argument(

@@ -9,7 +9,7 @@ from typing import Any
 from deploy.loadtest.load import closed_loop, once
 from deploy.loadtest.samples import Sample
 from deploy.loadtest.summary import summarise
-from deploy.peers.peer import Peer
+from deploy.peers.peer import Peer, PeerError
 from deploy.peers.profile import look, profile
 from deploy.peers.running import PORT, client_of
 
@@ -17,6 +17,7 @@ CLIENTS = (1, 8, 32)
 AT_ONCE = 8
 """Clients that send every image once, which warms a server and tells its accuracy."""
 NEVER_LATE = 60.0
+"""Seconds until a client gives up, so that whatever is answered is in time."""
 Row = dict[str, Any]
 
 
@@ -28,6 +29,9 @@ def measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: float) -> 
         pid: its process; Offramp's is profiled while most clients load it.
         samples: images as the server wants them.
         seconds: of each load.
+
+    Raises:
+        PeerError: it answers nothing, or nothing to one client alone, which leaves no row.
     """
     return asyncio.run(_measure(peer, pid, samples, seconds))
 
@@ -35,15 +39,19 @@ def measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: float) -> 
 async def _measure(peer: Peer, pid: int, samples: Sequence[Sample], seconds: float) -> Row:
     row: Row = {"name": peer.name, "clients": {}}
     client = client_of(peer)
-    each = summarise(await once(client, samples, AT_ONCE), NEVER_LATE)
+    each = summarise(await once(client, samples, AT_ONCE, NEVER_LATE), NEVER_LATE, None)
+    if "200" not in each["status"]:
+        raise PeerError("answered no image")
     row["accuracy"] = each["accuracy_of_answers"]
     for clients in CLIENTS:
         profiled = peer.ours and clients == CLIENTS[-1]
         before = look(pid, f"http://127.0.0.1:{PORT}") if profiled else None
-        results = await closed_loop(client, samples, clients, seconds, seed=1)
+        results = await closed_loop(client, samples, clients, seconds, 1, NEVER_LATE)
         if before:
             row["profile"] = profile(pid, before, look(pid, f"http://127.0.0.1:{PORT}"))
-        row["clients"][str(clients)] = summarise(results, NEVER_LATE)
+        row["clients"][str(clients)] = summarise(results, NEVER_LATE, seconds)
+        if not saturated(row):
+            raise PeerError(f"answered no image of one client alone in {seconds:g} s")
     await client.close()
     return row
 

@@ -93,7 +93,8 @@ def _of_closed(ours: Row, measured: Mapping[str, Row]) -> Iterator[Goal]:
 
 def _accuracy_loss(ours: Row, measured: Mapping[str, Row]) -> float | None:
     """How far below the best peer's, if labels tell; 0.73 - 0.72 is 0.01 once it is rounded."""
-    others = [measured[peer.name]["accuracy"] for peer in OTHERS if peer.name in measured]
+    known = [measured[peer.name]["accuracy"] for peer in OTHERS if peer.name in measured]
+    others = [accuracy for accuracy in known if accuracy is not None]
     if not others or ours["accuracy"] is None:
         return None
     loss: float = round(max(others) - ours["accuracy"], 6)

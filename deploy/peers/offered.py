@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ class Load:
     kind: str
     factor: float
     times: tuple[float, ...]
+    seconds: float
+    """Its length."""
 
 
 def loads(kind: str, capacity: float, seconds: float) -> list[Load]:
@@ -49,7 +52,7 @@ def loads(kind: str, capacity: float, seconds: float) -> list[Load]:
         seconds: length of each.
     """
     made = (tuple(KINDS[kind](factor * capacity, seconds)) for factor in FACTORS)
-    return [Load(kind, f, times) for f, times in zip(FACTORS, made, strict=True)]
+    return [Load(kind, f, times, seconds) for f, times in zip(FACTORS, made, strict=True)]
 
 
 def longest_seconds(servers: int, seconds: float) -> float:
@@ -59,7 +62,11 @@ def longest_seconds(servers: int, seconds: float) -> float:
 
 
 def capacity(peer: Peer, samples: Sequence[Sample], seconds: float, *query: str) -> float:
-    """Images a second that a running Offramp answers, asked so."""
+    """Images a second that a running Offramp answers, asked so.
+
+    Raises:
+        PeerError: it answers none, so that there is nothing to make loads of.
+    """
     return asyncio.run(_capacity(peer, samples, seconds, query))
 
 
@@ -68,9 +75,11 @@ async def _capacity(
 ) -> float:
     client = client_of(peer, *query)
     await once(client, samples, WARM_CLIENTS)
-    summary = summarise(await closed_loop(client, samples, CLIENTS, seconds, seed=1), 60.0)
+    results = await closed_loop(client, samples, CLIENTS, seconds, seed=1)
     await client.close()
-    answered: float = summary["answered_per_second"]
+    answered: float = summarise(results, math.inf, seconds)["answered_per_second"]
+    if not answered:
+        raise PeerError(f"{peer.name} answered no image in {seconds:g} s")
     return answered
 
 
@@ -78,7 +87,8 @@ def measure(peer: Peer, samples: Sequence[Sample], offered: Sequence[Load]) -> I
     """A row for each load on a running server, until it collapses.
 
     Raises:
-        PeerError: it does not recover from a load that it should have been able to bear.
+        PeerError: it answers no image at all, or does not recover from a load that it should have
+            been able to bear.
     """
     asyncio.run(_warm(peer, samples))
     for load in offered:
@@ -91,8 +101,10 @@ def measure(peer: Peer, samples: Sequence[Sample], offered: Sequence[Load]) -> I
 
 async def _warm(peer: Peer, samples: Sequence[Sample]) -> None:
     client = client_of(peer)
-    await once(client, samples, WARM_CLIENTS)
+    results = await once(client, samples, WARM_CLIENTS)
     await client.close()
+    if all(r.status != 200 for r in results):
+        raise PeerError("answered no image")
 
 
 async def _measure(peer: Peer, samples: Sequence[Sample], load: Load) -> Row:
@@ -100,7 +112,7 @@ async def _measure(peer: Peer, samples: Sequence[Sample], load: Load) -> Row:
     client = client_of(peer, *query)
     results = await open_loop(client, samples, load.times, patience=PATIENCE_SECONDS)
     await client.close()
-    summary = summarise([_own(peer, r) for r in results], DEADLINE_SECONDS)
+    summary = summarise([_own(peer, r) for r in results], DEADLINE_SECONDS, load.seconds)
     return {"name": peer.name, "kind": load.kind, "load": load.factor, **outcomes(summary)}
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -39,8 +39,17 @@ def client_of(peer: Peer, *query: str) -> Client:
     return Client(peer.url(PORT, *query), {"Content-Type": peer.content_type})
 
 
-def prepare(peer: Peer, folder: Path) -> str:
+def _environment(home: Path) -> None:
+    venv.create(home, with_pip=True, clear=True)
+
+
+def prepare(peer: Peer, folder: Path, create: Callable[[Path], None] = _environment) -> str:
     """Make the peer's virtual environment unless it is there; returns its interpreter.
+
+    Args:
+        peer: the server.
+        folder: where environments are kept.
+        create: makes an empty environment with pip.
 
     Raises:
         PeerError: it cannot be installed.
@@ -51,7 +60,11 @@ def prepare(peer: Peer, folder: Path) -> str:
     python, complete = home / "bin/python", home / "complete"
     wanted = "\n".join((*COMMON, *peer.packages))
     if not complete.exists() or complete.read_text() != wanted:
-        venv.create(home, with_pip=True, clear=True)
+        try:
+            create(home)
+        except subprocess.CalledProcessError as error:  # most often a Python without ensurepip
+            said = _last_line((error.output or b"").decode(errors="replace"))
+            raise PeerError(f"cannot be installed: no virtual environment: {said}") from None
         install = [str(python), "-m", "pip", "install", "-q", *wanted.split("\n")]
         done = subprocess.run(install, capture_output=True, text=True)
         if done.returncode:

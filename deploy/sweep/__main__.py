@@ -21,13 +21,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from deploy.files import need_writable
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.schedules import BURST_SECONDS, KINDS
 from deploy.simulator import Overhead
 from deploy.sweep.engine import Row
 from deploy.sweep.measuring import measure, record_confidences
 from deploy.sweep.prediction import predict
-from deploy.sweep.recording import record, sent
+from deploy.sweep.recording import load_seconds, record, sent
 from deploy.sweep.report import plot, table
 from server.classify import RESERVE_SECONDS, RESERVE_SHARE
 
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and simulate every load, print one table; a failure is one sentence and status 2."""
     arguments = _parser().parse_args(argv)
     try:
+        need_writable(arguments.json, arguments.plot)
         said = _recorded(arguments.again) if arguments.again else _measured(arguments)
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,7 +84,12 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
             bar.set_description(f"{kind} at {factor:g} of full depth")
             times = KINDS[kind](factor * costs.full_depth_per_second, arguments.seconds)
             row = await record(
-                arguments.url, arguments.admin_token, samples, times, arguments.deadline_ms / 1e3
+                arguments.url,
+                arguments.admin_token,
+                samples,
+                times,
+                arguments.seconds,
+                arguments.deadline_ms / 1e3,
             )
             rows.append({"kind": kind, "load": factor, **row})
     return {
@@ -105,7 +112,9 @@ def _simulated(said: Row, row: Row) -> Row:
         reserve_seconds=min(RESERVE_SECONDS, RESERVE_SHARE * deadline),
         cores=said["cores"],
     )
-    return predict(row["engine"], sent(row), said["confidences"], deadline, overhead)
+    return predict(
+        row["engine"], sent(row), said["confidences"], deadline, load_seconds(row), overhead
+    )
 
 
 def _costs(said: Row) -> str:

@@ -18,6 +18,7 @@ def predict(
     sent: Sequence[tuple[float, float]],
     confidences: Sequence[Confidences],
     deadline: float,
+    load_seconds: float,
     overhead: Overhead,
 ) -> Row:
     """Simulate a load on the server's scheduler.
@@ -27,6 +28,7 @@ def predict(
         sent: when each request should have been sent, and when it was.
         confidences: by image; images are drawn as the load tester draws them.
         deadline: in seconds.
+        load_seconds: length of the load; goodput is over it, as `summarise` measures it.
         overhead: what is spent outside stages.
     """
     costs = cost_table(engine)
@@ -39,9 +41,8 @@ def predict(
     rule = Rule((*ladder[0].thresholds, 0.0), 1, costs.stages)
     outcomes = simulate(scheduler, load, rule, overhead=overhead)
     in_time = [o for o in outcomes if o.exit and o.seconds + late[id(o.arrival)] <= deadline]
-    span = max(o.finished for o in outcomes)
     return {
-        "goodput_per_second": len(in_time) / span,
+        "goodput_per_second": sum(o.finished <= load_seconds for o in in_time) / load_seconds,
         "in_time_share": len(in_time) / len(outcomes),
         "refused_share": sum(o.refused for o in outcomes) / len(outcomes),
         "exits": {str(k): sum(o.exit == k for o in outcomes) for k in range(1, costs.stages + 1)},

@@ -15,12 +15,18 @@ from deploy.sweep.measuring import Spent
 
 
 async def record(
-    url: str, admin_token: str, samples: Sequence[Sample], times: Sequence[float], deadline: float
+    url: str,
+    admin_token: str,
+    samples: Sequence[Sample],
+    times: Sequence[float],
+    seconds: float,
+    deadline: float,
 ) -> Row:
     """Send a load and note what the server and its clients spent on it.
 
     Args:
         times: when to send, in seconds.
+        seconds: length of the load.
         deadline: of every request, in seconds.
     """
     client = Client(f"{url}/classify?deadline_ms={1e3 * deadline:g}")
@@ -30,7 +36,8 @@ async def record(
     spent = Spent.by_now(url) - before
     await client.close()
     return {
-        "measured": summarise(results, deadline),
+        "seconds": seconds,
+        "measured": summarise(results, deadline, seconds),
         "client_ms": 1e3 * working / len(results),
         "spent": asdict(spent),
         "engine": engine(url, admin_token),
@@ -54,3 +61,9 @@ def sent(row: Row) -> list[tuple[float, float]]:
     """When each request of a recorded load should have been sent, and when it was, in seconds."""
     columns = zip(row["requests"]["intended_ms"], row["requests"]["sent_ms"], strict=True)
     return [(intended / 1e3, at / 1e3) for intended, at in columns]
+
+
+def load_seconds(row: Row) -> float:
+    """Length of a recorded load; until its last request where an older recording does not say."""
+    seconds: float = row.get("seconds") or max(row["requests"]["intended_ms"]) / 1e3
+    return seconds

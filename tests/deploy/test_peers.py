@@ -1,16 +1,28 @@
 """The comparison with other servers: what it needs of none of them."""
 
+import asyncio
 import json
 import socket
-from dataclasses import replace
+import subprocess
+from dataclasses import dataclass, replace
 
 import pytest
 
 from deploy.loadtest.load import Result
+from deploy.loadtest.samples import Sample
 from deploy.loadtest.summary import summarise
 from deploy.peers import __main__ as peers
 from deploy.peers import closed, goals, offered, profile, running
-from deploy.peers.peer import AS_ACCURATE, BEST_BACKEND, OURS, PLAIN, Peer, offramp, pinned
+from deploy.peers.peer import (
+    AS_ACCURATE,
+    BEST_BACKEND,
+    OURS,
+    PLAIN,
+    Peer,
+    PeerError,
+    offramp,
+    pinned,
+)
 from tests.conftest import CLASSES, encode, noise
 
 SUMMARY = {
@@ -70,6 +82,90 @@ def test_goals_leave_out_servers_that_failed():
     assert names == ["share of the machine outside stages at saturation"]
 
 
+def test_a_peer_of_unknown_accuracy_is_left_out_of_what_ours_is_compared_with():
+    rows = [
+        closed_row("FastAPI", 100, 12.0, accuracy=None),
+        closed_row("mosec", 250, 20.0, accuracy=0.73),
+        closed_row("Offramp", 1000, 2.0, accuracy=0.725),
+    ]
+    assert goals.of_closed(rows)[-1].value == pytest.approx(0.005)
+    assert goals.of_closed([rows[0], rows[2]])[-1].name.startswith("share of the machine outside")
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere(Peer):
+    """A peer on a port of its own."""
+
+    port: int = 0
+
+    def url(self, port, *more):
+        return Peer.url(self, self.port, *more)
+
+
+async def answering(most, reader, writer):
+    """Says otter, but leaves without a word once it has said it `most` times in all."""
+    while head := await reader.readline():
+        if head.lower().startswith(b"content-length:"):
+            length = int(head.split(b":")[1])
+        elif head == b"\r\n":
+            await reader.readexactly(length)
+            if not most:
+                break
+            most.pop()
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{"label": "otter"}')
+    writer.close()
+
+
+def while_answering(times, measure):
+    """What `measure` makes of a peer that answers so often and then no more."""
+
+    async def run():
+        most = [None] * times
+        server = await asyncio.start_server(
+            lambda reader, writer: answering(most, reader, writer), "127.0.0.1", 0
+        )
+        port = server.sockets[0].getsockname()[1]
+        try:
+            return await asyncio.to_thread(measure, Elsewhere("fading", (), port=port))
+        finally:
+            server.close()
+
+    return asyncio.run(run())
+
+
+OTTERS = [Sample(b"otter", "otter")] * 4
+FEW_SECONDS = 0.2
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"), [(0, "answered no image$"), (4, "answered no image of one client alone")]
+)
+def test_a_peer_that_answers_nothing_under_load_has_no_row(answers, said):
+    with pytest.raises(PeerError, match=said):
+        while_answering(answers, lambda peer: closed.measure(peer, 0, OTTERS, FEW_SECONDS))
+
+
+def test_a_peer_that_dies_under_more_clients_keeps_what_it_answered_before():
+    row = while_answering(5, lambda peer: closed.measure(peer, 0, OTTERS, FEW_SECONDS))
+    assert row["accuracy"] == 1.0
+    assert closed.saturated(row) == 1 / FEW_SECONDS
+    assert closed.unloaded_ms(row) > 0
+    assert "100.0% failed" in closed.table([row])
+
+
+def test_a_peer_that_answers_nothing_is_offered_nothing():
+    load = offered.Load("poisson", 1.0, (0.0,), 1.0)
+    with pytest.raises(PeerError, match="answered no image"):
+        while_answering(0, lambda peer: list(offered.measure(peer, OTTERS, [load])))
+    (row,) = while_answering(4, lambda peer: list(offered.measure(peer, OTTERS, [load])))
+    assert (row["late_share"], row["offered_per_second"]) == (1.0, 1.0)
+
+
+def test_loads_are_not_made_of_a_capacity_that_is_nothing():
+    with pytest.raises(PeerError, match="fading answered no image in"):
+        while_answering(0, lambda peer: offered.capacity(peer, OTTERS, FEW_SECONDS))
+
+
 def test_offered_loads_are_multiples_of_our_capacity_with_the_same_mean_in_bursts():
     for kind in offered.KINDS:
         made = offered.loads(kind, capacity=500, seconds=8)
@@ -83,7 +179,7 @@ def test_offered_loads_are_multiples_of_our_capacity_with_the_same_mean_in_burst
 def test_every_request_of_an_offered_load_is_in_time_late_refused_or_failed():
     statuses = [(200, 0.01), (200, 0.2), (0, 0.5), (429, 0.01), (500, 0.01)]
     results = [Result(0.0, 0.0, seconds, status, status == 200) for status, seconds in statuses]
-    said = offered.outcomes(summarise(results, offered.DEADLINE_SECONDS))
+    said = offered.outcomes(summarise(results, offered.DEADLINE_SECONDS, 1.0))
     shares = [said[f"{name}_share"] for name in ("in_time", "late", "refused", "failed")]
     assert shares == pytest.approx([0.2, 0.4, 0.2, 0.2])
     assert said["effective_accuracy"] == pytest.approx(0.2)
@@ -189,6 +285,70 @@ def test_a_peer_that_ends_while_starting_is_a_row_that_says_so(
     assert peers.main(["--images", str(tmp_path), "--only", "broken"]) == 0
     said = capsys.readouterr().out
     assert "| broken | ended with status 1 while starting: it needs Java |" in said
+
+
+DYING = """
+import http.server, os
+class Once(http.server.BaseHTTPRequestHandler):
+    answered = False
+    def do_POST(self):
+        if Once.answered:
+            os._exit(1)
+        Once.answered = True
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"42")
+http.server.HTTPServer(("127.0.0.1", int(os.environ["PEER_PORT"])), Once).serve_forever()
+"""
+
+
+def test_a_peer_that_dies_under_load_is_a_row_that_says_so(tmp_path, capsys, monkeypatch, listener):
+    listener.close()
+    (tmp_path / "x.png").write_bytes(encode(noise()))
+    out = tmp_path / "x.json"
+    monkeypatch.setattr(peers, "OTHERS", (Peer("dying", ("-c", DYING)),))
+    command = ["--images", str(tmp_path), "--only", "dying", "--quiet-seconds", "0"]
+    assert peers.main([*command, "--json", str(out)]) == 0
+    assert "| dying | answered no image |" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"] == [{"name": "dying", "failed": "answered no image"}]
+
+
+def test_figures_are_there_even_if_no_goals_can_be_made_of_them(
+    tmp_path, capsys, monkeypatch, listener
+):
+    def fail(rows):
+        raise KeyError("p50")
+
+    monkeypatch.setattr(goals, "of_closed", fail)
+    (tmp_path / "x.png").write_bytes(encode(noise()))
+    out = tmp_path / "x.json"
+    with pytest.raises(KeyError):
+        peers.main(["--images", str(tmp_path), "--only", "FastAPI", "--json", str(out)])
+    assert "| FastAPI | port" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"][0]["name"] == "FastAPI"
+
+
+def test_a_peer_whose_environment_cannot_be_made_is_one_that_cannot_be_installed(tmp_path):
+    def without_ensurepip(home):
+        said = b"Traceback\nNo module named ensurepip\n"
+        raise subprocess.CalledProcessError(1, ["python", "-m", "ensurepip"], said)
+
+    with pytest.raises(PeerError, match=r"cannot be installed: .*: No module named ensurepip"):
+        running.prepare(BEST_BACKEND, tmp_path, without_ensurepip)
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(option, capsys):
+    assert peers.main(["--images", "x", option, "/nope/x"]) == 2
+    assert "/nope/x cannot be written: there is no folder /nope" in capsys.readouterr().err
+
+
+def test_a_load_of_no_length_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        peers.main(["--images", "x", "--seconds", "0"])
+    assert "argument --seconds: '0' is no finite number above 0" in capsys.readouterr().err
 
 
 def test_an_unknown_server_is_one_sentence(tmp_path, capsys):

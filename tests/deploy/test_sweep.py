@@ -12,7 +12,7 @@ from deploy.sweep.__main__ import FACTORS, main
 from deploy.sweep.engine import cost_table
 from deploy.sweep.measuring import Flood, Spent, without_stages
 from deploy.sweep.prediction import predict
-from deploy.sweep.recording import columns
+from deploy.sweep.recording import columns, load_seconds
 from deploy.sweep.report import recovery_seconds
 from tests.conftest import encode, noise
 
@@ -34,35 +34,57 @@ def evenly(rate, seconds=1.0):
 
 
 def test_a_calm_load_is_answered_in_time_at_the_exit_that_suffices():
-    said = predict(ENGINE, evenly(100), [SURE], 0.05, NONE)
+    said = predict(ENGINE, evenly(100), [SURE], 0.05, 1.0, NONE)
     assert (said["in_time_share"], said["exits"]) == (1.0, {"1": 100, "2": 0})
-    assert predict(ENGINE, evenly(100), [UNSURE], 0.05, NONE)["exits"] == {"1": 0, "2": 100}
+    assert predict(ENGINE, evenly(100), [UNSURE], 0.05, 1.0, NONE)["exits"] == {"1": 0, "2": 100}
 
 
 def test_beyond_capacity_goodput_stays_near_what_first_exits_allow():
-    said = predict(ENGINE, evenly(8000), [UNSURE], 0.05, NONE)
+    said = predict(ENGINE, evenly(8000), [UNSURE], 0.05, 1.0, NONE)
     assert 0.8 * 2000 < said["goodput_per_second"] <= 2000 * 1.01
     assert said["exits"]["1"] > 10 * said["exits"]["2"]
 
 
 def test_an_event_loop_lets_through_only_what_it_has_time_for():
     busy = Overhead(begin_seconds=0.001, answer_seconds=0.001)
-    said = predict(ENGINE, evenly(400), [SURE], 0.05, busy)
+    said = predict(ENGINE, evenly(400), [SURE], 0.05, 1.0, busy)
     assert said["in_time_share"] == 1.0
-    said = predict(ENGINE, evenly(1000), [SURE], 0.05, busy)
+    said = predict(ENGINE, evenly(1000), [SURE], 0.05, 1.0, busy)
     assert 0.4 < said["in_time_share"] < 0.6
     assert said["refused_share"] == pytest.approx(1 - said["in_time_share"], abs=0.1)
 
 
 def test_time_between_batches_is_lost_to_images():
-    said = predict(ENGINE, evenly(8000), [UNSURE], 0.05, Overhead(batch_seconds=0.004))
+    said = predict(ENGINE, evenly(8000), [UNSURE], 0.05, 1.0, Overhead(batch_seconds=0.004))
     assert 0.8 * 1000 < said["goodput_per_second"] <= 1000 * 1.01
+
+
+def test_goodput_is_over_the_length_of_the_load_as_it_is_measured():
+    times = [0.0, *(1.0 + i / 1000 for i in range(100))]
+    sent = [(at, at) for at in times]
+    said = predict(ENGINE, sent, [SURE], 0.05, 4.0, NONE)
+    results = [Result(at, at, at + 0.001, 200, True) for at in times]
+    measured = summarise(results, 0.05, 4.0)
+    assert said["goodput_per_second"] == measured["goodput_per_second"] == 101 / 4
+
+
+def test_an_answer_after_the_end_of_a_load_counts_in_no_goodput():
+    slow = Overhead(batch_seconds=0.03)
+    said = predict(ENGINE, [(0.0, 0.0), (0.99, 0.99)], [UNSURE], 0.05, 1.0, slow)
+    assert (said["in_time_share"], said["goodput_per_second"]) == (1.0, 1.0)
+
+
+def test_a_recording_that_does_not_say_how_long_its_load_was_ends_with_its_last_request():
+    row = recording()["rows"][0]
+    assert load_seconds(row) == 1.0
+    del row["seconds"]
+    assert load_seconds(row) == 0.99
 
 
 def test_a_request_sent_late_has_less_time_left():
     late = [(at, at + 0.045) for at, _ in evenly(100)]
-    assert predict(ENGINE, late, [SURE], 0.05, NONE)["in_time_share"] == 1.0
-    assert predict(ENGINE, late, [UNSURE], 0.046, NONE)["in_time_share"] == 0.0
+    assert predict(ENGINE, late, [SURE], 0.05, 1.0, NONE)["in_time_share"] == 1.0
+    assert predict(ENGINE, late, [UNSURE], 0.046, 1.0, NONE)["in_time_share"] == 0.0
 
 
 def test_a_server_that_is_gone_is_one_sentence(tmp_path, capsys):
@@ -98,7 +120,8 @@ def recording(seconds=0.1):
     row = {
         "kind": "poisson",
         "load": 0.5,
-        "measured": summarise(results, 0.05),
+        "seconds": 1.0,
+        "measured": summarise(results, 0.05, 1.0),
         "client_ms": 0.1,
         "engine": ENGINE,
         "requests": columns(results),
@@ -113,7 +136,7 @@ def recording(seconds=0.1):
 
 
 @pytest.mark.parametrize(
-    ("begin", "off"), [(1e-4, "| 100 | 101 | +1% |"), (0.2, "| 100 | 0 | -100% |")]
+    ("begin", "off"), [(1e-4, "| 100 | 100 | +0% |"), (0.2, "| 100 | 0 | -100% |")]
 )
 def test_a_recording_is_simulated_again_without_a_server(tmp_path, capsys, begin, off):
     file, out = tmp_path / "sweep.json", tmp_path / "again.json"
@@ -145,6 +168,11 @@ def test_a_file_that_is_no_recording_is_one_sentence(tmp_path, capsys):
 def test_a_sweep_of_nothing_is_one_sentence(capsys):
     assert main([]) == 2
     assert "a sweep needs a URL, --images and --admin-token, or --again" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(capsys):
+    assert main(["http://127.0.0.1:9", "--images", "x", "--json", "/nope/x.json"]) == 2
+    assert "/nope/x.json cannot be written: there is no folder /nope" in capsys.readouterr().err
 
 
 @pytest.mark.slow

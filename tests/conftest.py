@@ -1,7 +1,9 @@
 """A tiny bundle and real servers on real sockets."""
 
 import io
+import json
 import os
+import shutil
 import socket
 import tarfile
 import threading
@@ -83,6 +85,18 @@ def make_bundle(path):
 @pytest.fixture(scope="session")
 def bundle_path(tmp_path_factory):
     return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="session")
+def eager_path(bundle_path, tmp_path_factory):
+    """The same bundle with a policy to which every first exit is confident enough."""
+    path = tmp_path_factory.mktemp("eager")
+    shutil.copytree(bundle_path, path, dirs_exist_ok=True)
+    policy = json.loads((path / "policy.json").read_text())
+    for point in policy["operating_points"]:
+        point["thresholds"] = [0.0] * 3
+    (path / "policy.json").write_text(json.dumps(policy))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -195,16 +195,16 @@ def contradict(server):
 
 
 @pytest.fixture(scope="module")
-def prometheus(serve, cifar, tmp_path_factory):
+def prometheus(serve, cifar, eager_path, tmp_path_factory):
     """Scrapes a good server and some that are slow, overloaded, wrong, too deep or dead."""
     program("prometheus")
     load = Load([data for _, data in cifar[::10]])
     with ExitStack() as stack:
         servers = {
-            "offramp": serve(audit_rate=0.2, max_accuracy_loss=0.05),
+            "offramp": serve(max_accuracy_loss=0.05),
             "offramp-slow": serve(),
             "offramp-full": serve(max_queue=2),
-            "offramp-wrong": serve(audit_rate=1.0, max_accuracy_loss=0.05),
+            "offramp-wrong": serve(bundle=eager_path, audit_rate=1.0),
             "offramp-deep": serve(max_accuracy_loss=0.0),
         }
         servers = {job: stack.enter_context(server) for job, server in servers.items()}
@@ -220,7 +220,7 @@ def prometheus(serve, cifar, tmp_path_factory):
         load.add(servers["offramp-slow"], 1, deadline_ms=5000)
         load.add(servers["offramp-slow"], 2, deadline_ms=350)
         load.add(servers["offramp-full"], 6, pause=0.01)
-        load.add(servers["offramp-wrong"], 1, pause=0.04, max_exit=1)
+        load.add(servers["offramp-wrong"], 1, pause=0.04)
         load.add(servers["offramp-deep"], 1, pause=0.05)
         yield one
 

@@ -1,7 +1,6 @@
 """The contract of an answer, over real HTTP."""
 
 import json
-import shutil
 
 import pytest
 
@@ -156,13 +155,8 @@ def test_model_and_policy_describe_what_is_served(server):
     assert policy["overloaded"] is False
 
 
-def test_audited_answers_are_compared_with_the_last_exit(serve, images, bundle_path, tmp_path):
-    shutil.copytree(bundle_path, tmp_path / "eager")
-    policy = json.loads((tmp_path / "eager/policy.json").read_text())
-    for point in policy["operating_points"]:
-        point["thresholds"] = [0.0] * 3
-    (tmp_path / "eager/policy.json").write_text(json.dumps(policy))
-    with serve(bundle=tmp_path / "eager", audit_rate=1.0) as one:
+def test_audited_answers_are_compared_with_the_last_exit(serve, images, eager_path):
+    with serve(bundle=eager_path, audit_rate=1.0) as one:
         for image in images:
             assert one.post(image).json()["reason"] == "confident"
 

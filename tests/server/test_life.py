@@ -63,7 +63,9 @@ def test_a_process_serves_once_ready_and_a_drain_answers_what_was_accepted(bundl
         head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png)}\r\n"
         accepted = server.send(head.encode() + b"Expect: 100-continue\r\n\r\n")
         assert accepted.recv(100).startswith(b"HTTP/1.1 100")  # it waits for the body
-        stuck = server.send(head.encode() + b"\r\n" + png[:100])
+        stuck = server.send(head.encode() + b"Expect: 100-continue\r\n\r\n")
+        assert stuck.recv(100).startswith(b"HTTP/1.1 100")
+        stuck.sendall(png[:100])  # and no more
         child.send_signal(signal.SIGTERM)
         until(lambda: refuses(server))
         accepted.sendall(png)
@@ -79,6 +81,8 @@ def test_a_process_serves_once_ready_and_a_drain_answers_what_was_accepted(bundl
         assert [r["request_id"] for r in requests].count("before") == 1
         assert [r["status"] for r in requests if r.get("code") == "draining"][-1] == 503
         assert not [r for r in lines if "exception" in r]
+        told = [line["message"] for line in lines if line["level"] not in ("info", "warning")]
+        assert told == ["Cancel 1 running task(s), timeout graceful shutdown exceeded"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from model.files import write_atomically
 from model.macs import count_stages, cumulative_macs, cumulative_parameters
 from model.network import MultiExitNet, build_from
 from model.policy import Policy
@@ -150,13 +150,6 @@ def load_bundle(path: Path, with_policy: bool = True) -> Bundle:
             f"{len(description.exits)}; run: python -m training calibrate {path} --data DIR"
         )
     return Bundle(path, description, _network(path, description, weights), policy)
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees the old or the new one, never half."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(file)
 
 
 def _network(path: Path, description: Description, weights: bytes) -> MultiExitNet:

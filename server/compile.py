@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.bundle import Bundle, BundleError, load_servable
+from model.files import put_in_place
 from model.numerics import DTYPES, carrier
 from server.compiled import (
     PRECISIONS,
@@ -29,7 +30,7 @@ from server.compiled import (
     write_compiled,
 )
 from server.costs import batch_sizes
-from server.programs import Programs, put_in_place
+from server.programs import Programs
 from server.settings import Settings
 from server.units import Unit, example_inputs, make_units
 

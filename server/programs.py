@@ -11,7 +11,6 @@ import stat
 import statistics
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import model
 from model.bundle import Bundle
+from model.files import PARTIAL
 from server.runner import WARM_UP_RUNS, Program
 from server.units import Unit
 
@@ -29,10 +29,8 @@ log = logging.getLogger("offramp")
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1, torch.int8: 0.2}
 """Furthest that a confidence or probability may be from the eager unit's."""
 
-PARTIAL = ".partial"
-"""How the names of files end that are still being written."""
 STALE_SECONDS = 3600.0
-"""After so long nobody writes to such a file any more: a program takes well under a second."""
+"""After so long nobody writes to a partial file any more: a program takes well under a second."""
 
 
 def make_private(folder: Path) -> None:
@@ -109,22 +107,6 @@ class Programs:
             said = "%d of %d programs in %s are not used: others than this user can change them"
             log.warning(said, len(programs) - len(safe), len(programs), filled)
         return len(safe)
-
-
-def put_in_place(file: Path, write: Callable[[Path], None]) -> None:
-    """Have a file written beside its place and moved there at once, so that it is never half one.
-
-    Args:
-        file: its place.
-        write: writes to the path that it is given, which no other process is given: process ids
-            would be alike in containers that share the folder.
-    """
-    partial = file.with_name(f"{file.stem}.{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        write(partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

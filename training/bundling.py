@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from model.bundle import REPORT, save_bundle, write_atomically
+from model.bundle import REPORT, save_bundle
+from model.files import write_atomically
 from training import curves
 from training.accuracy import Accuracy
 from training.folder import Folder

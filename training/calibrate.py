@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.bundle import REPORT, Bundle, load_bundle, save_policy, write_atomically
+from model.bundle import REPORT, Bundle, load_bundle, save_policy
+from model.files import write_atomically
 from model.numerics import DTYPES, likely_dtypes, name_of
 from model.policy import Measure, OperatingPoint, Policy
 from training import data as folders

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from model.bundle import REPORT, Bundle, load_servable, save_description, write_atomically
+from model.bundle import REPORT, Bundle, load_servable, save_description
+from model.files import write_atomically
 from training import evaluation, markdown, plots, sheets
 from training.bundling import PAGE
 from training.calibrate import (

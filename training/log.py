@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from model.bundle import write_atomically
+from model.files import write_atomically
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.bundle import Bundle, write_atomically
+from model.bundle import Bundle
+from model.files import write_atomically
 from model.numerics import carrier
 from model.quantisation import Ranges, quantised_stages
 from training.data import DataError, ImageSet

@@ -10,7 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from model.bundle import DESCRIPTION, REPORT, BundleError, Description, write_atomically
+from model.bundle import DESCRIPTION, REPORT, BundleError, Description
+from model.files import write_atomically
 from training import curves
 from training.log import LOG, Entry, read_log
 from training.normalisation import is_cifar100

@@ -13,7 +13,6 @@ from model.bundle import (
     load_servable,
     save_bundle,
     save_description,
-    write_atomically,
 )
 from tests.conftest import CLASSES, PREPROCESS
 from tests.model.networks import images, tiny
@@ -171,12 +170,3 @@ def test_a_weights_file_that_is_no_safetensors_is_refused(folder):
     save_description(folder, description.model_copy(update={"weights_sha256": digest}))
     (folder / "policy.json").unlink()
     refused(folder, "weights and description disagree")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / "policy.json"
-    write_atomically(file, b"old")
-    monkeypatch.setattr(type(file), "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        write_atomically(file, b"new")
-    assert file.read_bytes() == b"old"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.files import put_in_place
 from server.programs import (
     STALE_SECONDS,
     Programs,
     disagreement,
     make_private,
-    put_in_place,
     share_of_eager,
 )
 from server.runner import WARM_UP_RUNS
@@ -74,29 +74,6 @@ def test_a_program_is_as_fast_against_the_eager_unit_beside_traffic_as_alone(loa
     machine = BusyMachine((loads * runs)[:runs])
     program, unit = machine.taking(0.001), machine.taking(0.002)
     assert share_of_eager(program, unit, INPUTS, machine.clock) == pytest.approx(0.5)
-
-
-def test_compilers_of_the_same_program_write_to_files_of_their_own(tmp_path):
-    file = tmp_path / "stage1-batch1.bin"
-
-    def write(partial):
-        partial.write_text("half")
-        put_in_place(file, lambda other: other.write_text("another's"))
-        assert partial.read_text() == "half"
-
-    put_in_place(file, write)
-    assert file.read_text() == "half"
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_file_that_cannot_be_written_in_full_leaves_nothing(tmp_path):
-    def write(partial):
-        partial.write_text("half")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        put_in_place(tmp_path / "stage1-batch1.bin", write)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_what_a_killed_compiler_left_is_removed(bundle, tmp_path):

@@ -24,19 +24,24 @@ def queued(server, images):
     until(lambda: server.served.in_flight == images)
 
 
-def test_a_client_that_goes_away_frees_its_place_and_is_never_run(one, png):
-    with gated(one) as gate:
-        first = one.later(png)
+def leave_behind(server, png, request, images):
+    """Send a request of so many images behind one that runs, and go away; none is ever run."""
+    with gated(server) as gate:
+        first = server.later(png)
         gate.wait_for_a_batch()
-        gone = encode(noise(seed=1))
-        connection = one.send(HEAD % len(gone) + gone)
-        queued(one, 2)
+        connection = server.send(request)
+        queued(server, 1 + images)
         connection.close()
-        queued(one, 1)
+        queued(server, 1)
         gate.open()
         assert first.result().status_code == 200
-    assert one.post(png).status_code == 200
+    assert server.post(png).status_code == 200
     assert {len(inputs) for _, inputs in gate.batches} == {1}
+
+
+def test_a_client_that_goes_away_frees_its_place_and_is_never_run(one, png):
+    gone = encode(noise(seed=1))
+    leave_behind(one, png, HEAD % len(gone) + gone, images=1)
     until(lambda: one.metric("requests_total", route="/classify", code="499") == 1)
     assert one.metric("in_flight_jobs") == 0
 
@@ -56,17 +61,7 @@ def test_a_client_that_leaves_its_whole_batch_behind_frees_every_place(one, png)
     body = b"".join(part % encode(noise(seed=s)) for s in range(20)) + b"--X--\r\n"
     head = HEAD.replace(b"/classify", b"/classify/batch") % len(body)
     head = head.replace(b"Host", b"Content-Type: multipart/form-data; boundary=X\r\nHost")
-    with gated(one) as gate:
-        first = one.later(png)
-        gate.wait_for_a_batch()
-        connection = one.send(head + body)
-        queued(one, 21)
-        connection.close()
-        queued(one, 1)
-        gate.open()
-        assert first.result().status_code == 200
-    assert one.post(png).status_code == 200
-    assert {len(inputs) for _, inputs in gate.batches} == {1}
+    leave_behind(one, png, head + body, images=20)
     until(lambda: one.metric("requests_total", route="/classify/batch", code="499") == 1)
 
 

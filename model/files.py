@@ -1,0 +1,31 @@
+"""Files that are replaced whole or not at all."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""How the names of files end that are still being written."""
+
+
+def put_in_place(file: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written beside its place and moved there at once, so that it is never half one.
+
+    Args:
+        file: its place.
+        write: writes to the path that it is given, which no other process is given: process ids
+            would be alike in containers that share the folder.
+    """
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        write(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    """Replace a file so that a reader, or a crash, sees the old or the new one, never half."""
+    put_in_place(file, lambda partial: partial.write_bytes(data))

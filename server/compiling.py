@@ -89,7 +89,11 @@ class Compiling:
             RuntimeError: there is no compiler, or it failed.
         """
         self._process = subprocess.Popen(
-            self._command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            self._command(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,  # Ctrl-C would end it before this process knows that it drains
         )
         with self._process as process:
             assert process.stdout is not None and process.stderr is not None

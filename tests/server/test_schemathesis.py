@@ -34,8 +34,9 @@ CHECKED = [check for check in CHECKS.get_all() if check.__name__ not in KNOWN]
 
 @pytest.fixture(scope="module")
 def document(serve):
+    # Before there are threads: what this imports is parsed, which Python 3.11 does one at a time.
+    schemathesis.openapi.media_type("image/*", st.sampled_from(IMAGES))
     with serve(admin_token="secret", default_deadline_ms=None) as one:
-        schemathesis.openapi.media_type("image/*", st.sampled_from(IMAGES))
         document = schemathesis.openapi.from_dict(one.client.get("/openapi.json").json())
         with requests.Session() as session:
             yield document, {"base_url": one.url, "session": session}

@@ -26,6 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, TrainingError, BundleError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except Interrupted as left:
         print(left, file=sys.stderr)
         return left.status

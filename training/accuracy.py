@@ -8,10 +8,11 @@ import torch
 
 from model.network import MultiExitNet
 from model.preprocess import Preprocess
-from training.data import Images
+from training.data import DataError, Images
 from training.distributed import Processes
 
 BATCH = 250
+"""The most images at once."""
 
 
 class Accuracy(NamedTuple):
@@ -26,12 +27,20 @@ class Accuracy(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    net: MultiExitNet, images: Images, preprocess: Preprocess, processes: Processes
+    net: MultiExitNet,
+    images: Images,
+    preprocess: Preprocess,
+    processes: Processes,
+    batch_size: int = BATCH,
 ) -> Accuracy:
-    """Run the network in eval mode and fp32 over all images, each process its share."""
+    """Run the network in eval mode and fp32 over all images, each process its share.
+
+    Raises:
+        DataError: none of them could be read.
+    """
     net.eval()
     right = torch.zeros(net.exits + 2, dtype=torch.long, device=processes.device)
-    indices = processes.share(torch.arange(len(images))).split(BATCH)
+    indices = processes.share(torch.arange(len(images))).split(min(batch_size, BATCH))
     for pixels, class_ids in images.batches(indices):
         x = preprocess.normalise(pixels.to(processes.device, non_blocking=True))
         exits = torch.stack(net(x), dim=1)
@@ -39,5 +48,7 @@ def evaluate(
         matches = (answers == class_ids.to(processes.device)[:, None]).sum(0)
         right += torch.cat([matches, matches.new_tensor([len(class_ids)])])
     *counts, n = processes.sum(right).tolist()
+    if n == 0:
+        raise DataError(f"none of {len(images)} images could be read to measure accuracy on")
     shares = [count / n for count in counts]
     return Accuracy(tuple(shares[:-1]), shares[-1], n)

@@ -21,6 +21,8 @@ from training.presets import Preset
 from training.run import Run
 from training.table import table
 
+BUNDLE = "bundle"
+"""Within a run's folder."""
 CURVES = "training_curves.png"
 PAGE = "training.md"
 
@@ -39,6 +41,8 @@ class Finished:
     """Measured once, after the last epoch."""
     command: str
     device: torch.device
+    unreadable: int = 0
+    """Files that were skipped, by whichever process."""
     processes: int = 1
     teacher: str | None = None
     pretrained: str | None = None
@@ -84,7 +88,7 @@ def provenance(done: Finished) -> dict[str, Any]:
         "training_images": len(done.data.training),
         "held_out_images": len(done.data.validation),
         "files_sha256": done.data.digest,
-        "unreadable_files": len(done.data.unreadable),
+        "unreadable_files": done.unreadable,
         "teacher": done.teacher,
         "pretrained": done.pretrained,
         "recipe": asdict(done.preset.recipe),

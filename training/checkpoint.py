@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,11 @@ import torch
 
 from training.recipe import Recipe
 from training.run import Run, TrainingError
+from training.tensor_file import read_tensor_file
 
 CHECKPOINT = "checkpoint.pt"
+ALWAYS = {"net", "adapters", "optimizer", "epoch", "recipe"}
+"""What even the oldest checkpoint holds."""
 
 Origin = dict[str, Any]
 """What a checkpoint must agree with besides the recipe: the network, the data."""
@@ -31,6 +33,7 @@ def save_checkpoint(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> N
         "step": run.step,
         "names": run.names,
         "sums": run.sums,
+        "seconds": run.seconds,
         "history": run.history,
         "recipe": asdict(recipe),
         "origin": origin,
@@ -55,18 +58,28 @@ def resume(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> None:
     """Go on from the folder's checkpoint, exactly where it was written.
 
     Raises:
-        TrainingError: there is none, it is broken, or it belongs to another run.
+        TrainingError: there is none, it is damaged, or it belongs to another run.
     """
     file = folder / CHECKPOINT
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_tensor_file(file)
     except FileNotFoundError:
         raise TrainingError(f"there is no {file} to resume; leave --resume out") from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError) as error:
         raise TrainingError(f"{file} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not state.keys() >= ALWAYS:
+        raise TrainingError(f"{file} was not written by a run; start again in another folder")
     # What an older checkpoint does not mention had no effect then, which is each default.
     _check_same(file, asdict(Recipe()) | state["recipe"], asdict(recipe))
     _check_same(file, origin | state.get("origin", {}), origin)
+    try:
+        _restore(run, state)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise TrainingError(f"{file} is damaged: {first}; start again in another folder") from error
+
+
+def _restore(run: Run, state: dict[str, Any]) -> None:
     run.net.load_state_dict(state["net"])
     run.student.adapters.load_state_dict(state["adapters"])
     run.optimizer.load_state_dict(state["optimizer"])
@@ -78,6 +91,7 @@ def resume(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> None:
     run.epoch, run.step = state["epoch"], state.get("step", 0)
     run.names, run.history = state.get("names", []), state.get("history", [])
     sums, device = state.get("sums"), next(run.net.parameters()).device
+    run.seconds = state.get("seconds", 0.0)
     run.sums = None if sums is None else sums.to(device)
 
 

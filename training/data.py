@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from model.preprocess import Preprocess
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 100_000_000
+
+Result = TypeVar("Result")
 
 
 class DataError(Exception):
@@ -62,6 +65,9 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
+    def has(self, class_id: int) -> bool:
+        """Whether any image of the class can be read."""
+
     def batches(
         self, indices: Sequence[Tensor], draw: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,6 +94,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.class_ids)
+
+    def has(self, class_id: int) -> bool:
+        """As `Images.has`."""
+        return bool((self.class_ids == class_id).any())
 
     def batches(
         self, indices: Sequence[Tensor], draw: int | None = None
@@ -153,6 +163,15 @@ def name_digest(file: Path) -> bytes:
     return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).digest()
 
 
+@contextmanager
+def _called_off(results: Iterator[Result]) -> Iterator[Iterator[Result]]:
+    """Drop what a pool has not begun when its results are left: else leaving waits for it all."""
+    try:
+        yield results
+    finally:
+        cast(Generator[Result], results).close()
+
+
 def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet:
     """Read and decode every file through the serving preprocess.
 
@@ -168,22 +187,25 @@ def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet
         except (ImageError, OSError) as error:
             return f"{file}: {error}"
 
-    pixels, ids, files, unreadable = [], [], [], []
-    with ThreadPoolExecutor(threads) as pool:
-        results = pool.map(read, listing.files)
+    # Filled in place: a list of arrays, stacked in the end, would take twice the memory.
+    pixels = np.empty((len(listing), preprocess.size, preprocess.size, 3), np.uint8)
+    ids: list[int] = []
+    files: list[Path] = []
+    unreadable: list[str] = []
+    with ThreadPoolExecutor(threads) as pool, _called_off(pool.map(read, listing.files)) as results:
         bar = tqdm(results, "reading", len(listing), unit="image", leave=False, disable=None)
         for file, class_id, result in zip(listing.files, listing.class_ids, bar, strict=True):
             if isinstance(result, str):
                 unreadable.append(result)
                 continue
-            pixels.append(result)
+            pixels[len(ids)] = result
             ids.append(class_id)
             files.append(file)
-    if not pixels:
+    if not ids:
         raise DataError(f"none of {len(listing)} files could be read; the first: {unreadable[0]}")
     return ImageSet(
         listing.classes,
-        torch.from_numpy(np.stack(pixels)),
+        torch.from_numpy(pixels[: len(ids)]),
         torch.tensor(ids),
         tuple(files),
         tuple(unreadable),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,6 +38,14 @@ class Processes:
         dist.all_reduce(moved)
         return moved.to(values.device)
 
+    def gather(self, lines: Sequence[str]) -> list[str]:
+        """The lines of all processes, each once, in the order of processes."""
+        if self.count == 1:
+            return list(dict.fromkeys(lines))
+        every: list[list[str]] = [[] for _ in range(self.count)]
+        dist.all_gather_object(every, list(lines))
+        return list(dict.fromkeys(line for some in every for line in some))
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process."""
         return bool(self.sum(torch.tensor(int(flag))).item()) if self.count > 1 else flag
@@ -56,6 +64,12 @@ class Processes:
             return nn.parallel.DistributedDataParallel(net)
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         return nn.parallel.DistributedDataParallel(net, device_ids=[self.device.index])
+
+    def align(self, net: nn.Module) -> None:
+        """Give every process the first one's running statistics, which are those that are kept."""
+        if self.count > 1:
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
         """Until every process is here."""

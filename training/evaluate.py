@@ -26,7 +26,7 @@ from training.data import DataError, ImageSet, Listing, list_folder
 from training.evaluation import Measured, Report
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
-from training.parts import find_parts, listing_digest
+from training.parts import find_parts, listing_digest, part_of
 from training.timing import stage_seconds
 
 
@@ -74,13 +74,17 @@ def test_listing(root: Path, trained_on: str | None) -> Listing:
     Args:
         root: the data folder.
         trained_on: `listing_digest` of the files that the bundle was trained on, if it is known.
+
+    Raises:
+        DataError: there are none.
     """
-    if (root / "test").is_dir():
-        return list_folder(root / "test")
+    if (tested := part_of(root, "test")) is not None:
+        return list_folder(tested)
     listing = list_folder(root)
     if listing_digest(listing) == trained_on:
         test = find_parts(root).test
-        assert test is not None
+        if test is None:
+            raise DataError(f"{root} has too few images a class for any to be left to test on")
         return test
     return listing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -95,23 +94,26 @@ def open_folder(
     """
     parts = find_parts(root, per_class)
     size = size or natural_size(parts.training)
-    draft = Preprocess(size=size, crop=crop, mean=(0.5,) * 3, std=(0.25,) * 3)
+    whole = Preprocess(size=size, mean=(0.5,) * 3, std=(0.25,) * 3)
+    cropped = whole.model_copy(update={"crop": crop})
     wanted = images_bytes(len(parts.training) + len(parts.held_out), size) * processes.count
-    in_memory = _in_memory(storage, wanted, recipe)
+    # Processes that disagree would skip unreadable files at other times, and wait for each other.
+    in_memory = not processes.any(not _in_memory(storage, wanted, recipe))
 
-    def images(listing: Listing, memory: bool) -> Images:
+    def images(listing: Listing, draft: Preprocess, memory: bool) -> Images:
         if memory:
             return _on_device(load(listing, draft), processes.device)
         enough = min(workers, _cpus(), len(listing) // IMAGES_A_WORKER)
         return Stream(listing, draft, enough, recipe.crop_area, recipe.seed)
 
-    training, validation = images(parts.training, in_memory), images(parts.held_out, in_memory)
+    training = images(parts.training, whole, in_memory)
+    validation = images(parts.held_out, cropped, in_memory)
     _check_classes(training)
     mean, std = normalisation(training, size)
     return Folder(
         training,
         validation,
-        None if parts.test is None else images(parts.test, memory=False),
+        None if parts.test is None else images(parts.test, cropped, memory=False),
         Preprocess(size=size, crop=crop, mean=mean, std=std),
         parts.digest,
     )
@@ -158,7 +160,6 @@ def _on_device(images: ImageSet, device: torch.device) -> ImageSet:
 
 
 def _check_classes(images: Images) -> None:
-    present: Sequence[int] = images.class_ids.unique().tolist()
     for class_id, name in enumerate(images.classes):
-        if class_id not in set(present):
+        if not images.has(class_id):
             raise DataError(f"no training image of class {name} could be read")

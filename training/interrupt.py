@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+import torch
+
+from training.distributed import Processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+ASK_SECONDS = 2.0
+"""How often processes ask each other; torchrun gives them 30 s to leave."""
 
 
 class Interrupted(Exception):
@@ -53,3 +61,46 @@ def requests() -> Iterator[Request]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Leaving:
+    """When the processes of a run leave it, each of which knows its own signals alone.
+
+    One process asks itself after each step. Several ask each other, which makes all wait for the
+    slowest, so they do that every two seconds or so. After which step is next follows from how long
+    the last ones took; they tell each other that too, so that all of them ask after the same.
+
+    Args:
+        request: what this process was told.
+        processes: of the run.
+        step: of the whole run, to begin with.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        processes: Processes,
+        step: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.request = request
+        self.processes = processes
+        self.clock = clock
+        self.asked_after, self.asked_at = step, clock()
+        self.next = step
+
+    def now(self, step: int) -> bool:
+        """Whether to leave after so many steps of the whole run; the same in every process."""
+        signalled = self.request.signal is not None
+        if self.processes.count == 1:
+            return signalled
+        if step < self.next:
+            return False
+        now = self.clock()
+        told = torch.tensor([float(signalled), now - self.asked_at], dtype=torch.float64)
+        signals, seconds = self.processes.sum(told).tolist()
+        each = seconds / self.processes.count / max(1, step - self.asked_after)
+        self.asked_after, self.asked_at = step, now
+        self.next = step + max(1, int(ASK_SECONDS / max(each, 1e-6)))
+        return signals > 0

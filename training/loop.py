@@ -12,13 +12,13 @@ from torch import Tensor
 from training.accuracy import Accuracy, evaluate
 from training.checkpoint import save_checkpoint
 from training.data import Images
-from training.interrupt import Interrupted, Request, requests
+from training.interrupt import Interrupted, Leaving, requests
 from training.log import Bar, Entry, Scalars, write_log
 from training.run import Run, TrainingError
 from training.schedule import pace
 from training.seeds import generator_of
 from training.step import take_step
-from training.watch import Watch
+from training.watch import Watch, check_weights
 from training.work import Work
 
 CHECK_EVERY = 50
@@ -46,15 +46,16 @@ def fit(run: Run, work: Work) -> Accuracy:
     scalars = Scalars(work.folder, run.epoch) if processes.first else None
     try:
         with requests() as request:
+            leaving = Leaving(request, processes, done)
             while run.epoch < recipe.epochs:
-                entry = _epoch(run, work, bar, request)
+                entry = _epoch(run, work, bar, leaving)
                 run.end_epoch(entry)
                 save(run, work)
                 if scalars:
                     scalars.write(entry)
                 bar.epoch(entry, recipe.epochs)
                 if run.epoch < recipe.epochs:
-                    _leave_if_asked(run, work, request, bar)
+                    _leave_if_asked(run, work, leaving)
     finally:
         bar.close()
         if scalars:
@@ -65,21 +66,30 @@ def fit(run: Run, work: Work) -> Accuracy:
 def validate(run: Run, work: Work, images: Images) -> Accuracy:
     """Accuracy of the weights that the run would keep now."""
     with run.average.applied(run.net) if run.average else nullcontext():
-        return evaluate(run.net, images, work.preprocess, work.processes)
+        work.processes.align(run.net)
+        return evaluate(run.net, images, work.preprocess, work.processes, work.recipe.batch_size)
 
 
 def save(run: Run, work: Work) -> None:
-    """Write the checkpoint and the log, from the first process."""
+    """Write the checkpoint and the log, from the first process.
+
+    Raises:
+        TrainingError: the weights became NaN or infinite; what was saved before stays.
+    """
+    check_weights(run.net)
+    if run.sums is not None:  # every process goes on from the first one's
+        run.sums = work.processes.sum(run.sums) / work.processes.count
     if work.processes.first:
         save_checkpoint(run, work.recipe, work.origin, work.folder)
         write_log(run.history, work.folder)
     work.processes.wait()
 
 
-def _epoch(run: Run, work: Work, bar: Bar, request: Request) -> Entry:
+def _epoch(run: Run, work: Work, bar: Bar, leaving: Leaving) -> Entry:
     """Run the rest of the present epoch; returns its log entry."""
     recipe, device, per_epoch = work.recipe, work.processes.device, work.steps_an_epoch
-    watch, began, first = Watch(device), time.perf_counter(), run.step
+    watch, began = Watch(device), time.perf_counter()
+    earlier, first = run.seconds, run.step
     run.student.train()
     for pixels, class_ids in _batches(run, work):
         step = run.epoch * per_epoch + run.step
@@ -95,11 +105,12 @@ def _epoch(run: Run, work: Work, bar: Bar, request: Request) -> Entry:
             watch.check(run.names)
             bar.loss(run.epoch + 1, float(values.sum()))
         work.after_step(step)
+        run.seconds = earlier + time.perf_counter() - began
         if run.step < per_epoch:
-            _leave_if_asked(run, work, request, bar, watch)
-    seconds = time.perf_counter() - began
+            _leave_if_asked(run, work, leaving, watch)
     assert run.sums is not None
     means = work.processes.sum(run.sums) / (work.processes.count * per_epoch)
+    images = (per_epoch - first) * recipe.batch_size
     accuracy = validate(run, work, work.validation)
     return {
         "epoch": run.epoch + 1,
@@ -107,8 +118,8 @@ def _epoch(run: Run, work: Work, bar: Bar, request: Request) -> Entry:
         "loss": {n: round(v, 4) for n, v in zip(run.names, means.tolist(), strict=True)},
         "validation_accuracy": [round(a, 4) for a in accuracy.exits],
         "ensemble_accuracy": round(accuracy.ensemble, 4),
-        "images_per_second": round((per_epoch - first) * recipe.batch_size / seconds, 1),
-        "seconds": round(seconds, 1),
+        "images_per_second": round(images / (run.seconds - earlier), 1),
+        "seconds": round(run.seconds, 1),
     }
 
 
@@ -123,17 +134,13 @@ def _batches(run: Run, work: Work) -> Iterator[tuple[Tensor, Tensor]]:
     return work.training.batches([work.processes.share(b) for b in whole], draw=run.epoch)
 
 
-def _leave_if_asked(
-    run: Run, work: Work, request: Request, bar: Bar, watch: Watch | None = None
-) -> None:
-    processes = work.processes
-    if processes.count > 1 and run.step % CHECK_EVERY:  # asking all of them costs each a wait
-        return
-    if not processes.any(request.signal is not None):
+def _leave_if_asked(run: Run, work: Work, leaving: Leaving, watch: Watch | None = None) -> None:
+    if not leaving.now(run.epoch * work.steps_an_epoch + run.step):
         return
     if watch:
         watch.check(run.names)
     save(run, work)
+    request = leaving.request
     name = request.signal.name if request.signal else "a signal to another process"
     raise Interrupted(
         f"stopped by {name} in epoch {run.epoch + 1} after {run.step} of {work.steps_an_epoch} "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from model.preprocess import Triple
-from training.data import Images
+from training.data import DataError, Images
 
 Statistics = tuple[Triple, Triple]
 
@@ -43,6 +43,8 @@ def measure(images: Images) -> Statistics:
         n += len(x)
         sums += x.sum(0)
         squares += x.square().sum(0)
+    if n == 0:
+        raise DataError(f"none of {count} images could be read; the first: {images.unreadable[0]}")
     mean = sums / n
     std = (squares / n - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
     return _triple(mean), _triple(std)

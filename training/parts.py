@@ -8,6 +8,8 @@ from pathlib import Path
 
 from training.data import DataError, Listing, list_folder, name_digest, split_by_hash
 
+NAMES = {"train", "test", "val", "valid", "validation"}
+"""What folders of parts are called."""
 HELD_OUT = 0.1
 """Share of the training images that nothing but validation, then calibration, sees."""
 
@@ -23,8 +25,24 @@ class Parts:
     """Of the names of all files but the test folder's, so that the same folder is known again."""
 
 
+def part_of(root: Path, name: str) -> Path | None:
+    """`root/train` or `root/test`; None where there is none or where that is a class.
+
+    A class may have such a name: CIFAR-100 has one of trains. Then it has other classes beside it,
+    and no folder of a class within.
+    """
+    folder = root / name
+    if not folder.is_dir():
+        return None
+    classes_within = any(p.is_dir() for p in folder.iterdir())
+    classes_beside = any(p.is_dir() and p.name not in NAMES for p in root.iterdir())
+    return None if classes_beside and not classes_within else folder
+
+
 def find_parts(root: Path, per_class: int | None = None) -> Parts:
     """Find `root/train/CLASS` with `root/test/CLASS`, or cut a single `root/CLASS` in three.
+
+    A single folder of less than 7 images a class is too small for a test part; it has none.
 
     Args:
         root: the data folder.
@@ -33,8 +51,8 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
     Raises:
         DataError: a folder is missing or empty, or the test folder has other classes.
     """
-    single = not (root / "train").is_dir()
-    listing = list_folder(root if single else root / "train")
+    trained, tested = part_of(root, "train"), part_of(root, "test")
+    listing = list_folder(trained or root)
     training, held_out = split_by_hash(listing, HELD_OUT)
     if not len(held_out):
         raise DataError(
@@ -42,15 +60,15 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
             "a class needs at least 6"
         )
     test = None
-    if single:
+    if trained is None:
         training, test = split_by_hash(training, HELD_OUT)
-    elif (root / "test").is_dir():
-        test = list_folder(root / "test")
+    elif tested is not None:
+        test = list_folder(tested)
         if test.classes != listing.classes:
             raise DataError(f"{root}/test has other classes than {root}/train")
     if per_class is not None:
         training = fewer(training, per_class)
-    return Parts(training, held_out, test, listing_digest(listing))
+    return Parts(training, held_out, test or None, listing_digest(listing))
 
 
 def held_out_if_trained_on(listing: Listing, trained_on: str | None) -> Listing:

@@ -47,6 +47,8 @@ class Shape:
         check_choices(self)
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be above 0 and at most 1, not {self.crop}")
+        if self.size is not None and not 8 <= self.size <= 1024:
+            raise ValueError(f"size must be between 8 and 1024 pixels, not {self.size}")
         if self.keep is not None and not all(e.strip().isdigit() for e in self.keep.split(",")):
             raise ValueError(f"keep must be numbers with commas, such as 1,3,4, not {self.keep}")
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,6 +14,7 @@ from model.backbone import Backbone
 from model.bundle import load_bundle
 from model.network import MultiExitNet
 from training.run import TrainingError
+from training.tensor_file import read_tensor_file
 
 NESTED = ("state_dict", "model", "net")
 """Where training scripts keep a state dict beside other things."""
@@ -70,10 +69,10 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return _plain(file, load_file(file))
-        return _plain(file, torch.load(file, map_location="cpu", weights_only=True))
+        return _plain(file, read_tensor_file(file))
     except OSError as error:
         raise TrainingError(f"cannot read {file}: {error.strerror or error}") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise TrainingError(f"{file} is not a state dict of plain weights: {first}") from error
 

@@ -26,7 +26,8 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
     ("ema momentum", lambda v: 0 <= v < 1, "at least 0, below 1"),
     ("learning_rate temperature crop_area", lambda v: v > 0, "above 0"),
-    ("feature_weight weight_decay pad cutout seed", lambda v: v >= 0, "at least 0"),
+    ("feature_weight weight_decay pad cutout", lambda v: v >= 0, "at least 0"),
+    ("seed", lambda v: 0 <= v < 2**63, "at least 0, below 2**63"),
 )
 
 
@@ -93,6 +94,14 @@ class Recipe:
             raise ValueError(f"{self.batch_size} images cannot be run in {self.accumulate} parts")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
+
+    def check_teacher(self) -> None:
+        """Raise ValueError where self-distillation and a separate teacher take more than all."""
+        if self.own_weight + self.teacher_weight > 1:
+            raise ValueError(
+                f"distillation_weight {self.own_weight:g} and teacher_weight "
+                f"{self.teacher_weight:g} are shares of an exit's loss; together at most 1"
+            )
 
     @property
     def own_weight(self) -> float:

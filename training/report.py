@@ -13,6 +13,7 @@ from typing import Any
 from model.bundle import DESCRIPTION, REPORT, BundleError, Description
 from model.files import write_atomically
 from training import curves
+from training.bundling import BUNDLE
 from training.log import LOG, Entry, read_log
 from training.normalisation import is_cifar100
 from training.plots import PUBLISHED
@@ -71,19 +72,51 @@ class Trained:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    runs = [read_run(path) for path in arguments.runs]
+    runs = [
+        read_run(path, name)
+        for path, name in zip(arguments.runs, names(arguments.runs), strict=True)
+    ]
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_report(runs, arguments.out)
     print(ablation_table(runs), f"wrote {arguments.out / PAGE}", sep="\n\n")
 
 
-def read_run(path: Path) -> Trained:
+def names(paths: Sequence[Path]) -> list[str]:
+    """What tells runs apart: as much of each path's end as no other path has.
+
+    Raises:
+        ValueError: a run is given twice.
+    """
+    runs = [_run_folder(path) for path in paths]
+    twice = [run for run in runs if runs.count(run) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice")
+
+    def name(run: Path) -> str:
+        ends = (run.parts[-n:] for n in range(1, len(run.parts) + 1))
+        alone = (e for e in ends if sum(r.parts[-len(e) :] == e for r in runs) == 1)
+        return Path(*next(alone)).as_posix()
+
+    return [name(run) for run in runs]
+
+
+def _run_folder(path: Path) -> Path:
+    """Where a run is, also where its bundle is named."""
+    whole = path.resolve()
+    return whole.parent if whole.name == BUNDLE and (whole / DESCRIPTION).exists() else whole
+
+
+def read_run(path: Path, name: str) -> Trained:
     """Read a run's folder, or its bundle's.
+
+    Args:
+        path: the folder.
+        name: what to call the run.
 
     Raises:
         BundleError: it is neither, or was trained by something else.
     """
-    bundle = path if (path / DESCRIPTION).exists() else path / "bundle"
+    bundle = path if (path / DESCRIPTION).exists() else path / BUNDLE
     try:
         description = Description.model_validate_json((bundle / DESCRIPTION).read_bytes())
         history = read_log(bundle / REPORT)
@@ -94,7 +127,7 @@ def read_run(path: Path) -> Trained:
         ) from error
     if "validation_ensemble_accuracy" not in description.training:
         raise BundleError(f"{path} does not say how accurate its training was; train it again")
-    return Trained(path.name if bundle != path else path.parent.name, description, history)
+    return Trained(name, description, history)
 
 
 def write_report(runs: Sequence[Trained], out: Path) -> None:

@@ -37,6 +37,8 @@ class Run:
     """Of the loss terms."""
     sums: Tensor | None = None
     """Of the loss terms over those steps, fp32 `[terms]`."""
+    seconds: float = 0.0
+    """Spent on those steps before the run was last resumed."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry for each complete epoch."""
 
@@ -48,7 +50,7 @@ class Run:
     def end_epoch(self, entry: dict[str, Any]) -> None:
         """Note a complete epoch."""
         self.history.append(entry)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, None
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, None, 0.0
 
 
 def start(net: MultiExitNet, recipe: Recipe, device: torch.device) -> Run:

@@ -25,7 +25,8 @@ def pace(recipe: Recipe, step: int, steps: int) -> Pace:
     share = _rise(recipe, step, steps)
     if recipe.schedule == ONE_CYCLE:
         rate = START + (1 - START) * share if step < _top(recipe, steps) else share
-        return Pace(recipe.learning_rate * rate, recipe.momentum - DIP * min(share, 1.0))
+        momentum = max(0.0, recipe.momentum - DIP * min(share, 1.0))
+        return Pace(recipe.learning_rate * rate, momentum)
     return Pace(recipe.learning_rate * share, recipe.momentum)
 
 
@@ -47,6 +48,10 @@ def _rise(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def _divided(epochs: int, epoch: int) -> float:
-    """A tenth at one third, two thirds and ten epochs from the end, as the method's authors do."""
-    borders = {b for b in (epochs // 3, 2 * epochs // 3, epochs - 10) if b > 0}
+    """A tenth at one third, two thirds and ten epochs from the end, as the method's authors do.
+
+    The last border is left out of runs so short that it would not come after the others.
+    """
+    thirds = epochs // 3, 2 * epochs // 3
+    borders = {b for b in (*thirds, max(thirds[1], epochs - 10)) if b > 0}
     return 0.1 ** sum(epoch >= border for border in borders)

@@ -12,7 +12,7 @@ from training.augment import augment
 from training.losses import Terms, total
 from training.objective import objective
 from training.run import Run
-from training.seeds import generator_of, seed_of
+from training.seeds import generator_of
 from training.student import StudentOutputs
 from training.work import Work
 
@@ -31,7 +31,6 @@ def take_step(run: Run, work: Work, step: int, pixels: Tensor, class_ids: Tensor
     """
     recipe, rank = work.recipe, work.processes.rank
     generator = generator_of(pixels.device, recipe.seed, "augment", step, rank)
-    torch.manual_seed(seed_of(recipe.seed, "dropout", step, rank))
     pixels, target = augment(pixels, class_ids, len(work.training.classes), recipe, generator)
     run.optimizer.zero_grad()
     parts = list(zip(pixels.chunk(recipe.accumulate), target.chunk(recipe.accumulate), strict=True))

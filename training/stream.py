@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from model.image import ImageError, decode
 from model.preprocess import Preprocess
 from training.data import MAX_PIXELS, DataError, Listing
+from training.interrupt import SIGNALS
 from training.seeds import generator_of
 
 ASPECT = (3 / 4, 4 / 3)
@@ -56,8 +59,11 @@ class Stream:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Images.batches`; an unreadable file is left out of its batch.
 
+        A batch of which nothing could be read is left out too, but where images are drawn to train
+        on: there every process must take every step.
+
         Raises:
-            DataError: no file of a batch could be read.
+            DataError: no file of a batch to train on could be read.
         """
         loader: DataLoader[Any] = DataLoader(
             _Files(self, draw),
@@ -67,13 +73,27 @@ class Stream:
             pin_memory=torch.cuda.is_available(),
         )
         known = set(self.unreadable)
-        for pixels, class_ids, failures in loader:
+        with _deaf_to_signals():
+            read = iter(loader)
+        for pixels, class_ids, failures in read:
             new = [f for f in failures if f not in known]
             known.update(new)
             self.unreadable += new
-            if pixels is None:
+            if pixels is not None:
+                yield pixels, class_ids
+            elif draw is not None:
                 raise DataError(f"no image of a batch could be read; the first: {failures[0]}")
-            yield pixels, class_ids
+
+    def has(self, class_id: int) -> bool:
+        """As `Images.has`: reads files of the class until one can be read."""
+        files = _Files(self, None)
+        of_class = (i for i, other in enumerate(self.listing.class_ids) if other == class_id)
+        for index in of_class:
+            read = files[index]
+            if not isinstance(read, str):
+                return True
+            self.unreadable.append(read)
+        return False
 
 
 class _Files(Dataset[Read]):
@@ -108,6 +128,19 @@ def random_box(size: tuple[int, int], least_area: float, generator: torch.Genera
     w, h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
     left, top = (width - w) * u[2], (height - h) * u[3]
     return left, top, left + w, top + h
+
+
+@contextmanager
+def _deaf_to_signals() -> Iterator[None]:
+    """Start processes that never see a signal to leave, which stays for this one to act on.
+
+    Terminals and torchrun signal a whole group, and a run without its workers cannot save.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _gather(read: Sequence[Read]) -> tuple[Tensor | None, Tensor, list[str]]:

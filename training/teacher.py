@@ -22,11 +22,15 @@ class Teacher:
         net: the trained network.
         preprocess: what it was trained with, which need not be the student's.
         device: where it runs.
+        digest: SHA-256 of its weights.
     """
 
-    def __init__(self, net: MultiExitNet, preprocess: Preprocess, device: torch.device) -> None:
+    def __init__(
+        self, net: MultiExitNet, preprocess: Preprocess, device: torch.device, digest: str = ""
+    ) -> None:
         self.net = net.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.preprocess = preprocess
+        self.digest = digest
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -51,4 +55,5 @@ def load_teacher(path: Path, classes: Sequence[str], device: torch.device) -> Te
             f"the teacher {path} knows {len(bundle.description.classes)} classes that are not "
             f"the {len(classes)} of the data"
         )
-    return Teacher(bundle.net, bundle.description.preprocess, device)
+    described = bundle.description
+    return Teacher(bundle.net, described.preprocess, device, described.weights_sha256)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,10 @@ import torch
 
 from model.network import MultiExitNet
 from training import checkpoint, loop
-from training.bundling import Finished, write_bundle
+from training.bundling import BUNDLE, Finished, write_bundle
 from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
+from training.interrupt import Interrupted
 from training.options import add_options, given
 from training.presets import PRESETS, Preset, Shape
 from training.pretrained import load_pretrained, load_trained
@@ -64,7 +68,7 @@ def add_command(commands: Any) -> None:
         default=Storage.AUTO.value,
         help="where images live; by itself in memory while they take less than half of it",
     )
-    machine.add_argument("--workers", type=int, default=4, help="processes that read images")
+    machine.add_argument("--workers", type=count, default=4, help="processes that read images")
     machine.add_argument(
         "--images-per-class", type=int, metavar="N", help="train on at most N images of a class"
     )
@@ -82,8 +86,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) -> None:
     recipe, shape, out = preset.recipe, preset.shape, arguments.out
-    if recipe.batch_size % mine.count:
-        raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
+    check_parts(recipe, mine)
+    if arguments.teacher:
+        recipe.check_teacher()
     _settle(arguments.deterministic)
     out.mkdir(parents=True, exist_ok=True)
     if not arguments.resume:
@@ -108,7 +113,15 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         load_pretrained(net, whole, arguments.pretrained)
     check_disk(out, net, recipe.ema > 0)
     run = start(net, recipe, mine.device)
-    origin = {"architecture": shape.architecture, "arguments": described, "files": data.digest}
+    teacher = load_teacher(arguments.teacher, classes, mine.device) if arguments.teacher else None
+    origin = {
+        "architecture": shape.architecture,
+        "arguments": described,
+        "files": data.digest,
+        "training_images": len(data.training),
+        "preprocess": data.preprocess.model_dump(mode="json"),
+        "teacher": teacher and teacher.digest,
+    }
     if arguments.resume:
         checkpoint.resume(run, recipe, origin, out)
     forward = mine.wrapped(run.student)
@@ -122,12 +135,17 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         processes=mine,
         forward=torch.compile(forward) if arguments.compile else forward,
         class_weights=data.class_weights(recipe.class_weights, mine.device),
-        teacher=arguments.teacher and load_teacher(arguments.teacher, classes, mine.device),
+        teacher=teacher,
     )
     announce(net, data, preset, mine)
-    accuracy = loop.fit(run, work)
+    told = report_unreadable(data, mine)
+    try:
+        accuracy = loop.fit(run, work)
+    except Interrupted:
+        report_unreadable(data, mine, told)
+        raise
     test = loop.validate(run, work, data.test) if data.test is not None else None
-    report_unreadable(data, mine)
+    told = report_unreadable(data, mine, told)
     if mine.first:
         done = Finished(
             run=run,
@@ -138,12 +156,13 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
             test=test,
             command=command_line(),
             device=mine.device,
+            unreadable=len(told),
             processes=mine.count,
             teacher=arguments.teacher and str(arguments.teacher),
             pretrained=arguments.pretrained and str(arguments.pretrained),
         )
-        write_bundle(done, out / "bundle", arguments.name)
-        print(f"wrote {out / 'bundle'}")
+        write_bundle(done, out / BUNDLE, arguments.name)
+        print(f"wrote {out / BUNDLE}")
 
 
 def announce(net: MultiExitNet, data: Folder, preset: Preset, mine: Processes) -> None:
@@ -158,24 +177,62 @@ def announce(net: MultiExitNet, data: Folder, preset: Preset, mine: Processes) -
         f"{len(data.training)} images to train on, {len(data.validation)} held out{tested}; "
         f"{mine.count} x {mine.device.type}, {preset.recipe.precision}"
     )
-    report_unreadable(data, mine)
 
 
-def report_unreadable(data: Folder, mine: Processes, shown: int = 5) -> None:
-    """Name the first files that could not be read, and count the rest."""
-    failures = data.unreadable
+def report_unreadable(
+    data: Folder, mine: Processes, told: Collection[str] = (), shown: int = 5
+) -> list[str]:
+    """Name the first files that a process could not read, and count the rest.
+
+    Args:
+        data: of the run.
+        mine: every process must come here.
+        told: those that were reported before.
+        shown: how many to name.
+
+    Returns:
+        All that could not be read so far.
+    """
+    known = mine.gather(data.unreadable)
+    failures = [f for f in known if f not in told]
     if not failures or not mine.first:
-        return
+        return known
     print(f"skipped {len(failures)} unreadable files:", file=sys.stderr)
     for failure in failures[:shown]:
         print(f"  {failure}", file=sys.stderr)
     if len(failures) > shown:
         print(f"  and {len(failures) - shown} more", file=sys.stderr)
+    return known
+
+
+def check_parts(recipe: Recipe, mine: Processes) -> None:
+    """Raise ValueError where a batch cannot be shared, or a part of it is a single image."""
+    share, odd = divmod(recipe.batch_size, mine.count)
+    if odd:
+        raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
+    part = math.ceil(share / recipe.accumulate)
+    if min(part, share % part or part) == 1:
+        raise ValueError(
+            f"a batch of {recipe.batch_size} in {recipe.accumulate} parts of each of {mine.count} "
+            "processes leaves a part of one image, which batch normalisation learns nothing from; "
+            "choose another --batch-size or --accumulate"
+        )
 
 
 def _settle(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
+    if deterministic:  # as torch's notes on reproducibility ask for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def count(text: str) -> int:
+    """Parse a number of processes."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
 def command_line() -> str:

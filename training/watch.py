@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.run import TrainingError
+
+ADVICE = (
+    "the last checkpoint, if there is one, is from before. Starting again in another --out with a "
+    "lower --learning-rate or with --precision fp32 may help"
+)
 
 
 class Watch:
@@ -35,7 +40,11 @@ class Watch:
         if step < 0 or self.terms is None:
             return
         values = ", ".join(f"{n} {v:.4g}" for n, v in zip(names, self.terms.tolist(), strict=True))
-        raise TrainingError(
-            f"the loss is not finite at step {step}: {values}; the last checkpoint is from before, "
-            "a lower --learning-rate or --precision fp32 may help"
-        )
+        raise TrainingError(f"the loss is not finite at step {step}: {values}; {ADVICE}")
+
+
+def check_weights(net: nn.Module) -> None:
+    """Raise TrainingError where a weight is NaN or infinite, as the last step may leave it."""
+    norms = torch.stack(torch._foreach_norm(list(net.parameters())))
+    if not norms.isfinite().all():
+        raise TrainingError(f"the weights are not finite after the last step; {ADVICE}")

@@ -1,5 +1,6 @@
 """What one of two processes does in the tests of several processes."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import torch
 
 from tests.training.conftest import PREPROCESS, image_set, tiny_net, tiny_recipe
 from training.accuracy import evaluate
+from training.checkpoint import resume
 from training.distributed import processes
+from training.interrupt import Interrupted
 from training.loop import fit
 from training.losses import total
 from training.objective import objective
@@ -28,9 +31,10 @@ def gradients(mine):
     return {n: p.grad for n, p in student.named_parameters()}
 
 
-def trained(mine, folder):
-    """A whole run; every process's weights must end the same."""
-    recipe = tiny_recipe(accumulate=2)
+def work_of(mine, folder, after_step=lambda step: None):
+    """A run with its work, averaged weights and all."""
+    recipe = tiny_recipe(accumulate=2, ema=0.5)
+    folder.mkdir(exist_ok=True)
     run = start(tiny_net(), recipe, mine.device)
     work = Work(
         recipe=recipe,
@@ -41,16 +45,42 @@ def trained(mine, folder):
         origin={},
         processes=mine,
         forward=mine.wrapped(run.student),
+        after_step=after_step,
     )
+    return run, work
+
+
+def trained(mine, folder):
+    """A whole run; every process's weights must end the same."""
+    run, work = work_of(mine, folder)
     fit(run, work)
     return run
+
+
+def trained_in_parts(mine, folder):
+    """The same run, stopped by a signal to the second process alone, and resumed."""
+
+    def stop(step):
+        if mine.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    run, work = work_of(mine, folder, stop)
+    try:
+        fit(run, work)
+    except Interrupted as left:
+        said = str(left)
+    run, work = work_of(mine, folder)
+    resume(run, work.recipe, work.origin, folder)
+    fit(run, work)
+    return run, said
 
 
 def main(folder):
     with processes("cpu") as mine:
         found = gradients(mine)
         accuracy = evaluate(tiny_net(), image_set(25), PREPROCESS, mine)
-        run = trained(mine, folder)
+        run = trained(mine, folder / "whole")
+        resumed, said = trained_in_parts(mine, folder / "parts")
         flags = [mine.any(False), mine.any(mine.rank == 1)]
         state = {
             "gradients": found,
@@ -58,6 +88,11 @@ def main(folder):
             "images": accuracy.images,
             "weights": dict(run.net.named_parameters()),
             "flags": flags,
+            "history": run.history,
+            "resumed": dict(resumed.net.named_parameters()),
+            "resumed_history": resumed.history,
+            "said": said,
+            "lines": mine.gather([f"of {mine.rank}", "of both"]),
         }
         torch.save(state, folder / f"rank{mine.rank}.pt")
 

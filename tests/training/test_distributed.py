@@ -1,6 +1,7 @@
 """Several processes compute what one does."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from model.bundle import load_bundle
 from tests.conftest import ROOT
 from tests.training.conftest import CPU, PREPROCESS, image_set, tiny_net
 from tests.training.distributed_run import gradients
+from tests.training.test_loop import told
 from training.accuracy import evaluate
+from training.checkpoint import CHECKPOINT
 from training.log import read_log
 
 pytestmark = pytest.mark.slow  # each process imports torch anew
@@ -63,14 +66,39 @@ def test_both_processes_end_with_the_same_weights(ranks):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_accuracy_that_is_logged_is_of_the_network_that_is_saved(ranks):
+    folder, states = ranks
+    saved = torch.load(folder / "whole" / CHECKPOINT, weights_only=True)
+    net = tiny_net()
+    net.load_state_dict(saved["average"]["state"])
+    expected = evaluate(net, image_set(25), PREPROCESS, CPU)
+    for state in states:
+        logged = state["history"][-1]
+        assert logged["validation_accuracy"] == [round(a, 4) for a in expected.exits]
+        assert logged["ensemble_accuracy"] == round(expected.ensemble, 4)
+
+
+def test_processes_that_were_stopped_go_on_exactly(ranks):
+    for state in ranks[1]:
+        assert re.search("stopped by .* in epoch 1 after 1 of 3 steps", state["said"])
+        for name, weight in state["weights"].items():
+            assert torch.equal(state["resumed"][name], weight)
+        assert told(state["resumed_history"]) == told(state["history"])
+
+
+def test_every_process_knows_the_lines_of_all_once(ranks):
+    for state in ranks[1]:
+        assert state["lines"] == ["of 0", "of both", "of 1"]
+
+
 def test_a_flag_of_one_process_is_up_in_all(ranks):
     assert [rank["flags"] for rank in ranks[1]] == [[False, True]] * 2
 
 
 def test_one_process_writes_for_both(ranks):
     folder, _ = ranks
-    assert [entry["epoch"] for entry in read_log(folder)] == [1, 2]
-    assert len(list((folder / "tensorboard").iterdir())) == 1
+    assert [entry["epoch"] for entry in read_log(folder / "whole")] == [1, 2]
+    assert len(list((folder / "whole/tensorboard").iterdir())) == 1
 
 
 def test_torchrun_trains_one_bundle(folder, tmp_path):

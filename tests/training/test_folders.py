@@ -1,14 +1,21 @@
 """Data folders: their parts, what cannot be read, what does not fit."""
 
+import multiprocessing
+import os
+import signal
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from model.preprocess import Preprocess
-from tests.training.conftest import CLASSES, CPU, tiny_recipe, write_images
+from tests.training.conftest import CLASSES, CPU, tiny_net, tiny_recipe, write_images
 from training import room
+from training.accuracy import evaluate
 from training.data import DataError, list_folder, load, split_by_hash
+from training.distributed import Processes
 from training.folder import Storage, natural_size, open_folder
 from training.normalisation import CIFAR10, CIFAR10_CLASSES, CIFAR100, measure, normalisation
 from training.parts import HELD_OUT, find_parts
@@ -46,6 +53,24 @@ def test_a_single_folder_is_cut_in_three_with_the_same_images_held_out(tmp_path)
     assert sizes == [72, 9, 9]
     assert len(names(parts.training) | names(parts.held_out) | names(parts.test)) == 90
     assert names(parts.held_out) == names(split_by_hash(list_folder(tmp_path), HELD_OUT)[1])
+
+
+def test_a_single_folder_too_small_for_a_test_part_has_none(tmp_path):
+    parts = find_parts(write_images(tmp_path, n=6))
+    assert (len(parts.training), len(parts.held_out), parts.test) == (15, 3, None)
+
+
+def test_a_class_may_be_called_as_a_part_is(tmp_path):
+    classes = ("bus", "test", "train")
+    parts = find_parts(write_images(tmp_path, classes, n=20))
+    assert parts.training.classes == classes
+    assert len(parts.training) + len(parts.held_out) + len(parts.test) == 60
+
+
+def test_a_part_without_class_folders_is_no_class(tmp_path):
+    write_images(tmp_path, ("train", "test", "val"))
+    with pytest.raises(DataError, match="train has no class folders"):
+        find_parts(tmp_path)
 
 
 def test_fewer_images_a_class_leave_the_other_parts_whole(folder):
@@ -114,11 +139,87 @@ def test_an_unreadable_file_is_named_skipped_and_counted(folder, storage):
     assert all(str(files[i]) in " ".join(opened.unreadable) for i in (0, 5))
 
 
-def test_a_class_that_cannot_be_read_at_all_is_an_error(folder):
+@pytest.mark.parametrize("storage", [Storage.MEMORY, Storage.DISK])
+def test_a_class_that_cannot_be_read_at_all_is_an_error(folder, storage):
     for file in (folder / "train/light").iterdir():
         file.write_bytes(b"broken")
     with pytest.raises(DataError, match="no training image of class light"):
-        open_folder(folder, 16, 1.0, tiny_recipe(), CPU, Storage.MEMORY)
+        open_folder(folder, 16, 1.0, tiny_recipe(), CPU, storage)
+
+
+def half_broken(folder):
+    """A stream of 36 files, of which only those of the class middle can be read."""
+    listing = list_folder(folder / "train")
+    for file in listing.files[:24]:
+        file.write_bytes(b"broken")
+    return Stream(listing, PLAIN)
+
+
+def test_a_batch_of_nothing_readable_is_left_out_of_what_is_measured(folder):
+    stream = half_broken(folder)
+    read = [ids.tolist() for _, ids in stream.batches(torch.arange(36).split(12))]
+    assert read == [[2] * 12] and len(stream.unreadable) == 24
+    assert evaluate(tiny_net(), stream, PLAIN, CPU).images == 12
+
+
+def test_a_batch_of_nothing_readable_cannot_be_trained_on(folder):
+    batches = half_broken(folder).batches(torch.arange(36).split(12), draw=0)
+    with pytest.raises(DataError, match=r"no image of a batch could be read; .*000\.png"):
+        next(batches)
+
+
+def test_nothing_readable_at_all_has_no_accuracy(folder):
+    nothing = Stream(half_broken(folder).listing.pick(range(24)), PLAIN)
+    with pytest.raises(DataError, match="none of 24 images could be read"):
+        evaluate(tiny_net(), nothing, PLAIN, CPU)
+
+
+def test_reading_into_memory_takes_little_more_than_the_images(tmp_path):
+    listing = list_folder(write_images(tmp_path, side=200))
+    tracemalloc.start()
+    try:
+        images = load(listing, Preprocess(size=200, mean=(0.5,) * 3, std=(0.25,) * 3))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert images.pixels.numel() <= peak < 1.6 * images.pixels.numel()
+
+
+def test_reading_stops_at_once_where_it_is_interrupted(folder):
+    class Interrupting:
+        size = 16
+        asked = 0
+
+        def pixels(self, image):
+            self.asked += 1
+            raise KeyboardInterrupt
+
+    preprocess = Interrupting()
+    listing = list_folder(folder / "train")
+    with pytest.raises(KeyboardInterrupt):
+        load(listing.pick(list(range(36)) * 20), preprocess)
+    assert preprocess.asked < 360
+
+
+@pytest.mark.parametrize("storage", [Storage.MEMORY, Storage.DISK])
+def test_images_are_cropped_outside_training_alone(folder, storage):
+    opened = open_folder(folder, 16, 0.5, tiny_recipe(), CPU, storage)
+    every = [torch.arange(3)]
+    parts = find_parts(folder)
+    for images, listing, crop in (
+        (opened.training, parts.training, 1.0),
+        (opened.validation, parts.held_out, 0.5),
+        (opened.test, parts.test, 0.5),
+    ):
+        expected = load(listing, PLAIN.model_copy(update={"crop": crop})).pixels[:3]
+        assert torch.equal(next(images.batches(every))[0], expected)
+    assert opened.preprocess.crop == 0.5
+
+
+def test_images_asked_into_memory_are_counted_for_every_process(folder):
+    many = Processes(torch.device("cpu"), count=10**10)
+    with pytest.raises(DataError, match="--storage disk"):
+        open_folder(folder, 16, 1.0, tiny_recipe(), many, Storage.MEMORY)
 
 
 def test_a_stream_reads_what_memory_holds(folder):
@@ -128,6 +229,19 @@ def test_a_stream_reads_what_memory_holds(folder):
     pairs = zip(stored.batches(batches), streamed.batches(batches), strict=True)
     for (pixels, ids), (others, other_ids) in pairs:
         assert torch.equal(pixels, others) and torch.equal(ids, other_ids)
+
+
+@pytest.mark.slow
+def test_workers_leave_signals_to_the_run(folder):
+    stream = Stream(list_folder(folder / "train"), PLAIN, workers=2)
+    batches = stream.batches(torch.arange(36).split(2))
+    read = len(next(batches)[1])
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:  # as torchrun does, and a terminal
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert read + sum(len(ids) for _, ids in batches) == 36
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What a run promises: it repeats, it goes on exactly, it stops when it must."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -15,6 +16,8 @@ from training.loop import fit
 from training.losses import total
 from training.objective import objective
 from training.run import TrainingError
+from training.schedule import Pace, pace
+from training.step import take_step
 
 EVERYTHING = {
     "ema": 0.9,
@@ -177,11 +180,45 @@ def test_nothing_to_resume_is_said(make_work):
         resume(run, work.recipe, work.origin, work.folder)
 
 
-def test_a_broken_checkpoint_is_said(make_work):
+@pytest.mark.parametrize("content", [b"PK half a file", b"", b"\x80\x02]q\x00."])
+def test_a_broken_checkpoint_is_said(make_work, content):
     run, work = make_work()
-    (work.folder / CHECKPOINT).write_bytes(b"PK half a file")
+    (work.folder / CHECKPOINT).write_bytes(content)
     with pytest.raises(TrainingError, match="cannot be read"):
         resume(run, work.recipe, work.origin, work.folder)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2]], ids=["dict", "list"])
+def test_a_checkpoint_of_something_else_is_said(make_work, content):
+    run, work = make_work()
+    torch.save(content, work.folder / CHECKPOINT)
+    with pytest.raises(TrainingError, match="was not written by a run"):
+        resume(run, work.recipe, work.origin, work.folder)
+
+
+@pytest.mark.parametrize("part", ["net", "adapters", "optimizer"])
+def test_a_damaged_checkpoint_is_said(make_work, part):
+    fit(*make_work())
+    run, work = make_work()
+    file = work.folder / CHECKPOINT
+    state = torch.load(file, weights_only=True)
+    state[part].popitem()
+    torch.save(state, file)
+    with pytest.raises(TrainingError, match=r"is damaged: .*; start again in another folder"):
+        resume(run, work.recipe, work.origin, work.folder)
+
+
+def test_a_resumed_epoch_took_the_time_of_both_its_parts(make_work):
+    stopped, work = make_work(after_step=stop_at(1))
+    with pytest.raises(Interrupted):
+        fit(stopped, work)
+    resumed, work = make_work(epochs=2)
+    resume(resumed, work.recipe, work.origin, work.folder)
+    assert resumed.seconds == stopped.seconds > 0
+    resumed.seconds = 100.0
+    fit(resumed, work)
+    assert 100 <= resumed.history[0]["seconds"] < 160
+    assert resumed.history[0]["images_per_second"] > 16 / 60 and resumed.history[1]["seconds"] < 60
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(make_work, monkeypatch):
@@ -214,6 +251,32 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_terms(make_work):
     assert not (work.folder / CHECKPOINT).exists()
 
 
+def test_weights_that_the_last_step_broke_are_not_saved(make_work):
+    def poison(step):
+        if step == 5:
+            with torch.no_grad():
+                run.net.head(2).fc.weight[0, 0] = math.nan
+
+    run, work = make_work(after_step=poison)
+    with pytest.raises(TrainingError, match="weights are not finite after the last step"):
+        fit(run, work)
+    saved = torch.load(work.folder / CHECKPOINT, weights_only=True)
+    assert saved["epoch"] == 1 and saved["net"]["heads.1.fc.weight"].isfinite().all()
+
+
+def test_every_step_is_taken_at_the_schedules_pace(make_work):
+    paces = []
+
+    def note(step):
+        group = run.optimizer.param_groups[0]
+        paces.append(Pace(group["lr"], group["momentum"]))
+
+    run, work = make_work(after_step=note, schedule="one-cycle", warmup=0.5)
+    fit(run, work)
+    assert paces == [pace(work.recipe, step, 6) for step in range(6)]
+    assert len(set(paces)) > 3
+
+
 def test_less_than_a_batch_of_images_is_said(make_work):
     with pytest.raises(TrainingError, match="48 images are fewer than one batch of 64"):
         fit(*make_work(batch_size=64))
@@ -232,6 +295,43 @@ def test_parts_of_a_batch_add_up_to_its_gradient(make_work, make_student):
         gradients.append([p.grad for p in student.parameters() if p.grad is not None])
     for whole, summed in zip(*gradients, strict=True):
         torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_in_parts_is_the_step_in_one(make_work, parts):
+    """Uneven parts, whose statistics are frozen so that they do not differ by them."""
+    images, same_all = image_set(15), {"pad": 0, "mirror": False, "batch_size": 15}
+    moved = []
+    for accumulate in (1, parts):
+        run, work = make_work(net=tiny_net(), accumulate=accumulate, **same_all)
+        run.student.eval()
+        values = take_step(run, work, 0, images.pixels, images.class_ids)
+        moved.append((values, weights(run)))
+    (whole, expected), (summed, found) = moved
+    torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-6)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_tells_the_terms_that_it_went_down(make_work):
+    images = image_set(16)
+    run, work = make_work(pad=0, mirror=False, feature_weight=0.1)
+    run.student.eval()
+    outputs = run.student(PREPROCESS.normalise(images.pixels))
+    expected = objective(work.recipe, outputs, images.class_ids)
+    values = take_step(run, work, 0, images.pixels, images.class_ids)
+    assert run.names == list(expected)
+    torch.testing.assert_close(values, torch.stack([t.detach() for t in expected.values()]))
+
+
+def test_a_step_weighs_classes(make_work):
+    images = image_set(16)
+    told = []
+    for counts in (None, torch.tensor([1.0, 1.0, 1.0]), torch.tensor([5.0, 1.0, 1.0])):
+        run, work = make_work(net=tiny_net())
+        work = dataclasses.replace(work, class_weights=counts)
+        told.append(take_step(run, work, 0, images.pixels, images.class_ids))
+    assert torch.equal(told[0], told[1]) and not torch.equal(told[0], told[2])
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])

@@ -166,6 +166,20 @@ def test_without_self_distillation_every_exit_learns_from_labels_at_full_weight(
         close(term, float(label_loss(logits, ids)))
 
 
+def test_the_recipe_smooths_the_labels_that_every_exit_sees():
+    out, ids = outputs(), torch.tensor([0, 1, 2, 3])
+    terms = objective(Recipe(method="deep-supervision", label_smoothing=0.2), out, ids)
+    for term, logits in zip(terms.values(), out.logits, strict=True):
+        close(term, float(label_loss(logits, ids, smoothing=0.2)))
+
+
+def test_classes_weigh_in_every_exit():
+    out, ids, weights = outputs(), torch.tensor([0, 1, 2, 3]), torch.tensor([3.0, 1, 1, 1, 0])
+    terms = objective(Recipe(method="deep-supervision"), out, ids, weights)
+    for term, logits in zip(terms.values(), out.logits, strict=True):
+        close(term, float(label_loss(logits, ids, class_weights=weights)))
+
+
 def test_next_deeper_features_teach_where_logits_do():
     out, ids = outputs(), torch.tensor([0, 1, 2, 3])
     terms = objective(Recipe(distill_from="next", feature_weight=1.0), out, ids)

@@ -41,6 +41,12 @@ def test_steps_divide_at_one_third_two_thirds_and_ten_from_the_end():
     assert found[0] == 0.1 and found[-1] == pytest.approx(1e-4)
 
 
+@pytest.mark.parametrize(("epochs", "borders"), [(12, [4, 8]), (30, [10, 20]), (40, [13, 26, 30])])
+def test_steps_of_a_short_run_divide_in_order(epochs, borders):
+    found = rates(Recipe(schedule="steps", warmup=0, epochs=epochs), steps=epochs)
+    assert [e for e in range(1, epochs) if found[e] < found[e - 1] * 0.5] == borders
+
+
 def test_steps_of_a_short_run_begin_undivided():
     assert rates(Recipe(schedule="steps", warmup=0, epochs=2), steps=10)[0] == 0.1
 
@@ -52,6 +58,12 @@ def test_one_cycle_lowers_the_momentum_while_the_rate_is_high():
     assert top == 29 and paces[top].momentum == pytest.approx(0.85)
     assert paces[99].momentum == pytest.approx(0.95, abs=1e-3)
     assert paces[0].learning_rate < 0.01
+
+
+def test_one_cycle_never_lowers_the_momentum_below_nothing():
+    recipe = Recipe(schedule="one-cycle", momentum=0.05)
+    momenta = [pace(recipe, step, 100).momentum for step in range(100)]
+    assert min(momenta) == 0 and momenta[99] == pytest.approx(0.05, abs=1e-3)
 
 
 def test_a_constant_rate_stays_after_its_warm_up():
@@ -273,10 +285,17 @@ def test_a_shorter_network_starts_from_the_front_of_a_whole_backbone(tmp_path):
         ),
         (lambda: {"weights": 3}, "is not a state dict of plain weights"),
         (lambda: math.sqrt, "is not a state dict of plain weights"),
+        (lambda: b"PK half a file", "is not a state dict of plain weights"),
+        (lambda: b"\x80\x02]q\x00.", "is not a state dict of plain weights"),
+        (lambda: b"", "is not a state dict of plain weights"),
     ],
 )
 def test_weights_that_cannot_be_used_say_why(tmp_path, content, message):
-    torch.save(content(), tmp_path / "w.pth")
+    made = content()
+    if isinstance(made, bytes):
+        (tmp_path / "w.pth").write_bytes(made)
+    else:
+        torch.save(made, tmp_path / "w.pth")
     with pytest.raises(TrainingError, match=message):
         load_pretrained(tiny_net(), tiny_net().backbone, tmp_path / "w.pth")
 

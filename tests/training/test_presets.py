@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +14,20 @@ from PIL import Image
 from model.bundle import load_bundle
 from tests.conftest import ROOT
 from tests.training.conftest import write_images
+from training import loop
 from training import train as train_command
 from training.__main__ import main
 from training.calibrate import calibration_listing
-from training.data import list_folder
+from training.data import DataError, list_folder
+from training.distributed import Processes
 from training.evaluate import test_listing as listing_to_test
+from training.interrupt import Interrupted
 from training.log import read_log
 from training.options import add_options, given
 from training.parts import find_parts, held_out_if_trained_on, listing_digest
 from training.presets import ABLATIONS, PRESETS, Shape
 from training.recipe import Recipe
-from training.report import published_at
+from training.report import names, published_at
 from training.shapes import build_net
 
 MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
@@ -180,6 +185,19 @@ def test_the_report_shows_runs_side_by_side(folder, tmp_path, capsys):
         assert (tmp_path / "whole/bundle/report" / name).stat().st_size > 500
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    paths = [tmp_path / p for p in ("a/x/run", "b/x/run", "b/y/run", "other")]
+    for path in paths:
+        (path / "bundle").mkdir(parents=True)
+        (path / "bundle/bundle.json").write_text("{}")
+    monkeypatch.chdir(paths[0])
+    own = [Path(), paths[1], paths[2] / "bundle", paths[3]]
+    assert names(own) == ["a/x/run", "b/x/run", "y/run", "other"]
+    assert names([Path()]) == ["run"]
+    with pytest.raises(ValueError, match="a/x/run is given twice"):
+        names([Path(), paths[0] / "bundle"])
+
+
 def test_a_folder_without_a_finished_run_is_said(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "has no finished training to report" in capsys.readouterr().err
@@ -214,12 +232,155 @@ def test_a_single_folder_keeps_its_parts_apart_to_the_end(tmp_path):
         (["--pretrained", "nowhere.pth"], "cannot read nowhere.pth"),
         (["--crop", "2"], "crop must be above 0"),
         (["--images-per-class", "0"], "at least 1 image a class"),
+        (["--size", "0"], "size must be between 8 and 1024 pixels, not 0"),
+        (["--size", "2000"], "size must be between 8 and 1024"),
+        (["--seed", str(2**64)], "seed must be at least 0, below 2"),
+        (["--batch-size", "1"], "leaves a part of one image"),
+        (["--batch-size", "5", "--accumulate", "3"], "5 in 3 parts of each of 1 processes leaves"),
+        (["--distillation-weight", "0.8", "--teacher", "any"], "0.8 and teacher_weight 0.3 are"),
     ],
 )
 def test_what_the_command_cannot_do_is_one_sentence(folder, tmp_path, capsys, words, message):
     assert train("--data", folder, "--out", tmp_path / "run", *TINY, *words) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("error: ") == 1 and "Traceback" not in error
+
+
+def test_numbers_of_workers_below_nothing_are_refused(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train("--data", folder, "--out", tmp_path / "run", "--workers", "-1")
+    assert "argument --workers: -1 is below 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "count"), [(5, 2, 1), (16, 5, 1), (16, 4, 2), (15, 4, 1), (128, 1, 8)]
+)
+def test_parts_of_several_images_can_be_trained_on(batch, parts, count):
+    processes = Processes(torch.device("cpu"), count=count)
+    train_command.check_parts(Recipe(batch_size=batch, accumulate=parts), processes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "count", "message"),
+    [(9, 1, 2, "cannot share"), (16, 8, 2, "part of one"), (13, 3, 1, None), (13, 4, 1, "of one")],
+)
+def test_parts_of_one_image_cannot(batch, parts, count, message):
+    processes = Processes(torch.device("cpu"), count=count)
+    recipe = Recipe(batch_size=batch, accumulate=parts)
+    if message is None:
+        train_command.check_parts(recipe, processes)
+        return
+    with pytest.raises(ValueError, match=message):
+        train_command.check_parts(recipe, processes)
+
+
+def test_a_run_goes_on_with_what_it_began_with(folder, tmp_path, capsys):
+    common = ["--data", folder, *TINY, "--epochs", 1]
+    assert train(*common, "--out", tmp_path / "teacher", "--size", 8) == 0
+    bundle = tmp_path / "teacher/bundle"
+    words = ["--crop", 0.9, "--images-per-class", 9, "--teacher", bundle, "--out", tmp_path / "run"]
+    assert train(*common, *words) == 0
+    assert train(*common, *words, "--resume") == 0
+    for changed, name in (
+        (["--size", 24], "preprocess"),
+        (["--crop", 0.8], "preprocess"),
+        (["--images-per-class", 8], "training_images 27 and not 24"),
+        (["--teacher", tmp_path / "run/bundle"], "teacher"),
+    ):
+        capsys.readouterr()
+        assert train(*common, *words, *changed, "--resume") == 2
+        error = capsys.readouterr().err
+        assert f"was written with {name}" in error and "resume with the same options" in error
+
+
+def test_a_run_goes_on_from_the_whole_of_a_bundle(folder, tmp_path):
+    common = ["--data", folder, *TINY, "--epochs", 1]
+    assert train(*common, "--out", tmp_path / "first") == 0
+    words = ["--pretrained", tmp_path / "first/bundle", "--learning-rate", 1e-9]
+    assert train(*common, "--out", tmp_path / "second", *words) == 0
+    first, second = (load_bundle(tmp_path / n / "bundle").net for n in ("first", "second"))
+    for name, weight in first.named_parameters():
+        torch.testing.assert_close(second.get_parameter(name), weight, rtol=1e-3, atol=1e-4)
+
+
+def test_classes_are_weighed_where_that_is_asked_for(folder, tmp_path):
+    for file in list((folder / "train/dark").iterdir())[:8]:
+        file.unlink()
+    losses = []
+    for kind in ("none", "balanced"):
+        words = ["--class-weights", kind, "--epochs", 1, "--out", tmp_path / kind]
+        assert train("--data", folder, *TINY, *words) == 0
+        losses.append(read_log(tmp_path / kind)[0]["loss"]["label/4"])
+    assert losses[0] != losses[1]
+
+
+def test_a_full_disk_is_said_by_the_command(folder, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY) == 2
+    assert "checkpoints and the bundle take" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train("--data", folder, "--out", tmp_path / "file", *TINY) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
+
+
+def test_ctrl_c_before_training_leaves_without_a_traceback(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_command, "open_folder", interrupted)
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_single_folder_of_six_images_a_class_becomes_a_bundle(tmp_path, capsys):
+    data = write_images(tmp_path / "data", n=6)
+    words = ["--batch-size", 15, "--epochs", 1]
+    assert train("--data", data, "--out", tmp_path / "run", *TINY, *words) == 0
+    facts = load_bundle(tmp_path / "run/bundle").description.training
+    assert facts["training_images"] == 15 and "test_accuracy" not in facts
+    with pytest.raises(DataError, match="too few images a class for any to be left to test on"):
+        listing_to_test(data, facts["files_sha256"])
+
+
+def test_a_class_called_train_is_trained_calibrated_tested(tmp_path):
+    data = write_images(tmp_path, ("bus", "test", "train"), n=20)
+    parts = find_parts(data)
+    listing, labelled = calibration_listing(data)
+    assert labelled and len(listing) == 60
+    assert held_out_if_trained_on(listing, parts.digest).files == parts.held_out.files
+    assert listing_to_test(data, parts.digest).files == parts.test.files
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_every_unreadable_file_is_told_once(folder, tmp_path, capsys, storage):
+    parts = find_parts(folder)
+    spoiled = [parts.training.files[0], parts.held_out.files[0], parts.test.files[0]]
+    for file in spoiled:
+        file.write_bytes(b"broken")
+    words = ["--storage", storage, "--epochs", 1, "--out", tmp_path / "run"]
+    assert train("--data", folder, *TINY, *words) == 0
+    error = capsys.readouterr().err
+    assert all(error.count(str(file)) == 1 for file in spoiled)
+    facts = load_bundle(tmp_path / "run/bundle").description.training
+    assert facts["unreadable_files"] == 3
+
+
+def test_unreadable_files_are_told_of_a_run_that_was_stopped(folder, tmp_path, capsys, monkeypatch):
+    spoiled = find_parts(folder).training.files[0]
+    spoiled.write_bytes(b"broken")
+
+    def stopped(run, work):
+        list(work.training.batches([torch.arange(len(work.training))], draw=0))
+        raise Interrupted("stopped", 143)
+
+    monkeypatch.setattr(loop, "fit", stopped)
+    assert train("--data", folder, "--storage", "disk", "--out", tmp_path / "run", *TINY) == 143
+    error = capsys.readouterr().err
+    assert error.count(str(spoiled)) == 1 and error.endswith("stopped\n")
 
 
 def test_unreadable_files_are_named_up_to_a_limit(folder, tmp_path, capsys):

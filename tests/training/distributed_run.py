@@ -31,6 +31,22 @@ def gradients(mine):
     return {n: p.grad for n, p in student.named_parameters()}
 
 
+class Watching:
+    """Images that note a running statistic of the network that they are given to."""
+
+    def __init__(self, net):
+        self.net = net
+        self.images = image_set(25)
+        self.seen = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, indices):
+        self.seen.append(self.net.backbone.bn1.running_mean.clone())
+        return self.images.batches(indices)
+
+
 def work_of(mine, folder, after_step=lambda step: None):
     """A run with its work, averaged weights and all."""
     recipe = tiny_recipe(accumulate=2, ema=0.5)
@@ -39,7 +55,7 @@ def work_of(mine, folder, after_step=lambda step: None):
     work = Work(
         recipe=recipe,
         training=image_set(),
-        validation=image_set(25),
+        validation=Watching(run.net),
         preprocess=PREPROCESS,
         folder=folder,
         origin={},
@@ -54,7 +70,7 @@ def trained(mine, folder):
     """A whole run; every process's weights must end the same."""
     run, work = work_of(mine, folder)
     fit(run, work)
-    return run
+    return run, work.validation.seen
 
 
 def trained_in_parts(mine, folder):
@@ -79,7 +95,7 @@ def main(folder):
     with processes("cpu") as mine:
         found = gradients(mine)
         accuracy = evaluate(tiny_net(), image_set(25), PREPROCESS, mine)
-        run = trained(mine, folder / "whole")
+        run, validated = trained(mine, folder / "whole")
         resumed, said = trained_in_parts(mine, folder / "parts")
         flags = [mine.any(False), mine.any(mine.rank == 1)]
         state = {
@@ -89,6 +105,7 @@ def main(folder):
             "weights": dict(run.net.named_parameters()),
             "flags": flags,
             "history": run.history,
+            "validated": validated,
             "resumed": dict(resumed.net.named_parameters()),
             "resumed_history": resumed.history,
             "said": said,

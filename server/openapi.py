@@ -91,7 +91,8 @@ ANSWER_RESPONSE: dict[str, Any] = {
             "schema": {
                 "type": "string",
                 "description": "one event `exit` (SeenBody) for each exit reached, "
-                "then one event `answer` (AnswerBody) or `error` (ErrorBody)",
+                "then one event `answer` (AnswerBody), or `error` (ErrorBody) where a later "
+                "exit fails",
             },
             "example": EVENTS_EXAMPLE,
         },

@@ -81,7 +81,7 @@ def errors_page() -> str:
             'Every error has the body `{"error": "<sentence>", "code": "<code>", "request_id":',
             '"<id>"}`. The sentence is for people and may say more than below; the code is stable.',
             "The log has the request under its id. In `/classify/batch` an image's error stands in",
-            "its place among the results; in an event stream it is the event `error`.",
+            "its place among the results; in an event stream that has begun, the event `error`.",
             "",
             *table(("Code", "Status", "Sentence"), rows),
         ]

@@ -124,15 +124,13 @@ async def post_classify(
     """The answer names the exit that gave it and the reason.
 
     With `Accept: text/event-stream` the response is a stream: one event `exit` for each exit
-    reached, then one event `answer`, or `error`.
+    reached, then one event `answer`. What fails before the first exit has its own status, as
+    without a stream; after it, the stream ends with an event `error`.
     """
     admission = admit(parameters, served)  # say no before the body is read
     data = await uploads.read_image(request)
     if wants_events(request.headers.get("accept", "")):
-        events = _events(data, admission, served, context, request)
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={"cache-control": "no-store"}
-        )
+        return await _stream(_events(data, admission, served, context, request))
     with ending_with_client(request.receive):
         body = await classify(data, admission, served, context)
     return _encoded(body, served)
@@ -186,6 +184,20 @@ def wants_events(accept: str) -> bool:
     return any(kind == "text/event-stream" and "q=0" not in rest for kind, *rest in kinds)
 
 
+async def _stream(events: AsyncIterator[bytes]) -> Response:
+    """Begin to answer with the first event, so that what fails before it still has its status."""
+    first = await anext(events)
+
+    async def all_events() -> AsyncIterator[bytes]:
+        yield first
+        async for each in events:
+            yield each
+
+    return StreamingResponse(
+        all_events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
+    )
+
+
 async def _events(
     data: bytes, admission: Admission, served: Served, context: Context, request: Request
 ) -> AsyncIterator[bytes]:
@@ -198,11 +210,15 @@ async def _events(
 
     work = asyncio.ensure_future(answer())
     work.add_done_callback(lambda _: passed.put_nowait(None))
+    begun = False
     try:
         while (seen := await passed.get()) is not None:
+            begun = True
             yield event("exit", seen_body(seen, labels))
         yield event("answer", await work)
     except OfframpError as error:
+        if not begun:
+            raise
         context.fields["code"] = error.code
         said = {"error": str(error), "code": error.code, "request_id": context.request_id}
         yield event("error", said)

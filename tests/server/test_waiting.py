@@ -9,6 +9,7 @@ from server.costs import CostTable
 from tests.conftest import encode, noise, until
 from tests.gate import gated
 from tests.server.test_bad_input import BROKEN, check_error
+from tests.server.test_classify import events
 
 HEAD = b"POST /classify?threshold=1 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 
@@ -135,6 +136,34 @@ def test_a_deadline_that_the_queue_would_miss_is_refused_with_a_time_to_retry(on
         check_error(refused.result(), 429, "overloaded")
     assert int(refused.result().headers["retry-after"]) >= 1
     assert one.metric("refused_total", reason="not_in_time") == 1
+
+
+STREAMED = {"accept": "text/event-stream"}
+
+
+def test_a_stream_that_would_be_late_has_the_status_of_any_request(one, png):
+    one.served.engine.scheduler.costs = CostTable({k: {1: 3.0} for k in range(1, 5)})
+    late = one.client.post("/classify?deadline_ms=1000", content=png, headers=STREAMED)
+    check_error(late, 504, "deadline_exceeded")
+    assert one.metric("requests_total", route="/classify", code="504") == 1
+
+
+def test_a_stream_that_fails_after_an_exit_ends_with_the_error(one, png):
+    with gated(one) as gate:
+        run = gate.run
+
+        def fail_at_the_second(stage, inputs):
+            output = run(stage, inputs)
+            assert stage == 1, "what fails on the device"
+            return output
+
+        gate.run = fail_at_the_second
+        gate.open()
+        response = one.client.post("/classify?threshold=1", content=png, headers=STREAMED)
+    assert response.status_code == 200
+    (first, _), (last, error) = events(response)
+    assert (first, last, error["code"]) == ("exit", "error", "internal")
+    assert error["request_id"] == response.headers["x-request-id"]
 
 
 def test_a_deadline_that_passes_after_the_first_exit_is_an_answer(one, png):

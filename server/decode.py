@@ -87,6 +87,8 @@ class Decoder:
         if not data:
             self._rejected.labels(NoImage.code).inc()
             raise NoImage
+        if (plain := image.decode_quickly(data, self._max_pixels)) is not None:
+            return self._preprocess.pixels(plain)
         header = image.read_header(data, self._max_pixels)
         if header.width * header.height <= SMALL_PIXELS:
             return self._render(header)

@@ -21,3 +21,11 @@ def count(text: str) -> int:
         if (value := int(text)) > 0:
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+
+
+def share(text: str) -> float:
+    """A number above zero, at most one."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no share above 0, at most 1")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from deploy.loadtest.client import Client
 from deploy.loadtest.samples import Sample, read_samples
+from deploy.options import count, positive
 
 DEADLINES_MS = (None, None, 250, 100, 25)
 """What a client may ask for, the server's own default among them."""
@@ -126,9 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("url", metavar="URL", help="where images are posted")
     parser.add_argument("--images", type=Path, required=True, help="folder or tar archive")
-    parser.add_argument("--clients", type=int, default=32, help="at the peak of a wave")
-    parser.add_argument("--period", type=float, default=120.0, help="seconds from peak to peak")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="how long to go on")
+    parser.add_argument("--clients", type=count, default=32, help="at the peak of a wave")
+    parser.add_argument("--period", type=positive, default=120.0, help="seconds from peak to peak")
+    parser.add_argument("--seconds", type=positive, default=math.inf, help="how long to go on")
     return parser
 
 

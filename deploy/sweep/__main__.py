@@ -24,13 +24,12 @@ from tqdm import tqdm
 from deploy.files import need_writable
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.schedules import BURST_SECONDS, KINDS
-from deploy.simulator import Overhead
+from deploy.options import count, positive
 from deploy.sweep.engine import Row
-from deploy.sweep.measuring import measure, record_confidences
-from deploy.sweep.prediction import predict
-from deploy.sweep.recording import load_seconds, record, sent
+from deploy.sweep.measuring import measure, record_exits
+from deploy.sweep.prediction import overhead_of, predict
+from deploy.sweep.recording import load_seconds, read_recording, record, sent
 from deploy.sweep.report import plot, table
-from server.classify import RESERVE_SECONDS, RESERVE_SHARE
 
 FACTORS = (0.2, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
 COSTS_SECONDS = 2.0
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         need_writable(arguments.json, arguments.plot)
-        said = _recorded(arguments.again) if arguments.again else _measured(arguments)
+        said = read_recording(arguments.again) if arguments.again else _measured(arguments)
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,13 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot:
         plot(said["rows"], arguments.plot)
     return 0
-
-
-def _recorded(file: Path) -> Row:
-    said = json.loads(file.read_text())
-    if not isinstance(said, dict) or not {"costs", "confidences", "rows"} <= said.keys():
-        raise ValueError(f"{file} is no recording of a sweep")
-    return said
 
 
 def _measured(arguments: argparse.Namespace) -> Row:
@@ -76,7 +68,7 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
     loads = list(itertools.product(KINDS, FACTORS))
     seconds = len(loads) * arguments.seconds + 5 * COSTS_SECONDS
     print(f"{len(loads)} loads, about {1.3 * seconds / 60:.1f} minutes", file=sys.stderr)
-    confidences = await record_confidences(arguments.url, samples)
+    confidences, right = await record_exits(arguments.url, samples)
     costs = await measure(arguments.url, arguments.admin_token, samples, COSTS_SECONDS)
     rows = []
     with tqdm(loads, "loads", leave=False) as bar:
@@ -97,23 +89,22 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
         "cores": len(os.sched_getaffinity(0)),
         "costs": asdict(costs),
         "confidences": confidences,
+        "right": right,
         "rows": rows,
     }
 
 
 def _simulated(said: Row, row: Row) -> Row:
-    costs, deadline = said["costs"], said["deadline_ms"] / 1e3
-    overhead = Overhead(
-        begin_seconds=costs["begin"],
-        answer_seconds=costs["answer"],
-        refuse_seconds=costs["refuse"],
-        batch_seconds=costs["batch"],
-        client_seconds=row["client_ms"] / 1e3,
-        reserve_seconds=min(RESERVE_SECONDS, RESERVE_SHARE * deadline),
-        cores=said["cores"],
-    )
+    deadline = said["deadline_ms"] / 1e3
+    overhead = overhead_of(said["costs"], row["client_ms"] / 1e3, deadline, said["cores"])
     return predict(
-        row["engine"], sent(row), said["confidences"], deadline, load_seconds(row), overhead
+        row["engine"],
+        sent(row),
+        said["confidences"],
+        deadline,
+        load_seconds(row),
+        overhead,
+        said.get("right"),
     )
 
 
@@ -136,9 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("url", nargs="?", help="http://host:port of the server")
     parser.add_argument("--images", type=Path, help="folder or tar of CLASS/*")
     parser.add_argument("--admin-token", help="the server's, for GET /engine")
-    parser.add_argument("--deadline-ms", type=float, default=50.0, help="of every request")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each load")
-    parser.add_argument("--most-images", type=int, default=500, help="images to send")
+    parser.add_argument("--deadline-ms", type=positive, default=50.0, help="of every request")
+    parser.add_argument("--seconds", type=positive, default=5.0, help="length of each load")
+    parser.add_argument("--most-images", type=count, default=500, help="images to send")
     parser.add_argument("--json", type=Path, help="write the recording here, every figure in it")
     parser.add_argument("--again", type=Path, help="load nothing: simulate this recording again")
     parser.add_argument("--plot", type=Path, help="write the picture here (PNG)")

@@ -158,15 +158,18 @@ async def _begin_share(url: str, samples: Sequence[Sample]) -> float:
     return statistics.median(shares)
 
 
-async def record_confidences(url: str, samples: Sequence[Sample]) -> list[Confidences]:
-    """What every exit says of each image."""
+async def record_exits(
+    url: str, samples: Sequence[Sample]
+) -> tuple[list[Confidences], list[tuple[bool, ...]] | None]:
+    """How sure every exit is of each image, and whether it is right; None without labels."""
     client = Client(f"{url}/classify?threshold=1&explain=true&{UNHURRIED}")
-    recorded = []
+    recorded, right = [], []
     for sample in tqdm(samples, "recording confidences", leave=False):
         answer = await _asked(client, url, sample)
         recorded.append(tuple(seen["confidence"] for seen in answer["seen"]))
+        right.append(tuple(seen["label"] == sample.label for seen in answer["seen"]))
     await client.close()
-    return recorded
+    return recorded, right if all(sample.label for sample in samples) else None
 
 
 async def _asked(client: Client, url: str, sample: Sample) -> Any:

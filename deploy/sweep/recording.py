@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from deploy.loadtest.client import Client
 from deploy.loadtest.load import Result, open_loop
@@ -43,6 +45,22 @@ async def record(
         "engine": engine(url, admin_token),
         "requests": columns(results),
     }
+
+
+def read_recording(file: Path) -> Row:
+    """What a sweep wrote.
+
+    Raises:
+        ValueError: something else wrote the file.
+        OSError: it cannot be read.
+    """
+    try:
+        said = json.loads(file.read_text())
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or not {"costs", "confidences", "rows"} <= said.keys():
+        raise ValueError(f"{file} is no recording of a sweep")
+    return said
 
 
 def columns(results: Sequence[Result]) -> Row:

@@ -158,18 +158,15 @@ class _Simulation:
                 self._note(message)
 
     def _loop(self) -> Thread:
-        ready: list[_Response] = []
         waiting: deque[tuple[Arrival, float]] = deque()
         while True:
-            if not ready and not waiting:
+            if not waiting:
                 yield self._to_loop
             read, messages = self._machine.now, list(self._to_loop)
             self._to_loop.clear()
-            sent = ready
-            for _ in ready:
+            sent = [m for m in messages if isinstance(m, _Response)]
+            for _ in sent:
                 yield Work(Needs.LOCK, self._overhead.answer_seconds)
-            # What the engine says now is sent at the next turn.
-            ready = [m for m in messages if isinstance(m, _Response)]
             waiting.extend((m, read) for m in messages if isinstance(m, Arrival))
             for _ in range(min(EACH_TURN, len(waiting))):
                 refusal = yield from self._begin(*waiting.popleft())

@@ -132,7 +132,7 @@ async def classify(
             on_exit=on_exit,
         )
         try:
-            answer = await ticket.future
+            answer = await ticket.promise
         except asyncio.CancelledError:
             engine.cancel(ticket)
             raise

@@ -22,10 +22,11 @@ from server.errors import DeadlineExceeded, Draining, OfframpError, Overloaded
 from server.inbox import Inbox
 from server.metrics import EngineMetrics
 from server.overload import OverloadController
+from server.promise import Loop, Promise
 from server.runner import Row, StageOutput, StageRunner
 from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
 from server.threads import name_thread
-from server.tickets import Answer, Loop, Outbox, Seen, Ticket
+from server.tickets import Answer, Outbox, Seen, Ticket
 
 log = logging.getLogger("offramp.engine")
 
@@ -45,6 +46,7 @@ class Engine:
         audit_rate: share of the policy's early answers that are run to the last exit in idle time.
         clock: seconds; the same clock that arrivals and deadlines are on.
         chance: 0..1; decides which answers are audited.
+        promise: makes what a client of a loop waits for.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine:
         audit_rate: float,
         clock: Callable[[], float] = time.perf_counter,
         chance: Callable[[], float] = random.random,
+        promise: Callable[[Loop], Promise[Answer]] = Promise,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
@@ -62,6 +65,7 @@ class Engine:
         self._audit_rate = audit_rate
         self._clock = clock
         self._chance = chance
+        self._promise = promise
         self._inbox = Inbox()
         self._outbox = Outbox()
         self._lock = threading.Lock()
@@ -103,7 +107,7 @@ class Engine:
         on_exit: Callable[[Seen], None] | None = None,
         loop: Loop | None = None,
     ) -> Ticket:
-        """Send one image in; its ticket's future gives the answer.
+        """Send one image in; its ticket's promise gives the answer.
 
         Args:
             pixels: uint8 `[H, W, 3]`, as the bundle's preprocess gives them.
@@ -114,14 +118,14 @@ class Engine:
             on_exit: called in the client's loop for every exit passed.
             loop: the client's; by default the running one.
 
-        The future raises:
+        The promise raises:
             Overloaded: refused, since even the first exit would be late.
             DeadlineExceeded: the deadline passed before the first exit.
             Draining: the engine has ended.
             OfframpError: the run failed.
         """
         loop = loop or asyncio.get_running_loop()
-        ticket = Ticket(loop, loop.create_future(), on_exit, self._clock(), pixels)
+        ticket = Ticket(loop, self._promise(loop), on_exit, self._clock(), pixels)
         job = Job(rule, arrived, deadline, bends, payload=ticket)
         ticket.job = job
         self.call(lambda: self._admit(job, ticket))

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 
 from model.policy import Reason
 from server.errors import OfframpError
+from server.promise import Loop, Promise
 from server.runner import Row
 from server.scheduler import Job
 
 log = logging.getLogger("offramp.engine")
 
 DEGRADED = (Reason.DEADLINE, Reason.OVERLOAD)
-
-
-class Loop(Protocol):
-    """What is needed of a client's event loop; the seam for tests."""
-
-    def create_future(self) -> asyncio.Future[Any]: ...
-
-    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +56,7 @@ class Ticket:
     """A client's hold on a job: where its exits and its answer go."""
 
     loop: Loop
-    future: asyncio.Future[Answer]
+    promise: Promise[Answer]
     on_exit: Callable[[Seen], None] | None
     accepted: float
     inputs: np.ndarray | Row | None
@@ -78,12 +69,12 @@ class Ticket:
 
     def settle(self, result: Answer | OfframpError) -> None:
         """Hand over the result, in the client's loop; a no-op on a ticket that is done."""
-        if self.future.done():
+        if self.promise.done():
             return
         if isinstance(result, Answer):
-            self.future.set_result(result)
+            self.promise.set_result(result)
         else:
-            self.future.set_exception(result)
+            self.promise.set_exception(result)
 
     def release(self) -> None:
         """Let go of what only a job in flight needs, features above all."""

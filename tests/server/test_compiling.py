@@ -34,7 +34,7 @@ from server.settings import Settings
 from server.units import Unit, example_inputs, make_units
 from tests.conftest import PREPROCESS, ROOT, encode, noise, running, until
 from tests.model.networks import FAMILIES, images, tiny
-from tests.server.test_engine import FakeLoop
+from tests.server.test_engine import FakeLoop, FakePromise
 
 CPU = torch.device("cpu")
 FULL_DEPTH = Rule((2.0, 2.0, 2.0, 0.0), 1, 4)
@@ -184,7 +184,8 @@ class Swapping:
         self.costs = CostTable(self.runner.warm_up(batch_sizes(4)))
         controller = OverloadController([Level(0.01, FULL_DEPTH.thresholds[:-1])], None)
         metrics = EngineMetrics(Metrics("tiny", "1", 4, 4, None, {}), [1, 2, 3, 4])
-        self.engine = Engine(Scheduler(self.costs, controller, 4), self.runner, metrics, 0.0)
+        scheduler = Scheduler(self.costs, controller, 4)
+        self.engine = Engine(scheduler, self.runner, metrics, 0.0, promise=FakePromise)
         self.ran = 0
 
     def answers(self, images, swap_after):
@@ -197,7 +198,7 @@ class Swapping:
             if steps == swap_after:
                 self.engine.call(self._change_over)
             steps += 1
-        return [ticket.future.results for ticket in tickets]
+        return [ticket.promise.results for ticket in tickets]
 
     def _change_over(self):
         for stage in range(1, 5):

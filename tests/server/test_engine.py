@@ -32,18 +32,15 @@ class FakeLoop:
     def __init__(self):
         self.wakes = 0
 
-    def create_future(self):
-        return FakeFuture()
-
     def call_soon_threadsafe(self, callback, *args):
         self.wakes += 1
         callback(*args)
 
 
-class FakeFuture:
+class FakePromise:
     """Holds every result it is given, so that a second one would show."""
 
-    def __init__(self):
+    def __init__(self, loop):
         self.results = []
 
     def done(self):
@@ -107,6 +104,7 @@ class World:
             audit_rate,
             clock=lambda: self.now,
             chance=lambda: 0.0,
+            promise=FakePromise,
         )
 
     def submit(self, *said, seconds=math.inf, loop=None, on_exit=None, rule=RULE, bends=True):
@@ -135,7 +133,7 @@ def world():
 
 
 def answer(ticket):
-    (result,) = ticket.future.results
+    (result,) = ticket.promise.results
     return result
 
 
@@ -179,7 +177,7 @@ def test_a_cancelled_job_frees_its_place_and_its_features(world):
     assert not world.engine.step(False)
     assert world.engine.scheduler.queued() == [0, 0, 0]
     assert ticket.inputs is None
-    assert ticket.future.results == []
+    assert ticket.promise.results == []
 
 
 def test_a_job_cancelled_before_it_ran_never_runs(world):
@@ -198,7 +196,7 @@ def test_a_job_cancelled_as_its_batch_begins_takes_nothing_from_its_neighbours(w
     world.finish()
     assert world.runner.ran[0][:2] == (1, 3)
     assert [answer(t).exit for t in (tickets[0], tickets[2])] == [1, 2]
-    assert tickets[1].future.results == []
+    assert tickets[1].promise.results == []
     assert tickets[1].inputs is None
 
 
@@ -408,11 +406,11 @@ def test_no_job_is_lost_or_answered_twice(events, audit_rate, workers):
     assert sum(world.engine.scheduler.queued()) == 0
     assert not world.runner.missing
     for i, ticket in enumerate(tickets):
-        assert len(ticket.future.results) <= 1
-        assert ticket.future.results or i in cancelled
+        assert len(ticket.promise.results) <= 1
+        assert ticket.promise.results or i in cancelled
         if i in cancelled:
             continue
-        (said,) = ticket.future.results
+        (said,) = ticket.promise.results
         assert isinstance(said, OfframpError) or math.isfinite(said.confidence)
 
 

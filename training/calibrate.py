@@ -26,7 +26,7 @@ from training.eight_bits import find_ranges, price
 from training.ladder import Method, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
-from training.parts import HELD_OUT, held_out_if_trained_on, part_of
+from training.parts import HELD_OUT, has_classes, held_out_if_trained_on, part_of
 from training.reliability import exit_errors
 from training.timing import stage_seconds
 
@@ -165,7 +165,7 @@ def calibration_listing(root: Path) -> tuple[Listing, bool]:
     """
     if (trained := part_of(root, "train")) is not None:
         return folders.split_by_hash(folders.list_folder(trained), HELD_OUT)[1], True
-    if root.is_dir():
+    if root.is_dir() and not has_classes(root):
         files = tuple(sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES))
         if files:
             return Listing((), files, (0,) * len(files)), False

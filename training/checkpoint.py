@@ -67,16 +67,25 @@ def resume(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> None:
         raise TrainingError(f"there is no {file} to resume; leave --resume out") from None
     except (OSError, ValueError) as error:
         raise TrainingError(f"{file} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not state.keys() >= ALWAYS:
+    if not _is_of_a_run(state):
         raise TrainingError(f"{file} was not written by a run; start again in another folder")
     # What an older checkpoint does not mention had no effect then, which is each default.
     _check_same(file, asdict(Recipe()) | state["recipe"], asdict(recipe))
     _check_same(file, origin | state.get("origin", {}), origin)
     try:
         _restore(run, state)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).splitlines()[0]
         raise TrainingError(f"{file} is damaged: {first}; start again in another folder") from error
+
+
+def _is_of_a_run(state: Any) -> bool:
+    kinds = {"recipe": dict, "origin": dict, "epoch": int, "step": int, "history": list}
+    return (
+        isinstance(state, dict)
+        and state.keys() >= ALWAYS
+        and all(isinstance(state.get(name, kind()), kind) for name, kind in kinds.items())
+    )
 
 
 def _restore(run: Run, state: dict[str, Any]) -> None:
@@ -104,5 +113,5 @@ def _check_same(file: Path, written: dict[str, Any], asked: dict[str, Any]) -> N
     if differ:
         raise TrainingError(
             f"{file} was written with {', '.join(differ)}; resume with the same options, "
-            "or start again in another folder"
+            "--storage among them, or start again in another folder"
         )

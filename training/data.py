@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,8 +19,6 @@ from model.preprocess import Preprocess
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 100_000_000
-
-Result = TypeVar("Result")
 
 
 class DataError(Exception):
@@ -163,15 +160,6 @@ def name_digest(file: Path) -> bytes:
     return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).digest()
 
 
-@contextmanager
-def _called_off(results: Iterator[Result]) -> Iterator[Iterator[Result]]:
-    """Drop what a pool has not begun when its results are left: else leaving waits for it all."""
-    try:
-        yield results
-    finally:
-        cast(Generator[Result], results).close()
-
-
 def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet:
     """Read and decode every file through the serving preprocess.
 
@@ -192,7 +180,8 @@ def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet
     ids: list[int] = []
     files: list[Path] = []
     unreadable: list[str] = []
-    with ThreadPoolExecutor(threads) as pool, _called_off(pool.map(read, listing.files)) as results:
+    with ThreadPoolExecutor(threads) as pool:
+        results = pool.map(read, listing.files)
         bar = tqdm(results, "reading", len(listing), unit="image", leave=False, disable=None)
         for file, class_id, result in zip(listing.files, listing.class_ids, bar, strict=True):
             if isinstance(result, str):

@@ -108,12 +108,16 @@ def open_folder(
 
     training = images(parts.training, whole, in_memory)
     validation = images(parts.held_out, cropped, in_memory)
+    test = None if parts.test is None else images(parts.test, cropped, memory=False)
     _check_classes(training)
+    _check_any(validation, "held-out")
+    if test is not None:
+        _check_any(test, "test")
     mean, std = normalisation(training, size)
     return Folder(
         training,
         validation,
-        None if parts.test is None else images(parts.test, cropped, memory=False),
+        test,
         Preprocess(size=size, crop=crop, mean=mean, std=std),
         parts.digest,
     )
@@ -163,3 +167,9 @@ def _check_classes(images: Images) -> None:
     for class_id, name in enumerate(images.classes):
         if not images.has(class_id):
             raise DataError(f"no training image of class {name} could be read")
+
+
+def _check_any(images: Images, kind: str) -> None:
+    """Now, since what cannot be measured in the end costs the whole run."""
+    if not any(images.has(class_id) for class_id in range(len(images.classes))):
+        raise DataError(f"none of {len(images)} {kind} images could be read")

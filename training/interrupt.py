@@ -90,12 +90,18 @@ class Leaving:
         self.asked_after, self.asked_at = step, clock()
         self.next = step
 
-    def now(self, step: int) -> bool:
-        """Whether to leave after so many steps of the whole run; the same in every process."""
+    def now(self, step: int, waited: bool = False) -> bool:
+        """Whether to leave; the same in every process.
+
+        Args:
+            step: so many steps of the whole run are done.
+            waited: whether all processes have just waited for each other, so that asking costs
+                nothing.
+        """
         signalled = self.request.signal is not None
         if self.processes.count == 1:
             return signalled
-        if step < self.next:
+        if step < self.next and not waited:
             return False
         now = self.clock()
         told = torch.tensor([float(signalled), now - self.asked_at], dtype=torch.float64)

@@ -76,7 +76,7 @@ def save(run: Run, work: Work) -> None:
     Raises:
         TrainingError: the weights became NaN or infinite; what was saved before stays.
     """
-    check_weights(run.net)
+    check_weights(run.student)
     if run.sums is not None:  # every process goes on from the first one's
         run.sums = work.processes.sum(run.sums) / work.processes.count
     if work.processes.first:
@@ -135,7 +135,7 @@ def _batches(run: Run, work: Work) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _leave_if_asked(run: Run, work: Work, leaving: Leaving, watch: Watch | None = None) -> None:
-    if not leaving.now(run.epoch * work.steps_an_epoch + run.step):
+    if not leaving.now(run.epoch * work.steps_an_epoch + run.step, waited=run.step == 0):
         return
     if watch:
         watch.check(run.names)

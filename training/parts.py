@@ -6,9 +6,16 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.data import DataError, Listing, list_folder, name_digest, split_by_hash
+from training.data import (
+    SUFFIXES,
+    DataError,
+    Listing,
+    list_folder,
+    name_digest,
+    split_by_hash,
+)
 
-NAMES = {"train", "test", "val", "valid", "validation"}
+NAMES = {"train", "test", "val", "valid", "validation", "dev", "eval"}
 """What folders of parts are called."""
 HELD_OUT = 0.1
 """Share of the training images that nothing but validation, then calibration, sees."""
@@ -29,14 +36,19 @@ def part_of(root: Path, name: str) -> Path | None:
     """`root/train` or `root/test`; None where there is none or where that is a class.
 
     A class may have such a name: CIFAR-100 has one of trains. Then it has other classes beside it,
-    and no folder of a class within.
+    and no folder within.
     """
     folder = root / name
     if not folder.is_dir():
         return None
-    classes_within = any(p.is_dir() for p in folder.iterdir())
-    classes_beside = any(p.is_dir() and p.name not in NAMES for p in root.iterdir())
-    return None if classes_beside and not classes_within else folder
+    folders_within = any(p.is_dir() for p in folder.iterdir())
+    return None if not folders_within and has_classes(root) else folder
+
+
+def has_classes(root: Path) -> bool:
+    """Whether folders of images are right within, other than those called as parts are."""
+    folders = (p for p in root.iterdir() if p.is_dir() and p.name not in NAMES)
+    return any(f.suffix.lower() in SUFFIXES for folder in folders for f in folder.iterdir())
 
 
 def find_parts(root: Path, per_class: int | None = None) -> Parts:
@@ -51,7 +63,7 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
     Raises:
         DataError: a folder is missing or empty, or the test folder has other classes.
     """
-    trained, tested = part_of(root, "train"), part_of(root, "test")
+    trained = part_of(root, "train")
     listing = list_folder(trained or root)
     training, held_out = split_by_hash(listing, HELD_OUT)
     if not len(held_out):
@@ -62,8 +74,8 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
     test = None
     if trained is None:
         training, test = split_by_hash(training, HELD_OUT)
-    elif tested is not None:
-        test = list_folder(tested)
+    elif (root / "test").is_dir():
+        test = list_folder(root / "test")
         if test.classes != listing.classes:
             raise DataError(f"{root}/test has other classes than {root}/train")
     if per_class is not None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,8 @@ from training.seeds import generator_of
 
 ASPECT = (3 / 4, 4 / 3)
 CPU = torch.device("cpu")
+ORPHANED_SECONDS = 5.0
+"""How often a worker looks whether its run is still there."""
 
 Box = tuple[float, float, float, float]
 Read = tuple[np.ndarray, int] | str
@@ -71,6 +77,7 @@ class Stream:
             num_workers=self.workers,
             collate_fn=_gather,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=partial(_end_with_the_run, os.getpid()),
         )
         known = set(self.unreadable)
         with _deaf_to_signals():
@@ -86,9 +93,8 @@ class Stream:
 
     def has(self, class_id: int) -> bool:
         """As `Images.has`: reads files of the class until one can be read."""
-        files = _Files(self, None)
-        of_class = (i for i, other in enumerate(self.listing.class_ids) if other == class_id)
-        for index in of_class:
+        files, class_ids = _Files(self, None), self.listing.class_ids
+        for index in range(bisect_left(class_ids, class_id), bisect_right(class_ids, class_id)):
             read = files[index]
             if not isinstance(read, str):
                 return True
@@ -132,7 +138,7 @@ def random_box(size: tuple[int, int], least_area: float, generator: torch.Genera
 
 @contextmanager
 def _deaf_to_signals() -> Iterator[None]:
-    """Start processes that never see a signal to leave, which stays for this one to act on.
+    """Start processes that no signal to leave interrupts: it is for this one to act on.
 
     Terminals and torchrun signal a whole group, and a run without its workers cannot save.
     """
@@ -141,6 +147,21 @@ def _deaf_to_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_run(run: int, worker: int) -> None:
+    """Leave when the run itself says so, or is gone, even if a file keeps this worker waiting."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            told = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_SECONDS)
+            if told and told.si_pid == run:
+                break
+        os._exit(0)
+
+    if hasattr(signal, "sigtimedwait"):  # macOS has none
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _gather(read: Sequence[Read]) -> tuple[Tensor | None, Tensor, list[str]]:

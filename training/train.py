@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import shlex
@@ -86,7 +87,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) -> None:
     recipe, shape, out = preset.recipe, preset.shape, arguments.out
-    check_parts(recipe, mine)
+    if recipe.batch_size % mine.count:
+        raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
     if arguments.teacher:
         recipe.check_teacher()
     _settle(arguments.deterministic)
@@ -111,6 +113,7 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
     elif arguments.pretrained:
         whole = whole_backbone(shape.architecture, len(classes), described)
         load_pretrained(net, whole, arguments.pretrained)
+    check_parts(net, data.preprocess.size, recipe, mine.count)
     check_disk(out, net, recipe.ema > 0)
     run = start(net, recipe, mine.device)
     teacher = load_teacher(arguments.teacher, classes, mine.device) if arguments.teacher else None
@@ -205,18 +208,23 @@ def report_unreadable(
     return known
 
 
-def check_parts(recipe: Recipe, mine: Processes) -> None:
-    """Raise ValueError where a batch cannot be shared, or a part of it is a single image."""
-    share, odd = divmod(recipe.batch_size, mine.count)
-    if odd:
-        raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
+def check_parts(net: MultiExitNet, size: int, recipe: Recipe, processes: int) -> None:
+    """Raise ValueError where a step would run a single image that the network cannot learn from.
+
+    Batch normalisation wants two values of a channel, and a deep map may have but one an image.
+    """
+    share = recipe.batch_size // processes
     part = math.ceil(share / recipe.accumulate)
-    if min(part, share % part or part) == 1:
+    if min(part, share % part or part) > 1:
+        return
+    try:
+        copy.deepcopy(net).train()(torch.zeros(1, 3, size, size))
+    except ValueError:
         raise ValueError(
-            f"a batch of {recipe.batch_size} in {recipe.accumulate} parts of each of {mine.count} "
-            "processes leaves a part of one image, which batch normalisation learns nothing from; "
-            "choose another --batch-size or --accumulate"
-        )
+            f"a batch of {recipe.batch_size} in {recipe.accumulate} parts of each of {processes} "
+            "processes leaves a part of one image, which this network cannot normalise; choose "
+            "another --batch-size or --accumulate"
+        ) from None
 
 
 def _settle(deterministic: bool) -> None:

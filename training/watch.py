@@ -44,7 +44,7 @@ class Watch:
 
 
 def check_weights(net: nn.Module) -> None:
-    """Raise TrainingError where a weight is NaN or infinite, as the last step may leave it."""
-    norms = torch.stack(torch._foreach_norm(list(net.parameters())))
-    if not norms.isfinite().all():
+    """Raise TrainingError where a weight or a running statistic is NaN or infinite."""
+    weights = [value for value in net.state_dict().values() if value.is_floating_point()]
+    if not torch.stack(torch._foreach_norm(weights)).isfinite().all():
         raise TrainingError(f"the weights are not finite after the last step; {ADVICE}")

@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 
 from model.preprocess import Preprocess
+from tests.conftest import until
 from tests.training.conftest import CLASSES, CPU, tiny_net, tiny_recipe, write_images
 from training import room
 from training.accuracy import evaluate
@@ -68,9 +72,18 @@ def test_a_class_may_be_called_as_a_part_is(tmp_path):
 
 
 def test_a_part_without_class_folders_is_no_class(tmp_path):
-    write_images(tmp_path, ("train", "test", "val"))
+    write_images(tmp_path, ("train", "test", "dev"))
     with pytest.raises(DataError, match="train has no class folders"):
         find_parts(tmp_path)
+
+
+def test_a_test_part_without_class_folders_is_an_error_whatever_is_beside_it(folder):
+    for name in ("dark", "light", "middle"):
+        (folder / "test" / name / "000.png").rename(folder / "test" / f"{name}.png")
+        shutil.rmtree(folder / "test" / name)
+    (folder / "annotations").mkdir()
+    with pytest.raises(DataError, match="test has no class folders"):
+        find_parts(folder)
 
 
 def test_fewer_images_a_class_leave_the_other_parts_whole(folder):
@@ -216,6 +229,24 @@ def test_images_are_cropped_outside_training_alone(folder, storage):
     assert opened.preprocess.crop == 0.5
 
 
+def test_images_stream_in_all_processes_where_one_has_no_room(folder):
+    class Pair(Processes):
+        def any(self, flag):
+            return True
+
+    opened = open_folder(folder, 16, 1.0, tiny_recipe(), Pair(torch.device("cpu")))
+    assert isinstance(opened.training, Stream) and isinstance(opened.validation, Stream)
+
+
+def test_a_class_is_looked_for_among_its_own_files_alone(folder):
+    listing = list_folder(folder / "train")
+    for file in (folder / "train/light").iterdir():
+        file.write_bytes(b"broken")
+    stream = Stream(listing, PLAIN)
+    assert [stream.has(c) for c in range(4)] == [True, False, True, False]
+    assert len(stream.unreadable) == 12
+
+
 def test_images_asked_into_memory_are_counted_for_every_process(folder):
     many = Processes(torch.device("cpu"), count=10**10)
     with pytest.raises(DataError, match="--storage disk"):
@@ -238,10 +269,46 @@ def test_workers_leave_signals_to_the_run(folder):
     read = len(next(batches)[1])
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for worker in workers:  # as torchrun does, and a terminal
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
+    for name in ("-TERM", "-INT"):  # as torchrun does, and a terminal
+        subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
     assert read + sum(len(ids) for _, ids in batches) == 36
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", ["terminate", "kill the run"])
+def test_workers_end_though_a_file_keeps_them_waiting(folder, leave):
+    """A pipe that nobody writes to stands in for storage that does not answer."""
+    run = multiprocessing.get_context("fork").Process(target=_stream_a_pipe, args=(folder,))
+    run.start()
+    until(lambda: len(_children(run.pid)) == 2)
+    workers = _children(run.pid)
+    if leave == "terminate":
+        os.kill(run.pid, signal.SIGINT)  # it ends its workers as it leaves
+    else:
+        os.kill(run.pid, signal.SIGKILL)
+    run.join(30)
+    assert run.exitcode is not None
+    until(lambda: not any(_is_running(w) for w in workers), seconds=20)
+
+
+def _stream_a_pipe(folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    listing = list_folder(folder / "train")
+    for file in listing.files:
+        file.unlink()
+        os.mkfifo(file)
+    list(Stream(listing, PLAIN, workers=2).batches(torch.arange(36).split(2)))
+
+
+def _children(process):
+    return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def _is_running(process):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
 
 
 @pytest.mark.slow

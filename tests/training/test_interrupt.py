@@ -63,6 +63,14 @@ def test_processes_that_slow_down_ask_sooner_again():
     assert steps_asked(one, clock, range(130, 300), 1 / 8) == [257, 273, 289]
 
 
+def test_processes_ask_when_they_have_waited_for_each_other_anyway():
+    one, clock, pair = leaving()
+    steps_asked(one, clock, range(1, 10), 1 / 64)
+    clock.now += 60.0  # of validation
+    pair.signalled[0] = True
+    assert not one.now(10) and one.now(10, waited=True)
+
+
 def test_a_signal_to_another_process_is_heard_when_it_is_asked():
     one, clock, pair = leaving()
     clock.now += 1.0

@@ -12,7 +12,7 @@ from tests.training.conftest import PREPROCESS, image_set, tiny_net
 from training.checkpoint import CHECKPOINT, resume
 from training.interrupt import Interrupted
 from training.log import LOG, read_log
-from training.loop import fit
+from training.loop import fit, validate
 from training.losses import total
 from training.objective import objective
 from training.run import TrainingError
@@ -188,10 +188,24 @@ def test_a_broken_checkpoint_is_said(make_work, content):
         resume(run, work.recipe, work.origin, work.folder)
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2]], ids=["dict", "list"])
-def test_a_checkpoint_of_something_else_is_said(make_work, content):
+@pytest.mark.parametrize(
+    "change",
+    [{"recipe": [1]}, {"origin": None}, {"epoch": "a"}, {"history": 3}, {"step": 0.5}, None],
+    ids=str,
+)
+def test_a_checkpoint_of_something_else_is_said(make_work, change):
+    fit(*make_work())
     run, work = make_work()
-    torch.save(content, work.folder / CHECKPOINT)
+    file = work.folder / CHECKPOINT
+    state = torch.load(file, weights_only=True)
+    torch.save([1, 2] if change is None else {**state, **change}, file)
+    with pytest.raises(TrainingError, match="was not written by a run"):
+        resume(run, work.recipe, work.origin, work.folder)
+
+
+def test_a_checkpoint_of_another_program_is_said(make_work):
+    run, work = make_work()
+    torch.save({"state_dict": {}}, work.folder / CHECKPOINT)
     with pytest.raises(TrainingError, match="was not written by a run"):
         resume(run, work.recipe, work.origin, work.folder)
 
@@ -262,6 +276,34 @@ def test_weights_that_the_last_step_broke_are_not_saved(make_work):
         fit(run, work)
     saved = torch.load(work.folder / CHECKPOINT, weights_only=True)
     assert saved["epoch"] == 1 and saved["net"]["heads.1.fc.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["adapters.0.bias", "net.backbone.bn1.running_var"])
+def test_whatever_is_broken_is_not_saved_over_what_was_whole(make_work, name):
+    def poison(step):
+        if step == 5:
+            run.student.state_dict()[name][0] = math.inf
+
+    run, work = make_work(after_step=poison)
+    with pytest.raises(TrainingError, match="weights are not finite"):
+        fit(run, work)
+    assert torch.load(work.folder / CHECKPOINT, weights_only=True)["epoch"] == 1
+
+
+def test_no_more_images_are_validated_at_once_than_trained_on(make_work):
+    seen = []
+
+    class Spy:
+        def __len__(self):
+            return 24
+
+        def batches(self, indices):
+            seen.extend(len(batch) for batch in indices)
+            return image_set(24).batches(indices)
+
+    run, work = make_work(batch_size=10)
+    validate(run, work, Spy())
+    assert seen == [10, 10, 4]
 
 
 def test_every_step_is_taken_at_the_schedules_pace(make_work):

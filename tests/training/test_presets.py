@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from model.bundle import load_bundle
 from tests.conftest import ROOT
-from tests.training.conftest import write_images
+from tests.training.conftest import tiny_net, write_images
 from training import loop
 from training import train as train_command
 from training.__main__ import main
@@ -235,8 +236,11 @@ def test_a_single_folder_keeps_its_parts_apart_to_the_end(tmp_path):
         (["--size", "0"], "size must be between 8 and 1024 pixels, not 0"),
         (["--size", "2000"], "size must be between 8 and 1024"),
         (["--seed", str(2**64)], "seed must be at least 0, below 2"),
-        (["--batch-size", "1"], "leaves a part of one image"),
-        (["--batch-size", "5", "--accumulate", "3"], "5 in 3 parts of each of 1 processes leaves"),
+        (["--size", "8", "--batch-size", "1"], "leaves a part of one image"),
+        (
+            ["--size", "8", "--batch-size", "5", "--accumulate", "3"],
+            "5 in 3 parts of each of 1 processes leaves",
+        ),
         (["--distillation-weight", "0.8", "--teacher", "any"], "0.8 and teacher_weight 0.3 are"),
     ],
 )
@@ -256,22 +260,47 @@ def test_numbers_of_workers_below_nothing_are_refused(folder, tmp_path, capsys):
     ("batch", "parts", "count"), [(5, 2, 1), (16, 5, 1), (16, 4, 2), (15, 4, 1), (128, 1, 8)]
 )
 def test_parts_of_several_images_can_be_trained_on(batch, parts, count):
-    processes = Processes(torch.device("cpu"), count=count)
-    train_command.check_parts(Recipe(batch_size=batch, accumulate=parts), processes)
-
-
-@pytest.mark.parametrize(
-    ("batch", "parts", "count", "message"),
-    [(9, 1, 2, "cannot share"), (16, 8, 2, "part of one"), (13, 3, 1, None), (13, 4, 1, "of one")],
-)
-def test_parts_of_one_image_cannot(batch, parts, count, message):
-    processes = Processes(torch.device("cpu"), count=count)
     recipe = Recipe(batch_size=batch, accumulate=parts)
-    if message is None:
-        train_command.check_parts(recipe, processes)
-        return
-    with pytest.raises(ValueError, match=message):
-        train_command.check_parts(recipe, processes)
+    train_command.check_parts(tiny_net(), 8, recipe, count)
+
+
+@pytest.mark.parametrize(("batch", "parts", "count"), [(16, 8, 2), (13, 4, 1), (1, 1, 1)])
+def test_parts_of_one_image_can_where_its_deepest_map_is_large_enough(batch, parts, count):
+    recipe, net = Recipe(batch_size=batch, accumulate=parts), tiny_net()
+    before = net.backbone.bn1.running_mean.clone()
+    train_command.check_parts(net, 16, recipe, count)
+    assert torch.equal(net.backbone.bn1.running_mean, before)
+    with pytest.raises(ValueError, match="leaves a part of one image"):
+        train_command.check_parts(net, 8, recipe, count)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(folder, tmp_path):
+    arguments = argparse.Namespace(teacher=None, out=tmp_path)
+    preset = PRESETS["fast"].with_options({"batch_size": 9})
+    with pytest.raises(ValueError, match="2 processes cannot share a batch of 9"):
+        train_command._train_with(arguments, preset, Processes(torch.device("cpu"), count=2))
+
+
+def test_determinism_is_asked_of_torch(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(loop, "fit", lambda run, work: asked.append(determinism()))
+    asked = []
+
+    def determinism():
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+
+    for words in (["--deterministic"], []):
+        with pytest.raises(AttributeError):  # nothing was trained that could be written
+            train("--data", folder, "--out", tmp_path / "run", *TINY, *words)
+    assert asked == [(True, True), (False, False)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_test_images_that_cannot_be_read_are_said_before_training(folder, tmp_path, capsys):
+    for file in (folder / "test").glob("*/*"):
+        file.write_bytes(b"broken")
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY) == 2
+    assert capsys.readouterr().err == "error: none of 12 test images could be read\n"
 
 
 def test_a_run_goes_on_with_what_it_began_with(folder, tmp_path, capsys):
@@ -346,6 +375,13 @@ def test_a_single_folder_of_six_images_a_class_becomes_a_bundle(tmp_path, capsys
         listing_to_test(data, facts["files_sha256"])
 
 
+def test_a_stray_image_beside_class_folders_is_not_what_is_calibrated_on(tmp_path):
+    data = write_images(tmp_path, n=20)
+    (data / "montage.png").write_bytes((data / "dark/000.png").read_bytes())
+    listing, labelled = calibration_listing(data)
+    assert labelled and len(listing) == 60
+
+
 def test_a_class_called_train_is_trained_calibrated_tested(tmp_path):
     data = write_images(tmp_path, ("bus", "test", "train"), n=20)
     parts = find_parts(data)
@@ -371,9 +407,9 @@ def test_every_unreadable_file_is_told_once(folder, tmp_path, capsys, storage):
 
 def test_unreadable_files_are_told_of_a_run_that_was_stopped(folder, tmp_path, capsys, monkeypatch):
     spoiled = find_parts(folder).training.files[0]
-    spoiled.write_bytes(b"broken")
 
     def stopped(run, work):
+        spoiled.write_bytes(b"broken")
         list(work.training.batches([torch.arange(len(work.training))], draw=0))
         raise Interrupted("stopped", 143)
 

@@ -13,7 +13,7 @@ import uvicorn
 
 from model.bundle import BundleError
 from server.app import create_app
-from server.arrival import Protocol
+from server.connection import Protocol
 from server.listening import Acceptor
 from server.logs import configure
 from server.repository import Served

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import InvalidParameter
 from server.protocol import parameters_from
@@ -17,22 +14,6 @@ TIMES_BEHIND = 4
 answer will wait to be sent, beside the stages it needs."""
 NOT_BEHIND_SECONDS = 0.001
 """What a loop with nothing else to do may take to begin a request."""
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, which notes when a request came.
-
-    A request's own code runs a turn of the event loop later or more, and under load a turn takes
-    long: a deadline counted from there would be kept on paper alone.
-    """
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope[ARRIVED] = time.perf_counter()  # type: ignore[literal-required]
-
-    def on_headers_complete(self) -> None:
-        self.scope[READ] = time.perf_counter()  # type: ignore[literal-required]
-        super().on_headers_complete()
 
 
 def arrival(scope: Scope, now: float) -> float:

@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Scope
+
+CONNECTION = "offramp.connection"
+"""In a request's scope: its `Connection`."""
+
+
+class Connection:
+    """A client's, and what is to be called when it is lost."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.departures: set[Callable[[], None]] = set()
+
+    def lost(self) -> None:
+        """The client went away, or was answered and let go."""
+        self.open = False
+        for leave in tuple(self.departures):
+            leave()
 
 
 @contextmanager
-def ending_with_client(receive: Receive) -> Iterator[None]:
+def ending_with_client(scope: Scope) -> Iterator[None]:
     """Cancel what is inside, in the task that entered, when the client goes away.
 
+    Waiting for the request's `http.disconnect` instead would take another task for each image.
+
     Args:
-        receive: the request's, once its body is read.
+        scope: of the request; without a connection in it nobody is known to leave.
 
     Raises:
         ClientDisconnect: nobody waits any more.
     """
-    task = asyncio.current_task()
+    connection: Connection = scope.get(CONNECTION) or Connection()
+    if not connection.open:
+        raise ClientDisconnect
+    task, gone = asyncio.current_task(), False
     assert task is not None
-    watching = asyncio.ensure_future(_cancel_when_gone(task, receive))
+
+    def leave() -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    connection.departures.add(leave)
     try:
         yield
     except asyncio.CancelledError:
-        if watching.done():  # else somebody else cancelled
+        if gone:  # else somebody else cancelled
             task.uncancel()
             raise ClientDisconnect from None
         raise
     finally:
-        watching.cancel()
-
-
-async def _cancel_when_gone(task: asyncio.Task[Any], receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    task.cancel()
+        connection.departures.discard(leave)

@@ -131,7 +131,7 @@ async def post_classify(
     data = await uploads.read_image(request)
     if wants_events(request.headers.get("accept", "")):
         return await _stream(_events(data, admission, served, context, request))
-    with ending_with_client(request.receive):
+    with ending_with_client(request.scope):
         body = await classify(data, admission, served, context)
     return _encoded(body, served)
 
@@ -164,7 +164,7 @@ async def post_batch(
     """
     admission = admit(parameters, served)
     images = await uploads.read_images(request, MAX_BATCH_IMAGES)
-    with ending_with_client(request.receive):
+    with ending_with_client(request.scope):
         results = await asyncio.gather(
             *(classify_or_error(data, admission, served, context) for data in images)
         )
@@ -205,7 +205,7 @@ async def _events(
     passed: asyncio.Queue[Seen | None] = asyncio.Queue()
 
     async def answer() -> dict[str, Any]:
-        with ending_with_client(request.receive):
+        with ending_with_client(request.scope):
             return await classify(data, admission, served, context, passed.put_nowait)
 
     work = asyncio.ensure_future(answer())

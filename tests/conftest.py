@@ -27,7 +27,7 @@ from model.network import build
 from model.policy import Calibration, OperatingPoint, Policy
 from model.preprocess import Preprocess
 from server.app import create_app
-from server.arrival import Protocol
+from server.connection import Protocol
 from server.repository import Served
 from server.settings import Settings
 

@@ -202,8 +202,11 @@ def test_requests_before_warm_and_while_draining_are_503(serve, png):
 
 
 def test_an_unknown_failure_tells_the_client_nothing_and_the_log_everything(serve, png, caplog):
+    async def broken(data, seconds):
+        return 1 / 0
+
     with serve() as one:
-        one.served.decoder._render = lambda _: 1 / 0
+        one.served.decoder._decode = broken
         response = one.post(png)
         check_error(response, 500, "internal")
         assert response.json()["error"] == OfframpError.sentence

@@ -175,7 +175,7 @@ def test_the_live_figures_are_those_of_the_metrics(serve, visit):
 
 
 def test_what_is_no_image_is_said_kindly_and_the_next_image_works(server, visit):
-    with visit(server) as page:
+    with visit(server, failures=["400"]) as page:
         text = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"}
         page.get_by_label("Drop or paste an image").set_input_files(text)
         page.get_by_role("alert").get_by_text("Not an image, or not one of PNG").wait_for()
@@ -196,7 +196,7 @@ def test_a_server_that_is_gone_is_said_kindly_and_can_be_tried_again(serve, visi
 
 
 def test_a_busy_server_is_said_kindly(serve, visit):
-    with serve(max_queue=1) as one, visit(one) as page:
+    with serve(max_queue=1) as one, visit(one, failures=["429"]) as page:
         one.served.in_flight = 1
         page.get_by_role("button", name="Sample: otter").click()
         page.get_by_text("The server cannot answer in time now").wait_for()

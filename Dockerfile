@@ -21,7 +21,7 @@ RUN .venv/bin/pip install --require-hashes -r requirements.lock \
     && .venv/bin/pip uninstall -y pip
 COPY model model
 COPY server server
-COPY deploy/__init__.py deploy/__init__.py
+COPY deploy/__init__.py deploy/files.py deploy/options.py deploy/
 COPY deploy/loadtest deploy/loadtest
 RUN .venv/bin/python -m compileall -q model server deploy
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
 from deploy.loadtest.load import Result
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 def plot(results: Mapping[str, Sequence[Result]], deadline_seconds: float, file: Path) -> None:
     """Draw each server's latencies as a cumulative share, with the deadline."""
+    import matplotlib  # the server's image, which has the rest, has none
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for url, of_server in results.items():
         times = sorted(1e3 * r.seconds for r in of_server if r.status == 200)

@@ -106,7 +106,7 @@ def test_the_image_tree_serves_read_only_with_only_the_locked_packages(
     """What the Dockerfile copies, run by its entry point."""
     tree, cache, blocker = (tmp_path / name for name in ("tree", "cache", "blocker"))
     for source, target in copied():
-        to = tree / (target if target != "./" else source)
+        to = tree / target / Path(source).name if target.endswith("/") else tree / target
         to.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, to)
     shutil.rmtree(tree / "model/default", ignore_errors=True)
@@ -140,6 +140,9 @@ def test_the_image_tree_serves_read_only_with_only_the_locked_packages(
         entry = SERVICES["load"]["entrypoint"][1:]
         load = [sys.executable, *entry, f"{url}/classify", "--images", "images", "--seconds", "0.5"]
         subprocess.run(load, cwd=tree, env=environment, check=True)
+        test = [sys.executable, "-m", "deploy.loadtest", f"{url}/classify", "--images", "images"]
+        test += ["--clients", "1", "--seconds", "0.5"]
+        subprocess.run(test, cwd=tree, env=environment, check=True)
         exposition = urllib.request.urlopen(f"{url}/metrics").read().decode()
         answered = re.search(r'requests_total\{code="200",route="/classify"\} (\S+)', exposition)
         assert float(answered[1]) > 0

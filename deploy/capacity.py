@@ -84,8 +84,13 @@ def simulated(said: Row, machine: Imagined, kind: str, rate: float, seconds: flo
 
 
 def load_seconds(rate: float, wanted: float) -> float:
-    """How long a load to simulate is: as wanted, but for too few or too many requests."""
-    return max(FEWEST_REQUESTS / rate, 2 * BURST_SECONDS, min(wanted, MOST_REQUESTS / rate))
+    """How long a load to simulate is: as wanted, but for too few or too many requests.
+
+    In whole swings of bursts, over which alone their mean rate is kept.
+    """
+    swing = 2 * BURST_SECONDS
+    length = max(FEWEST_REQUESTS / rate, min(wanted, MOST_REQUESTS / rate))
+    return swing * max(1, round(length / swing))
 
 
 def capacity(answered: Callable[[float], bool], step: Callable[[], object] = lambda: None) -> float:
@@ -115,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         need_writable(arguments.json)
         said = read_recording(arguments.recording)
-        machine = _imagined(arguments, said["cores"])
+        machine = _imagined(arguments, said)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -130,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         whole = capacity(
             lambda r: (x := load(r))["in_time_share"] - x["degraded_share"] >= enough, bar.update
         )
-        rates = arguments.rates or [round(f * bent) for f in (0.5, 1.0, 1.5)]
+        rates = arguments.rates or [max(1, round(f * bent)) for f in (0.5, 1.0, 1.5)]
         rows = [{"rate": rate, **load(rate)} for rate in rates]
     print(
         f"{arguments.kind}, {enough:.1%} in time: {whole:.0f} images a second as the policy asks, "
@@ -142,12 +147,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _imagined(arguments: argparse.Namespace, cores: int) -> Imagined:
+def _imagined(arguments: argparse.Namespace, said: Row) -> Imagined:
     names = [f.name for f in dataclasses.fields(Imagined)]
     machine = Imagined(**{name: getattr(arguments, name) for name in names})
-    cores = machine.cores or cores
-    if machine.workers and machine.workers > cores:
-        raise ValueError(f"{machine.workers} workers want a core each, and there are {cores}")
+    cores = machine.cores or said["cores"]
+    workers = machine.workers or max(row["engine"].get("workers", 1) for row in said["rows"])
+    if workers > cores:
+        raise ValueError(f"{workers} workers want a core each, and there are {cores}")
     return machine
 
 
@@ -188,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", action="store_true", help="that share the cores, as recorded")
     parser.add_argument("--kind", choices=sorted(KINDS), default="poisson", help="of the load")
     parser.add_argument("--rates", type=positive, nargs="+", help="images a second, a row for each")
-    parser.add_argument("--seconds", type=positive, default=5.0, help="length of a load at most")
+    parser.add_argument(
+        "--seconds", type=positive, default=4.0, help="length of a load of usual rate"
+    )
     parser.add_argument(
         "--in-time", type=share, default=0.999, help="share of answers that is enough"
     )

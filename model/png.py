@@ -16,15 +16,19 @@ MOST_PIXELS = 128 * 128
 """For larger images the parser's time does not matter."""
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 MODES = {0: "L", 2: "RGB", 6: "RGBA"}
 """By colour type; what is not here has a palette."""
-CHUNK = Struct(">I4s")
+CHUNK, CHECK = Struct(">I4s"), Struct(">I")
 HEADER = Struct(">II5B")
 OPENING = SIGNATURE + CHUNK.pack(HEADER.size, b"IHDR")
+LEAST_BYTES = len(OPENING) + HEADER.size + 2 * CHUNK.size + 3 * CHECK.size
 
 
 def decode_plain(data: bytes, max_pixels: int) -> Image.Image | None:
-    """Decode a PNG of 8 bits a channel that has a header, pixels, an end and nothing else.
+    """Decode a PNG of 8 bits a channel that is a header, one chunk of pixels, and an end.
+
+    The header is looked at first, so that what is large, or has many chunks, costs nothing here.
 
     Args:
         data: the encoded image.
@@ -34,36 +38,35 @@ def decode_plain(data: bytes, max_pixels: int) -> Image.Image | None:
         Of mode L, RGB or RGBA; None for everything else, broken images included, which is for
         Pillow's parser to take or to refuse.
     """
-    if not data.startswith(OPENING):
+    if not data.startswith(OPENING) or len(data) < LEAST_BYTES:
         return None
-    chunks = _chunks(data)
-    if chunks is None:
-        return None
-    width, height, depth, colour, *others = HEADER.unpack(chunks[0])
+    width, height, depth, colour, *others = HEADER.unpack_from(data, len(OPENING))
     mode = MODES.get(colour)
     pixels = width * height
     if mode is None or depth != 8 or any(others) or not 0 < pixels <= min(MOST_PIXELS, max_pixels):
         return None
+    compressed = _only_pixels(data, 2 * pixels * CHANNELS[mode] + 4096)
+    if compressed is None:
+        return None
     try:
-        return Image.frombytes(mode, (width, height), b"".join(chunks[1:]), "zip", mode)
+        return Image.frombytes(mode, (width, height), compressed, "zip", mode)
     except ValueError:
         return None
 
 
-def _chunks(data: bytes) -> list[bytes] | None:
-    """Header and pixels, if all is well and there is nothing else before the end."""
-    found: list[bytes] = []
-    at, wanted = len(SIGNATURE), b"IHDR"
-    while len(data) - at >= CHUNK.size:
+def _only_pixels(data: bytes, most_bytes: int) -> bytes | None:
+    """The one chunk between header and end, if all of them are whole."""
+    at, body = len(SIGNATURE), None
+    for wanted in (b"IHDR", b"IDAT", b"IEND"):
+        if len(data) - at < CHUNK.size + CHECK.size:
+            return None
         length, kind = CHUNK.unpack_from(data, at)
-        stop = at + CHUNK.size + length
-        check = data[stop : stop + 4]
-        if zlib.crc32(data[at + 4 : stop]).to_bytes(4, "big") != check:
+        start, stop = at + CHUNK.size, at + CHUNK.size + length
+        if kind != wanted or length > most_bytes or len(data) < stop + CHECK.size:
             return None
-        if kind == b"IEND":
-            return found
-        if kind != wanted:
+        if CHECK.unpack_from(data, stop)[0] != zlib.crc32(data[at + 4 : stop]):
             return None
-        found.append(data[at + CHUNK.size : stop])
-        at, wanted = stop + 4, b"IDAT"
-    return None
+        if kind == b"IDAT":
+            body = data[start:stop]
+        at = stop + CHECK.size
+    return body

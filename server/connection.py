@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.arrival import ARRIVED, READ
 from server.departure import CONNECTION, Connection
@@ -21,9 +21,14 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._connection = Connection()
+        self._cycles: list[RequestResponseCycle] = []
+        """Of requests that are not answered, pipelined ones too; uvicorn knows the newest."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        for cycle in self._unanswered():  # or uvicorn would log that they gave no response
+            cycle.disconnected = True
+            cycle.message_event.set()
         self._connection.lost()
 
     def on_message_begin(self) -> None:
@@ -34,3 +39,12 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self.scope[READ] = time.perf_counter()  # type: ignore[literal-required]
         super().on_headers_complete()
+        self._cycles = [*self._unanswered(), self.cycle]
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if not self.pipeline:  # a paused transport does not see its client leave
+            self.flow.resume_reading()
+
+    def _unanswered(self) -> list[RequestResponseCycle]:
+        return [cycle for cycle in self._cycles if not cycle.response_complete]

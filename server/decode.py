@@ -25,6 +25,9 @@ from server.threads import name_thread
 SMALL_PIXELS = 128 * 128
 """Decoding fewer takes about 0.2 ms at most, which is what a thread hop may cost under load."""
 
+SMALL_BYTES = 1 << 18
+"""More for so few pixels is no honest image, and may take seconds."""
+
 ERRORS: dict[type[image.ImageError], type[OfframpError]] = {
     image.UnsupportedImage: UnsupportedImage,
     image.BrokenImage: BrokenImage,
@@ -90,7 +93,7 @@ class Decoder:
         if (plain := image.decode_quickly(data, self._max_pixels)) is not None:
             return self._preprocess.pixels(plain)
         header = image.read_header(data, self._max_pixels)
-        if header.width * header.height <= SMALL_PIXELS:
+        if header.width * header.height <= SMALL_PIXELS and len(data) <= SMALL_BYTES:
             return self._render(header)
         loop = asyncio.get_running_loop()
         # Whoever gives up while the image still waits for a thread takes it out of the queue.

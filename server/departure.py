@@ -14,7 +14,11 @@ CONNECTION = "offramp.connection"
 
 
 class Connection:
-    """A client's, and what is to be called when it is lost."""
+    """A client's, and what is to be called when it is lost.
+
+    While a request waits behind one whose body was read before it came, nothing more is read, and
+    so the client is not known to leave until the first is answered.
+    """
 
     def __init__(self) -> None:
         self.open = True

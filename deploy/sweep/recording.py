@@ -58,7 +58,8 @@ def read_recording(file: Path) -> Row:
         said = json.loads(file.read_text())
     except ValueError:
         said = None
-    if not isinstance(said, dict) or not {"costs", "confidences", "rows"} <= said.keys():
+    wanted = {"costs", "confidences", "rows", "cores", "deadline_ms"}
+    if not isinstance(said, dict) or not wanted <= said.keys() or not said["rows"]:
         raise ValueError(f"{file} is no recording of a sweep")
     return said
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from deploy.capacity import Imagined, capacity, load_seconds, main, simulated
+from deploy.loadtest.schedules import BURST_SECONDS, bursts
 from tests.deploy.test_sweep import SURE, UNSURE, recording
 
 NOTHING = {"begin": 0.0, "answer": 0.0, "refuse": 0.0, "batch": 0.0}
@@ -116,6 +117,29 @@ def test_the_command_prints_capacities_and_a_row_for_each_rate(tmp_path, capsys)
     assert figures["machine"]["speed"] == 1.0
 
 
+def test_a_machine_that_answers_nothing_in_time_is_shown_as_that(tmp_path, capsys):
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(said(SURE)))
+    assert main([str(file), "--deadline-ms", "1"]) == 0
+    assert ": 0 images a second as the policy asks, 0 with" in capsys.readouterr().out
+
+
+def test_recorded_workers_want_a_core_each_too(tmp_path, capsys):
+    made = said(SURE)
+    made["rows"][0]["engine"] = made["rows"][0]["engine"] | {"workers": 2}
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(made))
+    assert main([str(file), "--cores", "1"]) == 2
+    assert "2 workers want a core each, and there are 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", [1.0, 33.0, 1000.0, 7000.0, 1e5])
+def test_bursts_keep_their_mean_rate(rate):
+    length = load_seconds(rate, 5.0)
+    assert len(bursts(rate, length)) / length == pytest.approx(rate, rel=0.2)
+    assert length % (2 * BURST_SECONDS) == 0
+
+
 def test_rates_around_the_capacity_are_shown_by_themselves(tmp_path, capsys):
     file = tmp_path / "sweep.json"
     file.write_text(json.dumps(said(SURE)))
@@ -123,7 +147,15 @@ def test_rates_around_the_capacity_are_shown_by_themselves(tmp_path, capsys):
     assert capsys.readouterr().out.count("\n| ") == 5
 
 
-@pytest.mark.parametrize("content", ["[]", "no JSON"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "no JSON",
+        json.dumps(recording() | {"rows": []}),
+        json.dumps({"costs": {}, "rows": [1]}),
+    ],
+)
 def test_a_file_that_is_no_recording_is_one_sentence(tmp_path, capsys, content):
     file = tmp_path / "x.json"
     file.write_text(content)

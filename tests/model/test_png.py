@@ -89,8 +89,39 @@ def test_every_filter_is_undone(filtered):
     assert np.array_equal(decode(data, 32, LIMIT), by_parser(data))
 
 
-def test_pixels_may_come_in_many_chunks():
-    assert decode_plain(assemble(raw(), cut=7), LIMIT) == decode_plain(assemble(raw()), LIMIT)
+def test_rows_that_are_missing_from_several_chunks_are_broken_as_with_pillows_parser():
+    rows = zlib.compress(bytes(5))  # the first of four rows of four pixels
+    data = assemble(rows, 4, 4, (8, 0, 0, 0, 0), cut=len(rows) - 1)
+    with pytest.raises(BrokenImage):
+        by_parser(data)
+    with pytest.raises(BrokenImage):
+        decode(data, 32, LIMIT)
+
+
+class Counted(bytes):
+    """Bytes that count how many of them were copied."""
+
+    copied = 0
+
+    def __getitem__(self, key):
+        taken = super().__getitem__(key)
+        Counted.copied += len(taken) if isinstance(key, slice) else 1
+        return taken
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        assemble(raw(600, 500), 600, 500),
+        assemble(b"\x00" * 300_000, cut=1),
+        assemble(zlib.compress(bytes(9)) + bytes(500_000), 1, 1),
+    ],
+    ids=["large", "of many chunks", "of too many bytes"],
+)
+def test_what_is_large_is_not_looked_at_here(data):
+    Counted.copied = 0
+    assert decode_plain(Counted(data), LIMIT) is None
+    assert Counted.copied < 100
 
 
 def test_rows_that_are_missing_are_black_as_with_pillows_parser():
@@ -129,6 +160,7 @@ OTHERS = {
     "an unknown filter method": assemble(raw(), header=(8, 2, 0, 1, 0)),
     "no size": assemble(raw(), width=0),
     "too large": png(image("L", 129, 128)),
+    "several chunks of pixels": assemble(raw(), cut=7),
     "two headers": assemble(raw(), before=[chunk(b"IHDR", HEADER.pack(9, 7, 8, 2, 0, 0, 0))]),
     "no pixels": assemble(b""),
     "what is not compressed": assemble(b"\x01" * 90),

@@ -1,6 +1,9 @@
 """What a client that goes away ends, and what it does not."""
 
 import asyncio
+import gc
+import logging
+import time
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -8,6 +11,8 @@ from starlette.requests import ClientDisconnect
 from server.departure import CONNECTION, Connection, ending_with_client
 from tests.conftest import until
 from tests.gate import gated
+
+HEAD = b"POST /classify?threshold=1 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 
 
 async def waiting(scope, begun):
@@ -90,11 +95,25 @@ def test_behind_another_protocol_nobody_is_known_to_leave():
     assert run(scenario) == "answered"
 
 
-def test_pipelined_requests_of_a_client_that_leaves_are_all_ended(serve, png):
+@pytest.mark.parametrize("size", [70_505, 587_310])
+def test_a_client_whose_image_came_in_large_pieces_is_heard_to_leave(serve, png, size):
+    body = png + bytes(size - len(png))
+    with serve(default_deadline_ms=None) as server:
+        with gated(server) as gate:
+            connection = server.send(HEAD % size)
+            time.sleep(0.05)
+            connection.sendall(body[:1000])
+            time.sleep(0.05)
+            connection.sendall(body[1000:])
+            gate.wait_for_a_batch()
+            connection.close()
+            until(lambda: server.served.in_flight == 0)
+        assert server.post(png).status_code == 200
+
+
+def test_pipelined_requests_of_a_client_that_leaves_are_all_ended(serve, png, caplog):
     """The first runs when the second is already read."""
-    head = b"POST /classify?threshold=1 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(
-        png
-    )
+    head = HEAD % len(png)
     with serve(default_deadline_ms=None) as server:
         with gated(server) as gate:
             connection = server.send(head + png + head + png)
@@ -102,3 +121,5 @@ def test_pipelined_requests_of_a_client_that_leaves_are_all_ended(serve, png):
             connection.close()
             until(lambda: server.served.in_flight == 0)
         assert server.post(png).status_code == 200
+    gc.collect()
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -151,7 +152,8 @@ def _deaf_to_signals() -> Iterator[None]:
 
 def _end_with_the_run(run: int, worker: int) -> None:
     """Leave when the run itself says so, or is gone, even if a file keeps this worker waiting."""
-    parent = os.getppid()
+    # Not who the parent is by now: the run may have ended as soon as this worker began.
+    parent = run if multiprocessing.get_start_method() == "fork" else os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -280,7 +280,7 @@ def test_workers_end_though_a_file_keeps_them_waiting(folder, leave):
     """A pipe that nobody writes to stands in for storage that does not answer."""
     run = multiprocessing.get_context("fork").Process(target=_stream_a_pipe, args=(folder,))
     run.start()
-    until(lambda: len(_children(run.pid)) == 2)
+    until(lambda: len(_children(run.pid)) == 2, seconds=60)
     workers = _children(run.pid)
     if leave == "terminate":
         os.kill(run.pid, signal.SIGINT)  # it ends its workers as it leaves
@@ -288,7 +288,7 @@ def test_workers_end_though_a_file_keeps_them_waiting(folder, leave):
         os.kill(run.pid, signal.SIGKILL)
     run.join(30)
     assert run.exitcode is not None
-    until(lambda: not any(_is_running(w) for w in workers), seconds=20)
+    until(lambda: not any(_is_running(w) for w in workers), seconds=60)
 
 
 def _stream_a_pipe(folder):

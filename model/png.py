@@ -16,9 +16,8 @@ MOST_PIXELS = 128 * 128
 """For larger images the parser's time does not matter."""
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 MODES = {0: "L", 2: "RGB", 6: "RGBA"}
-"""By colour type; what is not here has a palette."""
+"""By colour type, a letter a channel; what is not here has a palette."""
 CHUNK, CHECK = Struct(">I4s"), Struct(">I")
 HEADER = Struct(">II5B")
 OPENING = SIGNATURE + CHUNK.pack(HEADER.size, b"IHDR")
@@ -45,7 +44,7 @@ def decode_plain(data: bytes, max_pixels: int) -> Image.Image | None:
     pixels = width * height
     if mode is None or depth != 8 or any(others) or not 0 < pixels <= min(MOST_PIXELS, max_pixels):
         return None
-    compressed = _only_pixels(data, 2 * pixels * CHANNELS[mode] + 4096)
+    compressed = _only_pixels(data, 2 * pixels * len(mode) + 4096)
     if compressed is None:
         return None
     try:

@@ -14,7 +14,7 @@ class Loop(Protocol):
     """What is needed of a client's event loop; the seam for tests."""
 
     def call_soon(
-        self, callback: Callable[..., object], *args: Any, context: Context | None
+        self, callback: Callable[..., object], *args: Any, context: Context
     ) -> object: ...
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> object: ...
@@ -38,7 +38,7 @@ class Promise(Generic[T]):
         self._done = False
         self._result: T | None = None
         self._error: BaseException | None = None
-        self._going_on: tuple[Callable[[Promise[T]], object], Context | None] | None = None
+        self._going_on: tuple[Callable[[Promise[T]], object], Context] | None = None
 
     def get_loop(self) -> Loop:
         """The loop of whoever waits."""
@@ -87,7 +87,7 @@ class Promise(Generic[T]):
         return True
 
     def add_done_callback(
-        self, callback: Callable[[Promise[T]], object], *, context: Context | None = None
+        self, callback: Callable[[Promise[T]], object], *, context: Context
     ) -> None:
         """Have the task that waits go on when it is kept; what asyncio calls when one awaits it."""
         self._going_on = callback, context
@@ -102,7 +102,4 @@ class Promise(Generic[T]):
         self._done = True
         if self._going_on:
             go_on, context = self._going_on
-            if context is None:
-                go_on(self)
-            else:
-                context.run(go_on, self)
+            context.run(go_on, self)

@@ -13,7 +13,6 @@ from training.interrupt import ASK_SECONDS, Leaving, Request
 class Pair(Processes):
     """One of two processes, the other of which is signalled after some steps and as fast."""
 
-    asked: list[int] = field(default_factory=list)
     signalled: list[bool] = field(default_factory=list)
 
     def sum(self, values):

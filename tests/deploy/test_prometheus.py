@@ -201,7 +201,8 @@ def prometheus(serve, cifar, eager_path, tmp_path_factory):
     load = Load([data for _, data in cifar[::10]])
     with ExitStack() as stack:
         servers = {
-            "offramp": serve(max_accuracy_loss=0.05),
+            # With so much time that no busy machine makes it bend.
+            "offramp": serve(max_accuracy_loss=0.05, default_deadline_ms=30_000),
             "offramp-slow": serve(),
             "offramp-full": serve(max_queue=2),
             "offramp-wrong": serve(bundle=eager_path, audit_rate=1.0),
@@ -226,12 +227,14 @@ def prometheus(serve, cifar, eager_path, tmp_path_factory):
 
 
 def test_every_panel_has_data(prometheus):
-    def missing():
-        asked = {q.id: concrete(q.values[0]) for q in QUERIES}
-        return [name for name, query in asked.items() if not prometheus.query(query)]
+    missing = {q.id: concrete(q.values[0]) for q in QUERIES}
 
-    wait_until(lambda: not missing(), 8)
-    assert missing() == []
+    def all_seen():
+        for name in [name for name, query in missing.items() if prometheus.query(query)]:
+            del missing[name]
+        return missing == {}
+
+    wait_until(all_seen)
 
 
 def test_every_rule_is_loaded_and_evaluates(prometheus):
@@ -239,9 +242,9 @@ def test_every_rule_is_loaded_and_evaluates(prometheus):
     rules = [rule for group in groups for rule in group["rules"]]
     written = "".join(file.read_text() for file in RULES.glob("*.yml"))
     assert len(rules) == len(re.findall(r"- (?:record|alert):", written))
-    wait_until(lambda: all_healthy(prometheus), 5)
+    wait_until(lambda: all_healthy(prometheus))
     records = [rule["name"] for rule in rules if rule["type"] == "recording"]
-    wait_until(lambda: all(prometheus.query(record) for record in records), 5)
+    wait_until(lambda: all(prometheus.query(record) for record in records))
 
 
 def all_healthy(prometheus):
@@ -262,13 +265,13 @@ def all_healthy(prometheus):
     ],
 )
 def test_a_faulty_server_fires_its_alert_and_the_good_one_does_not(prometheus, alert, job):
-    wait_until(lambda: (alert, job) in prometheus.firing(), 8)
+    wait_until(lambda: (alert, job) in prometheus.firing())
     if alert not in ("OfframpLatencyBurn", "OfframpAuditAgreementLow"):
         assert (alert, "offramp") not in prometheus.firing()
 
 
 def test_a_firing_alert_links_to_its_runbook(prometheus):
-    wait_until(lambda: prometheus.firing(), 5)
+    wait_until(lambda: prometheus.firing())
     for alert in prometheus.get("alerts")["alerts"]:
         page = httpx.get(alert["annotations"]["runbook_url"].replace("localhost", "127.0.0.1"))
         assert page.text.startswith(f"# {alert['labels']['alertname']}")
@@ -276,7 +279,7 @@ def test_a_firing_alert_links_to_its_runbook(prometheus):
 
 @pytest.mark.slow
 def test_dashboards_can_be_drawn(prometheus, tmp_path):
-    wait_until(lambda: prometheus.query("rate(offramp_confidence_bucket[4s]) > 0"), 10)
+    wait_until(lambda: prometheus.query("rate(offramp_confidence_bucket[4s]) > 0"))
     assert plot.main([prometheus.url, str(tmp_path), "--minutes", "0.2"]) == 0
     for dashboard in DASHBOARDS:
         with Image.open(tmp_path / f"{dashboard.name}.png") as image:

@@ -25,6 +25,7 @@ from deploy.options import count, positive, share
 from deploy.sweep.engine import Row
 from deploy.sweep.prediction import overhead_of, predict
 from deploy.sweep.recording import read_recording
+from model.table import markdown_table
 
 FEWEST_REQUESTS, MOST_REQUESTS = 100, 20_000
 """Of one simulation: its load is made longer, or shorter, for as many."""
@@ -160,19 +161,19 @@ def _imagined(arguments: argparse.Namespace, said: Row) -> Imagined:
 def _table(rows: list[Row]) -> str:
     exits = sorted({k for row in rows for k in row["exits"]}, key=int)
     heads = ["offered/s", "in time/s", "in time", "refused", "degraded", "effective accuracy"]
-    lines = [f"| {' | '.join(heads + [f'exit {k}' for k in exits])} |"]
-    lines.append("| --- " * (len(heads) + len(exits)) + "|")
-    for row in rows:
-        accuracy, answers = row["effective_accuracy"], max(1, sum(row["exits"].values()))
-        cells = [
-            f"{row['rate']:.0f}",
-            f"{row['goodput_per_second']:.0f}",
-            *(f"{row[f'{name}_share']:.1%}" for name in ("in_time", "refused", "degraded")),
-            "-" if accuracy is None else f"{accuracy:.1%}",
-            *(f"{row['exits'].get(k, 0) / answers:.0%}" for k in exits),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    heads += [f"exit {k}" for k in exits]
+    return markdown_table(heads, [_cells(row, exits) for row in rows])
+
+
+def _cells(row: Row, exits: list[str]) -> list[str]:
+    accuracy, answers = row["effective_accuracy"], max(1, sum(row["exits"].values()))
+    return [
+        f"{row['rate']:.0f}",
+        f"{row['goodput_per_second']:.0f}",
+        *(f"{row[f'{name}_share']:.1%}" for name in ("in_time", "refused", "degraded")),
+        "-" if accuracy is None else f"{accuracy:.1%}",
+        *(f"{row['exits'].get(k, 0) / answers:.0%}" for k in exits),
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:

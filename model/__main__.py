@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import torch
 
@@ -11,31 +10,31 @@ from model.architectures import ARCHITECTURES
 from model.exits import HEADS
 from model.macs import StageCost, count_stages
 from model.network import build
+from model.table import markdown_table
 
 CLASSES = {32: 100, 224: 1000}
 """Of the data sets that networks of each stem are published for."""
-HEADER = (
-    "| architecture | exits | MACs, M | parameters, M | heads: paper | compact | default |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
-)
+COLUMNS = "architecture|exits|MACs, M|parameters, M|heads: paper|compact|default"
+NUMBERS = range(1, 6)
+"""Columns that line up on the right."""
 
 
-def table(stem: int) -> Iterator[str]:
-    """One line for each architecture, at images of `stem` x `stem` and its published width."""
-    yield HEADER
-    for architecture in ARCHITECTURES:
-        costs = {head: _count(architecture, stem, head) for head in HEADS}
-        trunk = costs["paper"]
-        shares = [_head_share(cost) for cost in costs.values()]
-        cells = [
-            f"`{architecture}`",
-            str(len(trunk)),
-            f"{sum(c.trunk_macs for c in trunk) / 1e6:,.0f}",
-            f"{sum(c.trunk_parameters for c in trunk) / 1e6:.2f}",
-            *(f"{share:.1%}" for share in shares),
-            _default_head(architecture),
-        ]
-        yield f"| {' | '.join(cells)} |"
+def table(stem: int) -> str:
+    """A row for each architecture, at images of `stem` x `stem` and its published width."""
+    return markdown_table(COLUMNS.split("|"), (_row(a, stem) for a in ARCHITECTURES), NUMBERS)
+
+
+def _row(architecture: str, stem: int) -> list[object]:
+    costs = {head: _count(architecture, stem, head) for head in HEADS}
+    trunk = costs["paper"]
+    return [
+        f"`{architecture}`",
+        len(trunk),
+        f"{sum(c.trunk_macs for c in trunk) / 1e6:,.0f}",
+        f"{sum(c.trunk_parameters for c in trunk) / 1e6:.2f}",
+        *(f"{_head_share(cost):.1%}" for cost in costs.values()),
+        _default_head(architecture),
+    ]
 
 
 def _count(architecture: str, stem: int, head: str) -> list[StageCost]:
@@ -57,7 +56,7 @@ def main() -> int:
     """Print the tables of `docs/architectures.md`."""
     for stem, classes in CLASSES.items():
         print(f"### {stem} x {stem}, {classes} classes\n")
-        print("\n".join(table(stem)), end="\n\n")
+        print(table(stem), end="\n\n")
     return 0
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic_core import PydanticUndefined
 
+from model.table import markdown_table
 from server import routes
 from server.app import DESCRIPTION
 from server.errors import every_error
@@ -65,14 +66,14 @@ def settings_page() -> str:
             "A command-line flag goes over the environment, and that over the default. An unknown",
             f"`{PREFIX}` name and a value that cannot be meant stop the start with a message.",
             "",
-            *table(("Environment", "Flag", "Default", "Meaning"), rows),
+            markdown_table(("Environment", "Flag", "Default", "Meaning"), rows),
         ]
     )
 
 
 def errors_page() -> str:
     """A row for each code."""
-    rows = [(f"`{k.code}`", str(k.status), k.sentence) for k in every_error()]
+    rows = [(f"`{k.code}`", k.status, k.sentence) for k in every_error()]
     return "\n".join(
         [
             NOTICE,
@@ -83,7 +84,7 @@ def errors_page() -> str:
             "The log has the request under its id. In `/classify/batch` an image's error stands in",
             "its place among the results; in an event stream that has begun, the event `error`.",
             "",
-            *table(("Code", "Status", "Sentence"), rows),
+            markdown_table(("Code", "Status", "Sentence"), rows),
         ]
     )
 
@@ -106,7 +107,7 @@ def metrics_page() -> str:
             "`/metrics` has these in the Prometheus text format, every series from the start at",
             "zero, beside the usual `process_*` and `python_*`. It never needs a key.",
             "",
-            *table(("Name", "Type", "Labels", "Meaning"), rows),
+            markdown_table(("Name", "Type", "Labels", "Meaning"), rows),
         ]
     )
 
@@ -132,7 +133,7 @@ def http_page(openapi: Json) -> str:
         lines += ["", f"## {name}", "", _one_line(schemas[name]["description"]), ""]
         properties = schemas[name]["properties"].items()
         rows = [(f"`{field}`", _type(one), one["description"]) for field, one in properties]
-        lines += table(("Field", "Type", "Meaning"), rows)
+        lines.append(markdown_table(("Field", "Type", "Meaning"), rows))
     lines += [
         "",
         "## Reason",
@@ -152,9 +153,9 @@ def _operation(method: str, path: str, operation: Json) -> list[str]:
         lines += ["", operation["requestBody"]["description"]]
     if parameters := operation.get("parameters"):
         rows = [(f"`{p['name']}`", _type(p["schema"]), p["description"]) for p in parameters]
-        lines += ["", *table(("Parameter", "Type", "Meaning"), rows)]
+        lines += ["", markdown_table(("Parameter", "Type", "Meaning"), rows)]
     statuses = [(code, r["description"]) for code, r in operation["responses"].items()]
-    return [*lines, "", *table(("Status", "When"), statuses)]
+    return [*lines, "", markdown_table(("Status", "When"), statuses)]
 
 
 def _type(schema: Json) -> str:
@@ -174,15 +175,6 @@ def _name(kind: Json) -> str:
     if kind.get("type") == "array":
         return f"list of {_name(kind['items'])}"
     return str(kind.get("type", "anything"))
-
-
-# --- Markdown ------------------------------------------------------------------------------------
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return [f"| {' | '.join(_one_line(c).replace('|', chr(92) + '|') for c in r)} |" for r in lines]
 
 
 def _one_line(text: str) -> str:

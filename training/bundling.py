@@ -13,13 +13,13 @@ import torch
 
 from model.bundle import REPORT, save_bundle
 from model.files import write_atomically
+from model.table import markdown_table
 from training import curves
 from training.accuracy import Accuracy
 from training.folder import Folder
 from training.log import write_log
 from training.presets import Preset
 from training.run import Run
-from training.table import table
 
 BUNDLE = "bundle"
 """Within a run's folder."""
@@ -128,10 +128,10 @@ def page(done: Finished) -> str:
     parts = [
         "# How this network was trained",
         f"```sh\n{done.command}\n```",
-        table(
+        markdown_table(
             ["images", "number", *exits, "ensemble"],
             [
-                [name, str(a.images), *(f"{x:.2%}" for x in a.exits), f"{a.ensemble:.2%}"]
+                [name, a.images, *(f"{x:.2%}" for x in a.exits), f"{a.ensemble:.2%}"]
                 for name, a in rows.items()
             ],
         ),
@@ -140,9 +140,9 @@ def page(done: Finished) -> str:
         f"{facts['training_images']} images; {facts['unreadable_files']} could not be read.",
         f"![Accuracy of each exit, loss terms, over epochs.]({CURVES})",
         "## Recipe",
-        table(
+        markdown_table(
             ["option", "value"],
-            [[f"--{n.replace('_', '-')}", str(v)] for n, v in facts["recipe"].items()],
+            [[f"--{n.replace('_', '-')}", v] for n, v in facts["recipe"].items()],
         ),
     ]
     return "\n\n".join(parts) + "\n"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from model.table import markdown_table
 from training.evaluation import Report
-from training.table import table
 
 CAPTIONS = {
     "accuracy_over_cost.png": "Accuracy over cost.",
@@ -65,7 +65,7 @@ def exit_table(report: Report) -> str:
     head = "exit|accuracy|alone|MACs, M|parameters, M|ms|error|served|leaving|only full|only here"
     rows = [
         [
-            str(e.exit),
+            e.exit,
             f"{e.accuracy:.2%}",
             f"{e.alone:.2%}",
             f"{e.macs / 1e6:.1f}",
@@ -74,12 +74,13 @@ def exit_table(report: Report) -> str:
             f"{e.error_before:.2%}",
             f"{e.error_after:.2%}",
             "" if e.error_leaving is None else f"{e.error_leaving:.2%}",
-            str(e.only_full_network_right),
-            str(e.only_this_exit_right),
+            e.only_full_network_right,
+            e.only_this_exit_right,
         ]
         for e in report.exits
     ]
-    return table(head.split("|"), rows, right=True)
+    columns = head.split("|")
+    return markdown_table(columns, rows, right=range(len(columns)))
 
 
 def point_table(report: Report) -> str:
@@ -98,4 +99,5 @@ def point_table(report: Report) -> str:
         ]
         for p in report.operating_points
     ]
-    return table(head.split("|"), rows, right=True)
+    columns = head.split("|")
+    return markdown_table(columns, rows, right=range(len(columns)))

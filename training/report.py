@@ -12,13 +12,13 @@ from typing import Any
 
 from model.bundle import DESCRIPTION, REPORT, BundleError, Description
 from model.files import write_atomically
+from model.table import markdown_table
 from training import curves
 from training.bundling import BUNDLE
 from training.log import LOG, Entry, read_log
 from training.normalisation import is_cifar100
 from training.plots import PUBLISHED
 from training.recipe import Recipe
-from training.table import table
 
 PAGE = "report.md"
 COST_PLOT = "accuracy_over_macs.png"
@@ -181,7 +181,7 @@ def ablation_table(runs: Sequence[Trained]) -> str:
         network = f"{facts.architecture} {_arguments(facts.arguments)}".strip()
         minutes = f"{run.description.training['seconds'] / 60:.1f}"
         rows.append([run.name, network, *shown, f"{ensemble:.2%}", minutes, run.changes])
-    return table([*head, "minutes", "options"], rows)
+    return markdown_table([*head, "minutes", "options"], rows)
 
 
 def cost_table(runs: Sequence[Trained], cifar: bool) -> str:
@@ -190,7 +190,7 @@ def cost_table(runs: Sequence[Trained], cifar: bool) -> str:
     rows = [
         [
             run.name,
-            str(k),
+            k,
             f"{macs:.1f}",
             f"{accuracy:.2f}%",
             *([_against(macs, accuracy)] if cifar else []),
@@ -199,7 +199,7 @@ def cost_table(runs: Sequence[Trained], cifar: bool) -> str:
         for k, (macs, accuracy) in enumerate(_points(run, on_test), start=1)
     ]
     published = ["against BoostNet"] if cifar else []
-    return table(["run", "exit", "MACs, M", "accuracy", *published], rows)
+    return markdown_table(["run", "exit", "MACs, M", "accuracy", *published], rows)
 
 
 def published_at(macs: float) -> float | None:

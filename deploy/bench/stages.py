@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.bundle import Bundle
 from model.fold import Stage
 from model.numerics import name_of, suits_cpu
+from model.table import markdown_table
 from server.compile import compile_unit, traceable_units
 from server.compiled import CompiledUnit
 from server.programs import Programs
@@ -187,16 +188,12 @@ def medians(staged: Pass, fused: Pass, seconds: float, clock: Clock) -> tuple[fl
 
 def table(rows: Sequence[Measured]) -> str:
     """Markdown."""
-    lines = [
-        "| numerics | batch | way | staged, ms | fused, ms | staged / fused |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {r.dtype} | {r.batch} | {r.way} | {r.staged_ms:.2f} | {r.fused_ms:.2f} "
-        f"| {r.ratio:.3f} |"
+    head = ["numerics", "batch", "way", "staged, ms", "fused, ms", "staged / fused"]
+    cells = [
+        [r.dtype, r.batch, r.way, f"{r.staged_ms:.2f}", f"{r.fused_ms:.2f}", f"{r.ratio:.3f}"]
         for r in rows
     ]
-    return "\n".join(lines)
+    return markdown_table(head, cells)
 
 
 def _eager(module: nn.Module) -> Run:

@@ -23,6 +23,7 @@ import torch
 from deploy.bench.stages import Pass, staged_pass
 from model.bundle import BundleError, load_servable
 from model.numerics import DTYPES
+from model.table import markdown_table
 from server.settings import workers_at_once
 
 WARM_UP_SECONDS = 0.3
@@ -268,14 +269,17 @@ def run_at_once(passes: Sequence[Pass], threads: int, seconds: float) -> list[fl
 
 def table(rows: Sequence[Measured]) -> str:
     """Markdown."""
-    lines = [
-        "| numerics | batch | engines | threads each | images/s | a pass, ms | of the default |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {r.dtype} | {r.batch} | {r.setup.engines} | {r.setup.threads} "
-        f"| {r.images_per_second:.0f} | {r.pass_ms:.2f} "
-        f"| {'-' if r.ratio is None else f'{r.ratio:.2f}'} |"
+    head = "numerics|batch|engines|threads each|images/s|a pass, ms|of the default"
+    cells = [
+        [
+            r.dtype,
+            r.batch,
+            r.setup.engines,
+            r.setup.threads,
+            f"{r.images_per_second:.0f}",
+            f"{r.pass_ms:.2f}",
+            "-" if r.ratio is None else f"{r.ratio:.2f}",
+        ]
         for r in rows
     ]
-    return "\n".join(lines)
+    return markdown_table(head.split("|"), cells)

@@ -62,7 +62,7 @@ def _report(arguments: argparse.Namespace, said: Row) -> None:
         aimed = goals.of_offered(said["rows"], *depths)
     else:
         aimed = goals.of_closed(said["rows"])
-    said["goals"] = [str(goal) for goal in aimed]
+    said["goals"] = [goal.cells for goal in aimed]
     if aimed:
         print(f"\n{goals.table(aimed)}")
     for row in said["rows"]:

@@ -12,6 +12,7 @@ from deploy.loadtest.summary import summarise
 from deploy.peers.peer import Peer, PeerError
 from deploy.peers.profile import look, profile
 from deploy.peers.running import PORT, client_of
+from model.table import markdown_table
 
 CLIENTS = (1, 8, 32)
 AT_ONCE = 8
@@ -69,18 +70,15 @@ def unloaded_ms(row: Mapping[str, Any]) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """The servers as Markdown."""
-    columns = [f"{n} client{'s' * (n > 1)}" for n in CLIENTS]
-    lines = [
-        f"| server | {' | '.join(f'{c}, images/s (p50, p99 in ms)' for c in columns)} | accuracy |",
-        "| --- " * (2 + len(CLIENTS)) + "|",
-    ]
-    for row in rows:
-        if "failed" in row:
-            lines.append(f"| {row['name']} | {row['failed']}" + " |" * (1 + len(CLIENTS)))
-            continue
-        said = [row["clients"][str(n)] for n in CLIENTS]
-        lines.append(f"| {row['name']} | {' | '.join(map(_cell, said))} | {_share(row)} |")
-    return "\n".join(lines)
+    loads = [f"{n} client{'s' * (n > 1)}, images/s (p50, p99 in ms)" for n in CLIENTS]
+    return markdown_table(["server", *loads, "accuracy"], map(_cells, rows))
+
+
+def _cells(row: Row) -> list[str]:
+    """Of a server that failed, why stands last, where it makes no column wider."""
+    if "failed" in row:
+        return [row["name"], *["-"] * len(CLIENTS), row["failed"]]
+    return [row["name"], *(_cell(row["clients"][str(n)]) for n in CLIENTS), _share(row)]
 
 
 def _cell(summary: Row) -> str:

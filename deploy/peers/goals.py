@@ -9,6 +9,7 @@ from typing import Any
 from deploy.loadtest.schedules import PEAK
 from deploy.peers import closed
 from deploy.peers.peer import BEST_BACKEND, EAGER, OTHERS, OUR_WAYS, OURS, PLAIN
+from model.table import markdown_table
 
 LATENCY_TIMES_PLAIN = 6.0
 LATENCY_TIMES_BEST_BACKEND = 1.5
@@ -36,16 +37,17 @@ class Goal:
         """Whether the value is on the right side of the goal."""
         return self.value <= self.goal if self.at_most else self.value >= self.goal
 
-    def __str__(self) -> str:
+    @property
+    def cells(self) -> list[str]:
+        """The goal as a row of the table."""
         said, goal = self.form.format(self.value), self.form.format(self.goal)
         bound = "at most" if self.at_most else "at least"
-        return f"| {self.name} | {said} | {bound} {goal} | {'met' if self.met else 'missed'} |"
+        return [self.name, said, f"{bound} {goal}", "met" if self.met else "missed"]
 
 
 def table(goals: Sequence[Goal]) -> str:
     """Goals as Markdown."""
-    lines = ["| goal | measured | aimed at | |", "| --- | --- | --- | --- |"]
-    return "\n".join([*lines, *map(str, goals)])
+    return markdown_table(["goal", "measured", "aimed at", ""], [goal.cells for goal in goals])
 
 
 def of_closed(rows: Sequence[Row]) -> list[Goal]:

@@ -16,6 +16,7 @@ from deploy.loadtest.schedules import KINDS
 from deploy.loadtest.summary import summarise
 from deploy.peers.peer import Peer, PeerError
 from deploy.peers.running import client_of
+from model.table import markdown_table
 
 FACTORS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Of our full-depth capacity."""
@@ -158,18 +159,19 @@ def table(rows: Sequence[Row]) -> str:
 def _table(kind: str, rows: Sequence[Row]) -> str:
     by_load = {(row["name"], row["load"]): row for row in rows if "failed" not in row}
     failed = {row["name"]: row["failed"] for row in rows if "failed" in row}
-    head = " | ".join(f"{factor:g}" for factor in FACTORS)
-    lines = [
-        f"{kind.capitalize()}, load as a multiple of our full-depth capacity: effective accuracy "
-        "(late, refused)\n",
-        f"| server | {head} |",
-        "| --- " * (1 + len(FACTORS)) + "|",
+    head = ["server", *(f"{factor:g}" for factor in FACTORS), *(["failure"] if failed else [])]
+    cells = [
+        [
+            name,
+            *(_cell(by_load.get((name, factor))) for factor in FACTORS),
+            *([failed.get(name, "")] if failed else []),
+        ]
+        for name in dict.fromkeys(row["name"] for row in rows)
     ]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        cells = [_cell(by_load.get((name, factor))) for factor in FACTORS]
-        line = f"| {name} | {' | '.join(cells)} |"
-        lines.append(line + (f" {failed[name]}" if name in failed else ""))
-    return "\n".join(lines)
+    return (
+        f"{kind.capitalize()}, load as a multiple of our full-depth capacity: effective accuracy "
+        f"(late, refused)\n\n{markdown_table(head, cells)}"
+    )
 
 
 def _cell(row: Row | None) -> str:

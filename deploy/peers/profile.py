@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.exposition import scrape
+from model.table import markdown_table
 
 ENGINE, TEAM, LOOP, DECODERS, REST = (
     "engine",
@@ -89,15 +90,16 @@ def profile(pid: int, before: Moment, after: Moment) -> dict[str, Any]:
 def table(said: Mapping[str, Any]) -> str:
     """A profile as Markdown."""
     machine = said["seconds"] * said["cores"]
-    lines = ["| at saturation | CPU seconds | of the machine |", "| --- | --- | --- |"]
-    for name, seconds in said["cpu_seconds"].items():
-        lines.append(f"| {name} | {seconds:.2f} | {seconds / machine:.1%} |")
-    lines.append(
-        f"\nStages ran for {said['stage_seconds'] / said['seconds']:.1%} of the time; the engine "
+    rows = [
+        [name, f"{seconds:.2f}", f"{seconds / machine:.1%}"]
+        for name, seconds in said["cpu_seconds"].items()
+    ]
+    return (
+        f"{markdown_table(['at saturation', 'CPU seconds', 'of the machine'], rows)}\n\n"
+        f"Stages ran for {said['stage_seconds'] / said['seconds']:.1%} of the time; the engine "
         f"did {said['scheduling_seconds']:.2f} s of other work. Decoding, HTTP and scheduling took "
         f"{said['outside_stages']:.1%} of the machine."
     )
-    return "\n".join(lines)
 
 
 def _workers(moment: Moment) -> set[int]:

@@ -8,27 +8,36 @@ from pathlib import Path
 from deploy.loadtest.schedules import BURST_SECONDS, KINDS
 from deploy.sweep.engine import Row
 from model.policy import Reason
+from model.table import markdown_table
+
+COLUMNS = (
+    "load|of full depth|offered/s|goodput/s|simulated|off by|in time|effective accuracy|p99, ms|"
+    "bent after a burst, s"
+)
 
 
 def table(rows: Sequence[Row]) -> str:
     """The loads as Markdown."""
-    lines = [
-        "| load | of full depth | offered/s | goodput/s | simulated | off by | in time "
-        "| effective accuracy | p99, ms | bent after a burst, s |",
-        "| --- " * 10 + "|",
+    return markdown_table(COLUMNS.split("|"), map(_cells, rows))
+
+
+def _cells(row: Row) -> list[str]:
+    measured, simulated = row["measured"], row["simulated"]["goodput_per_second"]
+    goodput = measured["goodput_per_second"]
+    off = simulated / goodput - 1 if goodput else float("inf")
+    accuracy = measured["effective_accuracy"]
+    return [
+        row["kind"],
+        f"{row['load']:g}",
+        f"{measured['offered_per_second']:.0f}",
+        f"{goodput:.0f}",
+        f"{simulated:.0f}",
+        f"{off:+.0%}",
+        f"{measured['in_time_share']:.1%}",
+        "-" if accuracy is None else f"{accuracy:.1%}",
+        f"{measured['latency_ms'].get('p99', float('nan')):.1f}",
+        _recovery(row),
     ]
-    for row in rows:
-        measured, simulated = row["measured"], row["simulated"]["goodput_per_second"]
-        goodput = measured["goodput_per_second"]
-        off = simulated / goodput - 1 if goodput else float("inf")
-        accuracy = measured["effective_accuracy"]
-        lines.append(
-            f"| {row['kind']} | {row['load']:g} | {measured['offered_per_second']:.0f} "
-            f"| {goodput:.0f} | {simulated:.0f} | {off:+.0%} | {measured['in_time_share']:.1%} "
-            f"| {'-' if accuracy is None else f'{accuracy:.1%}'} "
-            f"| {measured['latency_ms'].get('p99', float('nan')):.1f} | {_recovery(row)} |"
-        )
-    return "\n".join(lines)
 
 
 def recovery_seconds(row: Row) -> float | None:

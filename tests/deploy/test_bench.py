@@ -107,7 +107,7 @@ def test_without_the_default_there_is_nothing_to_compare_with():
     fleets = [Pretended(Setup(1, 1), 2.0, 1), Pretended(Setup(1, 2), 1.0)]
     rows = measured(compare(fleets, CASE, 3.0), CASE, default(2), 3.0)
     assert [r.ratio for r in rows] == [None]
-    assert "| 1.00 | - |" in table(rows)
+    assert table(rows).endswith("| 1.00       | -   |")
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_threads_are_measured_in_processes_of_their_own(bundle_path, tmp_path, c
     assert [(r["engines"], r["threads"]) for r in rows] == [(1, 1), (1, 2), (2, 1)]
     assert rows[0]["ratio"] == 1.0
     assert all(r["images_per_second"] > 0 for r in rows)
-    assert "| 2 | 2 | 1 |" in capsys.readouterr().out
+    assert "| 2     | 2       | 1 " in capsys.readouterr().out
 
 
 @pytest.mark.slow

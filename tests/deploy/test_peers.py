@@ -48,9 +48,9 @@ def offered_row(name, load, accuracy, late=0.0, refused=0.0):
 def test_the_table_holds_a_row_a_server_with_its_failures():
     rows = [closed_row("fast", 120.4, 8.04), {"name": "gone", "failed": "did not answer"}]
     *_, good, bad = closed.table(rows).split("\n")
-    assert good.startswith("| fast | 120 (8.0, 12.0), 1.0% failed |")
+    assert good.startswith("| fast   | 120 (8.0, 12.0), 1.0% failed ")
     assert good.endswith("| 73.1% |")
-    assert bad == "| gone | did not answer | | | |"
+    assert bad.startswith("| gone   | - ") and bad.endswith("| did not answer |")
 
 
 def test_a_goal_stands_beside_what_was_measured():
@@ -63,8 +63,8 @@ def test_a_goal_stands_beside_what_was_measured():
     measured = goals.of_closed(rows)
     assert [goal.value for goal in measured] == pytest.approx([6.0, 1.5, 4.0, 2.0, 0.2, 0.006])
     assert [goal.met for goal in measured] == [True, True, True, True, False, True]
-    assert "mosec |" in str(measured[2])
-    assert goals.table(measured).endswith("| 0.6% | at most 1.0% | met |")
+    assert measured[2].name.endswith("mosec")
+    assert goals.table(measured).endswith("| 0.6%       | at most 1.0%        | met |")
 
 
 def test_goals_are_for_our_fastest_way_that_is_as_accurate_as_the_best_peer():
@@ -215,8 +215,10 @@ def test_the_table_and_picture_of_offered_loads_show_where_a_server_was_given_up
         {"name": "gone", "kind": "poisson", "failed": "did not answer"},
     ]
     said = offered.table(rows)
-    assert "| Offramp | 73.0% (0.0%, 0.0%) | - | - | - | - | - |" in said
-    assert "| gone | - | - | - | - | - | - | did not answer" in said
+    assert "| 0.2                | 0.5 | 1   | 1.5 | 2   | 3   | failure |" in said
+    assert "| Offramp | 73.0% (0.0%, 0.0%) | -   | -   | -   | -   | -   |     |" in said
+    assert "| gone    | -                  | -   | -   | -   | -   | -   | did not answer |" in said
+    assert "failure" not in offered.table(rows[:1])
     offered.plot(rows, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
@@ -236,7 +238,7 @@ def test_a_profile_counts_as_outside_what_is_neither_stage_nor_idle():
     assert said["cpu_seconds"][profile.TEAM] == pytest.approx(7.0)
     assert said["scheduling_seconds"] == pytest.approx(1.0)  # 8 running + 1 ready - 8 in stages
     assert said["outside_stages"] == pytest.approx((1.0 + 2.0) / (10 * said["cores"]))
-    assert "event loop | 2.00" in profile.table(said)
+    assert "| event loop               | 2.00 " in profile.table(said)
 
 
 def test_a_profile_counts_every_worker_of_the_engine():
@@ -283,8 +285,9 @@ def test_a_peer_that_ends_while_starting_is_a_row_that_says_so(
     broken = Peer("broken", ("-c", "raise SystemExit('it needs Java')"))
     monkeypatch.setattr(peers, "OTHERS", (broken,))
     assert peers.main(["--images", str(tmp_path), "--only", "broken"]) == 0
-    said = capsys.readouterr().out
-    assert "| broken | ended with status 1 while starting: it needs Java |" in said
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("| broken | -")
+    assert said.endswith("| ended with status 1 while starting: it needs Java |")
 
 
 DYING = """
@@ -311,7 +314,8 @@ def test_a_peer_that_dies_under_load_is_a_row_that_says_so(tmp_path, capsys, mon
     monkeypatch.setattr(peers, "OTHERS", (Peer("dying", ("-c", DYING)),))
     command = ["--images", str(tmp_path), "--only", "dying", "--quiet-seconds", "0"]
     assert peers.main([*command, "--json", str(out)]) == 0
-    assert "| dying | answered no image |" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("| dying  | -") and said.endswith("| answered no image |")
     assert json.loads(out.read_text())["rows"] == [{"name": "dying", "failed": "answered no image"}]
 
 
@@ -326,7 +330,7 @@ def test_figures_are_there_even_if_no_goals_can_be_made_of_them(
     out = tmp_path / "x.json"
     with pytest.raises(KeyError):
         peers.main(["--images", str(tmp_path), "--only", "FastAPI", "--json", str(out)])
-    assert "| FastAPI | port" in capsys.readouterr().out
+    assert f"| port {running.PORT} is in use by another program |" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"][0]["name"] == "FastAPI"
 
 

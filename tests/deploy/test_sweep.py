@@ -1,6 +1,7 @@
 """The sweep's simulation against a server of known costs, and the sweep against a real one."""
 
 import json
+import re
 
 import pytest
 
@@ -136,15 +137,15 @@ def recording(seconds=0.1):
 
 
 @pytest.mark.parametrize(
-    ("begin", "off"), [(1e-4, "| 100 | 100 | +0% |"), (0.2, "| 100 | 0 | -100% |")]
+    ("begin", "off"), [(1e-4, ["100", "100", "+0%"]), (0.2, ["100", "0", "-100%"])]
 )
 def test_a_recording_is_simulated_again_without_a_server(tmp_path, capsys, begin, off):
     file, out = tmp_path / "sweep.json", tmp_path / "again.json"
     file.write_text(json.dumps(recording(begin)))
     assert main(["--again", str(file), "--json", str(out)]) == 0
-    assert off in capsys.readouterr().out
+    assert re.split(r" *\| ", capsys.readouterr().out)[-7:-4] == off
     assert main(["--again", str(out)]) == 0, "what is written can be read"
-    assert off in capsys.readouterr().out
+    assert re.split(r" *\| ", capsys.readouterr().out)[-7:-4] == off
 
 
 @pytest.mark.parametrize(

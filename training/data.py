@@ -62,8 +62,8 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def has(self, class_id: int) -> bool:
-        """Whether any image of the class can be read."""
+    def readable_classes(self) -> Iterator[bool]:
+        """For each class, whether any image of it can be read; looked up as it is asked for."""
 
     def batches(
         self, indices: Sequence[Tensor], draw: int | None = None
@@ -92,9 +92,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.class_ids)
 
-    def has(self, class_id: int) -> bool:
-        """As `Images.has`."""
-        return bool((self.class_ids == class_id).any())
+    def readable_classes(self) -> Iterator[bool]:
+        """As `Images.readable_classes`."""
+        counts = torch.bincount(self.class_ids.cpu(), minlength=len(self.classes))
+        return iter((counts > 0).tolist())
 
     def batches(
         self, indices: Sequence[Tensor], draw: int | None = None

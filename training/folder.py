@@ -164,12 +164,12 @@ def _on_device(images: ImageSet, device: torch.device) -> ImageSet:
 
 
 def _check_classes(images: Images) -> None:
-    for class_id, name in enumerate(images.classes):
-        if not images.has(class_id):
+    for name, readable in zip(images.classes, images.readable_classes(), strict=True):
+        if not readable:
             raise DataError(f"no training image of class {name} could be read")
 
 
 def _check_any(images: Images, kind: str) -> None:
     """Now, since what cannot be measured in the end costs the whole run."""
-    if not any(images.has(class_id) for class_id in range(len(images.classes))):
+    if not any(images.readable_classes()):
         raise DataError(f"none of {len(images)} {kind} images could be read")

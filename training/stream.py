@@ -92,8 +92,11 @@ class Stream:
             elif draw is not None:
                 raise DataError(f"no image of a batch could be read; the first: {failures[0]}")
 
-    def has(self, class_id: int) -> bool:
-        """As `Images.has`: reads files of the class until one can be read."""
+    def readable_classes(self) -> Iterator[bool]:
+        """As `Images.readable_classes`: reads files of a class until one can be read."""
+        return map(self._can_read, range(len(self.classes)))
+
+    def _can_read(self, class_id: int) -> bool:
         files, class_ids = _Files(self, None), self.listing.class_ids
         for index in range(bisect_left(class_ids, class_id), bisect_right(class_ids, class_id)):
             read = files[index]

@@ -16,6 +16,7 @@ import torch
 
 from model.network import MultiExitNet
 from training import checkpoint, loop
+from training.accuracy import Accuracy
 from training.bundling import BUNDLE, Finished, write_bundle
 from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
@@ -25,9 +26,9 @@ from training.presets import PRESETS, Preset, Shape
 from training.pretrained import load_pretrained, load_trained
 from training.recipe import PLAIN, Recipe
 from training.room import check_disk
-from training.run import start
+from training.run import Run, start
 from training.shapes import build_net, whole_backbone
-from training.teacher import load_teacher
+from training.teacher import Teacher, load_teacher
 from training.work import Work
 
 
@@ -86,15 +87,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) -> None:
-    recipe, shape, out = preset.recipe, preset.shape, arguments.out
-    if recipe.batch_size % mine.count:
-        raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
-    if arguments.teacher:
-        recipe.check_teacher()
+    recipe, shape = preset.recipe, preset.shape
+    _check_options(arguments, recipe, mine)
     _settle(arguments.deterministic)
-    out.mkdir(parents=True, exist_ok=True)
-    if not arguments.resume:
-        checkpoint.check_unused(out)
+    _claim(arguments.out, arguments.resume)
     data = open_folder(
         arguments.data,
         shape.size,
@@ -105,30 +101,58 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         arguments.workers,
         arguments.images_per_class,
     )
-    torch.manual_seed(recipe.seed)
-    classes, plain = data.training.classes, recipe.method == PLAIN
-    net, described = build_net(shape, len(classes), data.preprocess.size, plain)
-    if arguments.pretrained and arguments.pretrained.is_dir():
-        load_trained(net, arguments.pretrained)
-    elif arguments.pretrained:
-        whole = whole_backbone(shape.architecture, len(classes), described)
-        load_pretrained(net, whole, arguments.pretrained)
+    run, work = _prepare(arguments, preset, mine, data)
+    announce(run.net, data, preset, mine)
+    validation, test, unreadable = _fit(run, work, data)
+    if mine.first:
+        done = Finished(
+            run=run,
+            preset=preset,
+            data=data,
+            arguments=work.origin["arguments"],
+            validation=validation,
+            test=test,
+            command=command_line(),
+            device=mine.device,
+            unreadable=unreadable,
+            processes=mine.count,
+            teacher=arguments.teacher and str(arguments.teacher),
+            pretrained=arguments.pretrained and str(arguments.pretrained),
+        )
+        write_bundle(done, arguments.out / BUNDLE, arguments.name)
+        print(f"wrote {arguments.out / BUNDLE}")
+
+
+def _check_options(arguments: argparse.Namespace, recipe: Recipe, mine: Processes) -> None:
+    if recipe.batch_size % mine.count:
+        raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
+    if arguments.teacher:
+        recipe.check_teacher()
+
+
+def _claim(out: Path, resume: bool) -> None:
+    """Make the run's folder, which only a run that goes on may find used."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        checkpoint.check_unused(out)
+
+
+def _prepare(
+    arguments: argparse.Namespace, preset: Preset, mine: Processes, data: Folder
+) -> tuple[Run, Work]:
+    """All until the first step, or until that after the checkpoint."""
+    recipe, out, device = preset.recipe, arguments.out, mine.device
+    net, described = _make_net(arguments.pretrained, preset, data)
     check_parts(net, data.preprocess.size, recipe, mine.count)
     check_disk(out, net, recipe.ema > 0)
-    run = start(net, recipe, mine.device)
-    teacher = load_teacher(arguments.teacher, classes, mine.device) if arguments.teacher else None
-    origin = {
-        "architecture": shape.architecture,
-        "arguments": described,
-        "files": data.digest,
-        "training_images": len(data.training),
-        "preprocess": data.preprocess.model_dump(mode="json"),
-        "teacher": teacher and teacher.digest,
-    }
+    run = start(net, recipe, device)
+    classes = data.training.classes
+    teacher = load_teacher(arguments.teacher, classes, device) if arguments.teacher else None
+    origin = _origin(preset.shape.architecture, described, data, teacher)
     if arguments.resume:
         checkpoint.resume(run, recipe, origin, out)
     forward = mine.wrapped(run.student)
-    work = Work(
+    return run, Work(
         recipe=recipe,
         training=data.training,
         validation=data.validation,
@@ -137,35 +161,50 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         origin=origin,
         processes=mine,
         forward=torch.compile(forward) if arguments.compile else forward,
-        class_weights=data.class_weights(recipe.class_weights, mine.device),
+        class_weights=data.class_weights(recipe.class_weights, device),
         teacher=teacher,
     )
-    announce(net, data, preset, mine)
-    told = report_unreadable(data, mine)
+
+
+def _make_net(
+    pretrained: Path | None, preset: Preset, data: Folder
+) -> tuple[MultiExitNet, dict[str, Any]]:
+    """A network, fresh or pretrained, with the arguments that build it again."""
+    torch.manual_seed(preset.recipe.seed)
+    shape, classes = preset.shape, len(data.training.classes)
+    plain = preset.recipe.method == PLAIN
+    net, described = build_net(shape, classes, data.preprocess.size, plain)
+    if pretrained and pretrained.is_dir():
+        load_trained(net, pretrained)
+    elif pretrained:
+        load_pretrained(net, whole_backbone(shape.architecture, classes, described), pretrained)
+    return net, described
+
+
+def _origin(
+    architecture: str, described: dict[str, Any], data: Folder, teacher: Teacher | None
+) -> checkpoint.Origin:
+    """What must be the same where a run goes on."""
+    return {
+        "architecture": architecture,
+        "arguments": described,
+        "files": data.digest,
+        "training_images": len(data.training),
+        "preprocess": data.preprocess.model_dump(mode="json"),
+        "teacher": teacher and teacher.digest,
+    }
+
+
+def _fit(run: Run, work: Work, data: Folder) -> tuple[Accuracy, Accuracy | None, int]:
+    """Train; returns accuracy on held-out and on test images, and how many files were skipped."""
+    told = report_unreadable(data, work.processes)
     try:
-        accuracy = loop.fit(run, work)
+        validation = loop.fit(run, work)
     except Interrupted:
-        report_unreadable(data, mine, told)
+        report_unreadable(data, work.processes, told)
         raise
-    test = loop.validate(run, work, data.test) if data.test is not None else None
-    told = report_unreadable(data, mine, told)
-    if mine.first:
-        done = Finished(
-            run=run,
-            preset=preset,
-            data=data,
-            arguments=described,
-            validation=accuracy,
-            test=test,
-            command=command_line(),
-            device=mine.device,
-            unreadable=len(told),
-            processes=mine.count,
-            teacher=arguments.teacher and str(arguments.teacher),
-            pretrained=arguments.pretrained and str(arguments.pretrained),
-        )
-        write_bundle(done, out / BUNDLE, arguments.name)
-        print(f"wrote {out / BUNDLE}")
+    test = None if data.test is None else loop.validate(run, work, data.test)
+    return validation, test, len(report_unreadable(data, work.processes, told))
 
 
 def announce(net: MultiExitNet, data: Folder, preset: Preset, mine: Processes) -> None:

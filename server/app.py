@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
+from starlette.types import ASGIApp
 
 from server import routes
 from server.direct import Direct
@@ -28,8 +29,24 @@ log = logging.getLogger("offramp")
 DESCRIPTION = "Image classification that answers from the shallowest sufficient exit."
 
 
-def create_app(served: Served) -> FastAPI:
+def create_app(served: Served) -> ASGIApp:
     """The application that serves one bundle; it warms up when its lifespan starts."""
+    return surround(Direct(create_routes(served), served), served)
+
+
+def surround(app: ASGIApp, served: Served) -> ASGIApp:
+    """What is done for every request, around all of FastAPI, whose own takes time for each."""
+    return Surroundings(
+        app,
+        metrics=served.metrics,
+        max_body_bytes=served.settings.max_body_bytes,
+        deadline_ms=served.settings.default_deadline_ms,
+        tracer=served.tracer,
+    )
+
+
+def create_routes(served: Served) -> FastAPI:
+    """Every path, which needs its surroundings."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -61,14 +78,7 @@ def create_app(served: Served) -> FastAPI:
     app.add_exception_handler(OfframpError, _render)
     app.add_exception_handler(HTTPException, _render_http)
     app.add_exception_handler(RequestValidationError, _render_validation)
-    app.add_middleware(Direct)
-    app.add_middleware(
-        Surroundings,
-        metrics=served.metrics,
-        max_body_bytes=served.settings.max_body_bytes,
-        deadline_ms=served.settings.default_deadline_ms,
-        tracer=served.tracer,
-    )
+    app.add_exception_handler(Exception, _render_unexpected)
     return app
 
 
@@ -94,6 +104,11 @@ async def _render(request: Request, error: Exception) -> Response:
         headers,
         media_type="application/json",
     )
+
+
+async def _render_unexpected(request: Request, _: Exception) -> Response:
+    """What Starlette answers with before it raises the error again, for the surroundings to log."""
+    return await _render(request, OfframpError())
 
 
 async def _render_http(request: Request, error: Exception) -> Response:

@@ -93,12 +93,10 @@ def place(served: Served) -> Iterator[None]:
         served.metrics.refused.labels("queue_full").inc()
         raise Overloaded(served.backlog_seconds)
     served.in_flight += 1
-    served.metrics.in_flight.set(served.in_flight)
     try:
         yield
     finally:
         served.in_flight -= 1
-        served.metrics.in_flight.set(served.in_flight)
 
 
 async def classify(

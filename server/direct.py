@@ -6,29 +6,32 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.protocol import parameters_from
-from server.routes import check_key, context_of, post_classify, served_of
+from server.repository import Served
+from server.routes import check_key, context_of, post_classify
 
 
 class Direct:
-    """ASGI middleware that calls `post_classify` as FastAPI would, only sooner.
+    """Calls `post_classify` as FastAPI would, only sooner.
 
     What FastAPI does for any endpoint took longer than what this one does for a small image. The
     route stays declared there, for its documentation and for every method but POST.
 
     Args:
         app: what answers everything else.
+        served: the bundle that it answers from.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, served: Served) -> None:
         self._app = app
+        self._served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != "/classify" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive, send)
-        await check_key(request)
+        await check_key(request, self._served)
         parameters = parameters_from(scope["query_string"])
-        served, context = await served_of(request), await context_of(request)
-        response = await post_classify(request, parameters, served, context)
+        context = await context_of(request)
+        response = await post_classify(request, parameters, self._served, context)
         await response(scope, receive, send)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -10,6 +9,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 
 from model.policy import OperatingPoint, Reason
 from server.errors import InvalidParameter
@@ -218,7 +218,7 @@ class PolicyChange(BaseModel):
 
 def error_body(sentence: str, code: str, request_id: str) -> bytes:
     """An error as JSON."""
-    return json.dumps({"error": sentence, "code": code, "request_id": request_id}).encode()
+    return to_json({"error": sentence, "code": code, "request_id": request_id})
 
 
 def top_labels(probabilities: np.ndarray, labels: tuple[str, ...], k: int) -> list[dict[str, Any]]:
@@ -281,4 +281,4 @@ def answer_body(
 
 def event(name: str, data: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json(data))

@@ -65,6 +65,7 @@ class Served:
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
         self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0
+        self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.tracer = tracer_from(os.environ)
         self.draining = False
         self.failed = False

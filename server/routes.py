@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic_core import to_json
 
 from model.numerics import name_of
 from server import errors, openapi, uploads
@@ -56,14 +56,14 @@ Served_ = Annotated[Served, Depends(served_of)]
 Context_ = Annotated[Context, Depends(context_of)]
 
 
-async def check_key(request: Request) -> None:
+async def check_key(request: Request, served: Served_) -> None:
     """Let a request through if it carries an API key, or none is configured.
 
     Raises:
         Unauthenticated: no key was sent.
         Forbidden: a wrong one was.
     """
-    keys = (await served_of(request)).settings.api_keys
+    keys = served.settings.api_keys
     if not keys:
         return
     sent = _sent_key(request)
@@ -71,9 +71,9 @@ async def check_key(request: Request) -> None:
         raise Forbidden
 
 
-async def check_admin(request: Request) -> None:
+async def check_admin(request: Request, served: Served_) -> None:
     """Like `check_key`, for the admin token."""
-    token = (await served_of(request)).settings.admin_token
+    token = served.settings.admin_token
     if token is None or not _same(_sent_key(request), token.get_secret_value()):
         raise Forbidden
 
@@ -175,7 +175,7 @@ async def post_batch(
 
 def _encoded(body: dict[str, Any], served: Served) -> Response:
     with served.encode_seconds.time():
-        return Response(json.dumps(body), media_type="application/json")
+        return Response(to_json(body), media_type="application/json")
 
 
 def wants_events(accept: str) -> bool:

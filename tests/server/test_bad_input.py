@@ -201,17 +201,21 @@ def test_requests_before_warm_and_while_draining_are_503(serve, png):
         assert one.client.get("/readyz").status_code == 503
 
 
-def test_an_unknown_failure_tells_the_client_nothing_and_the_log_everything(serve, png, caplog):
+@pytest.mark.parametrize("path", ["/classify", "/classify/batch"])
+def test_an_unknown_failure_tells_the_client_nothing_and_the_log_everything(
+    serve, png, caplog, path
+):
     async def broken(data, seconds):
         return 1 / 0
 
     with serve() as one:
         one.served.decoder._decode = broken
-        response = one.post(png)
+        response = one.client.post(path, files={"file" if path == "/classify" else "files": png})
         check_error(response, 500, "internal")
         assert response.json()["error"] == OfframpError.sentence
-        assert "ZeroDivisionError" in caplog.text
-        assert response.json()["request_id"] in caplog.text
+        assert one.metric("requests_total", route=path, code="500") == 1
+    assert caplog.text.count("ZeroDivisionError: ") == 1
+    assert response.json()["request_id"] in caplog.text
 
 
 def test_a_bad_image_hurts_only_its_own_entry_of_a_batch(server, png):

@@ -5,8 +5,7 @@ import asyncio
 import httpx
 import pytest
 
-from server.app import create_app
-from server.direct import Direct
+from server.app import create_app, create_routes, surround
 from server.errors import InvalidParameter
 from server.protocol import parameters_from
 from server.repository import Served
@@ -53,9 +52,7 @@ def ways(bundle_path):
     """Clients of the same server with and without the direct path."""
     served = Served(Settings(bundle=bundle_path, threads=1, max_batch=4, audit_rate=0.0))
     served.warm_up()
-    usual = create_app(served)
-    usual.user_middleware = [m for m in usual.user_middleware if m.cls is not Direct]
-    yield Client(create_app(served)), Client(usual)
+    yield Client(create_app(served)), Client(surround(create_routes(served), served))
     served.close()
 
 

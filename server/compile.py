@@ -78,7 +78,7 @@ def traceable_units(bundle: Bundle, dtype: torch.dtype) -> list[Unit]:
 
 def order(max_batch: int) -> list[int]:
     """Batch sizes in the order of worth: single images, then what a load needs, then the rest."""
-    sizes = list(batch_sizes(max_batch))
+    sizes = batch_sizes(max_batch)
     first = [s for s in (1, 8, max_batch) if s in sizes]
     return list(dict.fromkeys([*first, *reversed(sizes)]))
 

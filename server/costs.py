@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from functools import cache
 
 PACE_RATE = 0.1
 """Weight of one batch in how fast the machine is now."""
@@ -78,7 +79,8 @@ class CostTable:
         return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
 
-def batch_sizes(max_batch: int) -> list[int]:
+@cache
+def batch_sizes(max_batch: int) -> tuple[int, ...]:
     """The sizes that are warmed, measured, compiled and offered, small to large.
 
     Powers of two, the sizes halfway between, and the largest: so a batch is padded by less than
@@ -86,4 +88,4 @@ def batch_sizes(max_batch: int) -> list[int]:
     """
     powers = [2**i for i in range(max_batch.bit_length())]
     halfway = (3 * power // 2 for power in powers[1:])
-    return sorted({size for size in (*powers, *halfway, max_batch) if size <= max_batch})
+    return tuple(sorted({s for s in (*powers, *halfway, max_batch) if s <= max_batch}))

@@ -363,6 +363,8 @@ class Scheduler:
         """Take off the jobs that would be late if they started no sooner than `start`."""
         overdue = []
         for stage, queue in self._queues.items():
+            if not queue:
+                continue
             latest = start + self.costs.seconds(stage, 1)
             late = bisect_left(queue, (latest, -1), key=lambda j: j.urgency)
             overdue += queue[:late]

@@ -71,7 +71,7 @@ def test_who_reads_while_a_stage_is_replaced_sees_the_old_row_or_the_new_one(cos
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 8, 32, 100])
 def test_a_batch_is_padded_by_less_than_half(most):
     sizes = batch_sizes(most)
-    assert sizes == sorted(set(sizes))
+    assert list(sizes) == sorted(set(sizes))
     assert (sizes[0], sizes[-1]) == (1, most)
     for n in range(1, most + 1):
         padded = min(size for size in sizes if size >= n)

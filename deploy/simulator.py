@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from deploy.machine import Machine, Needs, Thread, Work
 from model.policy import Reason, Rule
 from server.arrival import is_hopeless
+from server.costs import CostTable
 from server.gate import EACH_TURN
 from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
 
@@ -86,8 +87,8 @@ def simulate(
     scheduler: Scheduler,
     load: Sequence[Arrival],
     rule: Rule,
-    seconds: Callable[[int, int], float] | None = None,
     overhead: Overhead | None = None,
+    pace: Callable[[float], float] = lambda _: 1.0,
 ) -> list[Outcome]:
     """Run a load to its end.
 
@@ -95,15 +96,14 @@ def simulate(
         scheduler: fresh, with its cost table and controller.
         load: in order of time.
         rule: of every job.
-        seconds: what a batch of a stage really takes, by stage and size; by default what the
-            scheduler expects.
         overhead: by default none.
+        pace: what batches really take at a time, as a multiple of what the scheduler expects at
+            the start, and then learns.
 
     Returns:
         One outcome for each arrival, in the order they were settled.
     """
-    takes = seconds or scheduler.costs.seconds
-    return _Simulation(scheduler, rule, takes, overhead or Overhead()).run(load)
+    return _Simulation(scheduler, rule, overhead or Overhead(), pace).run(load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +121,13 @@ class _Simulation:
         self,
         scheduler: Scheduler,
         rule: Rule,
-        seconds: Callable[[int, int], float],
         overhead: Overhead,
+        pace: Callable[[float], float],
     ) -> None:
         self._scheduler = scheduler
         self._rule = rule
-        self._seconds = seconds
+        self._costs = CostTable(scheduler.costs.as_rows())
+        self._pace = pace
         self._overhead = overhead
         self._machine = Machine(overhead.cores)
         self._to_clients: deque[Arrival | _Response] = deque()
@@ -216,7 +217,8 @@ class _Simulation:
 
     def _run_batch(self, batch: Batch) -> Generator[Work, None, None]:
         began = self._machine.now
-        yield Work(Needs.DEVICE, self._seconds(batch.stage, len(batch.jobs)))
+        seconds = self._pace(began) * self._costs.seconds(batch.stage, len(batch.jobs))
+        yield Work(Needs.DEVICE, seconds)
         now = self._machine.now
         said = [job.payload.confidences[batch.stage - 1] for job in batch.jobs]
         for job, reason in self._scheduler.settle(batch, said, now - began, now):

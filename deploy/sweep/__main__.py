@@ -4,8 +4,9 @@
     python -m deploy.sweep --again FILE
 
 Each load is simulated from the very same send times and images, the confidences that the server
-itself gave them, the cost table that the server had just after the load, and what is spent outside
-stages, which is measured before. A recording holds all of that, so that it can be simulated again.
+itself gave them, the cost table that the server had in the course of the load, and what is spent
+outside stages, which is measured before. A recording holds all of that, so that it can be
+simulated again.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def _simulated(said: Row, row: Row) -> Row:
         load_seconds(row),
         overhead,
         said.get("right"),
+        row.get("moments", ()),
     )
 
 

@@ -22,7 +22,9 @@ def engine(url: str, admin_token: str) -> Row:
     return said
 
 
-def cost_table(said: Mapping[str, Any]) -> CostTable:
-    """What it expects of every stage and batch size."""
+def cost_table(said: Mapping[str, Any], times: float = 1.0) -> CostTable:
+    """So many times what it expects of every stage and batch size."""
     seconds = said["seconds"].items()
-    return CostTable({int(stage): {int(n): s for n, s in row.items()} for stage, row in seconds})
+    return CostTable(
+        {int(stage): {int(n): times * s for n, s in row.items()} for stage, row in seconds}
+    )

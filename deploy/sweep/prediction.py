@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from deploy.simulator import Arrival, Overhead, simulate
 from deploy.sweep.engine import Row, cost_table
 from deploy.sweep.measuring import Confidences
+from deploy.sweep.pace import Moments, pace_of, together
 from model.policy import Rule
 from server.classify import RESERVE_SECONDS, RESERVE_SHARE
 from server.overload import Level, OverloadController
@@ -46,6 +47,7 @@ def predict(
     load_seconds: float,
     overhead: Overhead,
     right: Sequence[Sequence[bool]] | None = None,
+    moments: Moments = (),
 ) -> Row:
     """Simulate a load on the server's scheduler.
 
@@ -57,8 +59,10 @@ def predict(
         load_seconds: length of the load; goodput is over it, as `summarise` measures it.
         overhead: what is spent outside stages.
         right: by image, whether each exit is right; for the effective accuracy.
+        moments: how long batches took in the course of the load, where that was watched; else as
+            long as the engine says throughout.
     """
-    costs = cost_table(engine)
+    costs = cost_table(engine, moments[0][1] / together(engine) if moments else 1.0)
     ladder = [Level(x["max_accuracy_loss"], tuple(x["thresholds"])) for x in engine["ladder"]]
     controller = OverloadController(ladder, deadline)
     scheduler = Scheduler(costs, controller, engine["max_batch"], engine.get("workers", 1))
@@ -70,7 +74,7 @@ def predict(
     ]
     late = {id(a): at - intended for a, (intended, at) in zip(load, sent, strict=True)}
     rule = Rule((*ladder[0].thresholds, 0.0), 1, costs.stages)
-    outcomes = simulate(scheduler, load, rule, overhead=overhead)
+    outcomes = simulate(scheduler, load, rule, overhead, pace_of(moments))
     in_time = [o for o in outcomes if o.exit and o.seconds + late[id(o.arrival)] <= deadline]
     of_image = {id(a): image for a, image in zip(load, drawn, strict=True)}
     return {

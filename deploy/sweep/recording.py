@@ -14,6 +14,7 @@ from deploy.loadtest.samples import Sample
 from deploy.loadtest.summary import summarise
 from deploy.sweep.engine import Row, engine
 from deploy.sweep.measuring import Spent
+from deploy.sweep.pace import watching
 
 
 async def record(
@@ -33,7 +34,8 @@ async def record(
     """
     client = Client(f"{url}/classify?deadline_ms={1e3 * deadline:g}")
     before, working = Spent.by_now(url), time.process_time()
-    results = await open_loop(client, samples, times)
+    async with watching(url, admin_token) as moments:
+        results = await open_loop(client, samples, times)
     working = time.process_time() - working
     spent = Spent.by_now(url) - before
     await client.close()
@@ -43,6 +45,7 @@ async def record(
         "client_ms": 1e3 * working / len(results),
         "spent": asdict(spent),
         "engine": engine(url, admin_token),
+        "moments": moments,
         "requests": columns(results),
     }
 

@@ -12,6 +12,7 @@ from deploy.simulator import Overhead
 from deploy.sweep.__main__ import FACTORS, main
 from deploy.sweep.engine import cost_table
 from deploy.sweep.measuring import Flood, Spent, without_stages
+from deploy.sweep.pace import pace_of, together
 from deploy.sweep.prediction import predict
 from deploy.sweep.recording import columns, load_seconds
 from deploy.sweep.report import recovery_seconds
@@ -80,6 +81,22 @@ def test_a_recording_that_does_not_say_how_long_its_load_was_ends_with_its_last_
     assert load_seconds(row) == 1.0
     del row["seconds"]
     assert load_seconds(row) == 0.99
+
+
+def test_batches_take_as_long_as_they_did_at_that_time_of_the_load():
+    whole = together(ENGINE)
+    slower = [(0.0, whole), (0.5, 30 * whole)]
+    said = predict(ENGINE, evenly(100), [SURE], 0.02, 1.0, NONE, moments=slower)
+    assert said["in_time_share"] == pytest.approx(0.5, abs=0.02)
+    slow = [(0.0, 30 * whole)]
+    said = predict(ENGINE, evenly(100), [SURE], 0.02, 1.0, NONE, moments=slow)
+    assert said["in_time_share"] == 0.0
+
+
+def test_the_pace_between_two_moments_is_that_of_the_first():
+    pace = pace_of([(0.1, 2.0), (0.3, 4.0), (0.5, 1.0)])
+    assert [pace(t) for t in (0.0, 0.1, 0.29, 0.3, 9.0)] == [1.0, 1.0, 1.0, 2.0, 0.5]
+    assert pace_of([])(3.0) == 1.0
 
 
 def test_a_request_sent_late_has_less_time_left():
@@ -191,6 +208,7 @@ def test_a_sweep_measures_and_simulates_every_load(serve, tmp_path, capsys):
     assert all(cost > 0 for cost in said["costs"].values())
     assert len(rows) == len(KINDS) * len(FACTORS)
     assert len(rows[0]["requests"]["status"]) == rows[0]["measured"]["offered"]
+    assert all(len(row["moments"]) > 1 for row in rows)
     assert rows[0]["measured"]["in_time_share"] > 0
     assert picture.stat().st_size > 1000
     assert "goodput" in capsys.readouterr().out

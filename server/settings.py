@@ -16,6 +16,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from model.cores import usable_cores
+
 PREFIX = "OFFRAMP_"
 
 
@@ -62,7 +64,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1024,
         description="stage batches that run at the same time on CPU, each with THREADS; 0 for as "
-        "many as the cores, or all but one where HTTP needs it more",
+        "many as the cores that the process may use, or all but one where HTTP needs it more",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -130,9 +132,9 @@ def workers_at_once(asked: int, threads: int, cores: int | None = None) -> tuple
     Args:
         asked: the setting; 0 leaves it open.
         threads: inside one operation of each.
-        cores: by default, the machine's.
+        cores: by default, those that this process may use.
     """
-    cores = cores or os.cpu_count() or 1
+    cores = cores or usable_cores()
     if asked:
         return asked, asked
     return max(1, (cores - 1) // threads), max(1, cores // threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from model.cores import usable_cores
 from model.image import ImageError, read_header
 from model.preprocess import Preprocess
 from training.data import MAX_PIXELS, DataError, Images, ImageSet, Listing, load
@@ -103,7 +103,7 @@ def open_folder(
     def images(listing: Listing, draft: Preprocess, memory: bool) -> Images:
         if memory:
             return _on_device(load(listing, draft), processes.device)
-        enough = min(workers, _cpus(), len(listing) // IMAGES_A_WORKER)
+        enough = min(workers, usable_cores(), len(listing) // IMAGES_A_WORKER)
         return Stream(listing, draft, enough, recipe.crop_area, recipe.seed)
 
     training = images(parts.training, whole, in_memory)
@@ -146,13 +146,6 @@ def _in_memory(storage: Storage, wanted: int, recipe: Recipe) -> bool:
     if storage is Storage.AUTO:
         return recipe.crop_area >= 1 and fits_in_memory(wanted, available)
     return storage is Storage.MEMORY
-
-
-def _cpus() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _on_device(images: ImageSet, device: torch.device) -> ImageSet:

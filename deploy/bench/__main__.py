@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from deploy.bench import memory, stages, threads
 from deploy.loadtest.samples import read_samples
 from model.bundle import BundleError, load_servable
+from model.cores import usable_cores
 from server.compiled import openvino
 from server.settings import Settings
 
@@ -139,9 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("threads", _threads, "threads inside an operation, against stage batches at once")
     add_network(one, [1, 8, 32])
-    one.add_argument(
-        "--cores", type=_count, default=os.cpu_count() or 1, help="to be shared out evenly"
-    )
+    one.add_argument("--cores", type=_count, default=usable_cores(), help="to be shared out evenly")
     one.add_argument("--way", choices=stages.WAYS, default="compiled", help="how stages run")
     one.add_argument(
         "--dtypes",

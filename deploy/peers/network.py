@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from model.bundle import DESCRIPTION, Description, load_servable
+from model.cores import usable_cores
 from model.image import decode
 
 MOST_PIXELS = 50_000_000
 MOST_IMAGES = 32
 """In one batch, as Offramp has it."""
-WORKERS = os.cpu_count() or 1
+WORKERS = usable_cores()
 """Processes that run the network, each with one thread.
 
 With so many, cores are neither idle nor shared: this is what the guides of TorchServe and Ray Serve

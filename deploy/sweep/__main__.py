@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +30,7 @@ from deploy.sweep.measuring import measure, record_exits
 from deploy.sweep.prediction import overhead_of, predict
 from deploy.sweep.recording import load_seconds, read_recording, record, sent
 from deploy.sweep.report import plot, table
+from model.cores import usable_cores
 
 FACTORS = (0.2, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0)
 COSTS_SECONDS = 2.0
@@ -87,7 +87,7 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
             rows.append({"kind": kind, "load": factor, **row})
     return {
         "deadline_ms": arguments.deadline_ms,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "costs": asdict(costs),
         "confidences": confidences,
         "right": right,

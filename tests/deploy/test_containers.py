@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from server import metrics
-from server.settings import PREFIX, Settings
+from server.settings import PREFIX, Settings, workers_at_once
 from tests.conftest import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
@@ -221,11 +221,13 @@ def test_every_setting_that_is_given_exists():
     assert {name for name in given if name.startswith(PREFIX)} <= known
 
 
-def test_the_server_has_as_many_threads_as_cores():
+def test_the_server_computes_on_the_cores_of_its_limit_by_itself():
     server = SERVICES["server"]
-    assert (
-        server["environment"]["OFFRAMP_THREADS"] == server["deploy"]["resources"]["limits"]["cpus"]
-    )
+    given = {*variables(), *server["environment"], *GPU_SERVER["environment"]}
+    assert not given & {"OFFRAMP_THREADS", "OFFRAMP_WORKERS"}
+    cores = int(server["deploy"]["resources"]["limits"]["cpus"])
+    settings = Settings(workers=0)
+    assert workers_at_once(settings.workers, settings.threads, cores) == (cores - 1, cores)
 
 
 def test_draining_ends_before_the_container_is_killed():

@@ -1,10 +1,11 @@
 """What an operator sets reaches the server, and what cannot be meant stops the start."""
 
+import os
 import re
 
 import pytest
 
-from server.settings import Settings, SettingsError, load_settings
+from server.settings import Settings, SettingsError, load_settings, workers_at_once
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +108,22 @@ def test_the_help_names_every_setting_with_its_description_and_default(capsys):
         assert f"--{name.replace('_', '-')} " in text
         said = re.sub(r"-\s+", "-", f"{field.description} (default:")
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads", "cores", "workers"),
+    [(0, 1, 4, (3, 4)), (0, 2, 4, (1, 2)), (0, 2, 1, (1, 1)), (3, 1, 64, (3, 3))],
+)
+def test_workers_share_the_cores_out(asked, threads, cores, workers):
+    assert workers_at_once(asked, threads, cores) == workers
+
+
+def test_workers_are_no_more_than_the_cores_that_the_process_may_use():
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("this system keeps no process to some cores")
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert workers_at_once(0, 1) == (1, 1)
+    finally:
+        os.sched_setaffinity(0, before)

@@ -157,7 +157,7 @@ PROCESS = Row(
         Panel(
             "CPU",
             "Cores in use. At the container's limit it is throttled, and latency jumps by "
-            "milliseconds: give it more, or set THREADS to the limit.",
+            "milliseconds: give it more, or set WORKERS to one less than the limit.",
             "short",
             [Query(f"rate(process_cpu_seconds_total{{{HERE}}}[$__rate_interval])", "{{instance}}")],
             runbook="OfframpLatencyBurn",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -19,10 +19,23 @@ from pydantic_settings import (
 from model.cores import usable_cores
 
 PREFIX = "OFFRAMP_"
+DAY_SECONDS = 86_400.0
 
 
 class SettingsError(Exception):
     """Settings that cannot be used; the message names each one and its fault."""
+
+
+def _sendable(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError(
+            "must be of printable ASCII: clients differ in how they send anything else"
+        )
+    return secret
+
+
+Secret = Annotated[SecretStr, AfterValidator(_sendable)]
 
 
 class Settings(BaseSettings):
@@ -38,6 +51,7 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
         extra="forbid",
         frozen=True,
+        allow_inf_nan=False,
     )
 
     bundle: Path = Field(Path("model/default"), description="folder of the bundle to serve")
@@ -78,7 +92,10 @@ class Settings(BaseSettings):
         True, description="whether overload may go on to first-exit answers, without a bound"
     )
     default_deadline_ms: float | None = Field(
-        1000.0, gt=0, description="deadline of requests that name none; none for no deadline"
+        1000.0,
+        gt=0,
+        le=DAY_SECONDS * 1e3,
+        description="deadline of requests that name none; none for no deadline",
     )
     max_batch: int = Field(32, ge=1, le=1024, description="most images in one stage batch")
     max_queue: int = Field(1024, ge=1, description="most images accepted and not yet answered")
@@ -91,15 +108,18 @@ class Settings(BaseSettings):
         le=1,
         description="share of the policy's early answers run to the last exit in idle time",
     )
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+    api_keys: Annotated[tuple[Secret, ...], NoDecode] = Field(
         (), description="comma-separated keys that clients must send; empty for none"
     )
-    admin_token: SecretStr | None = Field(
+    admin_token: Secret | None = Field(
         None,
         description="bearer token of PUT /policy and GET /engine, which are not routed without one",
     )
     drain_seconds: float = Field(
-        10.0, ge=0, description="how long accepted requests may take to finish on shutdown"
+        10.0,
+        ge=0,
+        le=DAY_SECONDS,
+        description="how long accepted requests may take to finish on shutdown",
     )
     log_format: Literal["text", "json"] = Field("text", description="shape of a log line")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -109,9 +129,17 @@ class Settings(BaseSettings):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(key.strip() for key in value.split(",") if key.strip())
-        return value
+        if not isinstance(value, str):
+            return value
+        keys = tuple(key.strip() for key in value.split(",") if key.strip())
+        if value and not keys:
+            raise ValueError("holds no key, so nobody would need one")
+        return keys
+
+    @field_validator("admin_token", mode="before")
+    @classmethod
+    def _strip(cls, value: object) -> object:
+        return (value.strip() or None) if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(
@@ -157,8 +185,14 @@ def load_settings(argv: Sequence[str]) -> Settings:
     try:
         return Settings(_cli_settings_source=command_line)
     except ValidationError as error:
-        faults = [f"{_name(e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)]
+        faults = [
+            f"{_name(e['loc'])}: {_said(e['msg'])}" for e in error.errors(include_input=False)
+        ]
         raise SettingsError("; ".join(faults)) from None
+
+
+def _said(message: str) -> str:
+    return message.removeprefix("Value error, ")
 
 
 def _name(location: tuple[int | str, ...]) -> str:

@@ -40,13 +40,15 @@ def test_an_unknown_flag_stops_the_start_by_name(capsys):
 BAD = {
     "port": ["x", "-1", "65536"],
     "max_accuracy_loss": ["2", "-0.1", "nan", "much"],
-    "default_deadline_ms": ["0", "-5", "soon"],
+    "default_deadline_ms": ["0", "-5", "soon", "inf", "1e400", "1e300", "nan"],
     "max_batch": ["0", "1.5"],
     "device": ["gpu"],
     "log_level": ["loud"],
     "audit_rate": ["1.1"],
     "overload_first_exit": ["maybe", "2", ""],
-    "drain_seconds": ["-1"],
+    "drain_seconds": ["-1", "inf", "1e300"],
+    "api_keys": [",", " ", "schlüssel", "one,schlüssel", "two\tparts"],
+    "admin_token": ["schlüssel"],
 }
 
 
@@ -91,6 +93,23 @@ def test_keys_are_separated_by_commas_and_never_printed(environment):
     assert [key.get_secret_value() for key in settings.api_keys] == ["first-key", "second-key"]
     assert load_settings(["--api-keys", "third"]).api_keys[0].get_secret_value() == "third"
     assert not re.search("first-key|a-token", f"{settings!r}{settings}{settings.model_dump_json()}")
+
+
+def test_nothing_is_no_key_and_no_token(environment):
+    environment("OFFRAMP_API_KEYS", "")
+    environment("OFFRAMP_ADMIN_TOKEN", " ")
+    settings = load_settings([])
+    assert settings.api_keys == ()
+    assert settings.admin_token is None
+    assert load_settings(["--admin-token", ""]).admin_token is None
+
+
+def test_a_secret_that_cannot_be_sent_is_not_repeated(environment):
+    environment("OFFRAMP_API_KEYS", "schlüssel")
+    with pytest.raises(SettingsError) as stop:
+        load_settings([])
+    assert str(stop.value).startswith("OFFRAMP_API_KEYS: must be of printable ASCII")
+    assert "schl" not in str(stop.value)
 
 
 def test_a_secret_beside_a_bad_value_is_not_repeated():

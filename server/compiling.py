@@ -63,6 +63,7 @@ class Compiling:
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._beginning = threading.Lock()
 
     def use_ready(self, use: Use) -> None:
         """Hand over every program in the cache that has not been handed over yet."""
@@ -88,14 +89,10 @@ class Compiling:
         Raises:
             RuntimeError: there is no compiler, or it failed.
         """
-        self._process = subprocess.Popen(
-            self._command(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,  # Ctrl-C would end it before this process knows that it drains
-        )
-        with self._process as process:
+        process = self._begin(self._command())
+        if process is None:
+            return
+        with process:
             assert process.stdout is not None and process.stderr is not None
             for line in process.stdout:
                 if line.startswith(READY):
@@ -123,9 +120,10 @@ class Compiling:
 
     def stop(self) -> None:
         """End the compiler and hand over nothing more."""
-        self._closed = True
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
+        with self._beginning:
+            self._closed = True
+            if self._process and self._process.poll() is None:
+                self._process.terminate()
 
     def close(self) -> None:
         """Stop, wait for that, and remove what is temporary."""
@@ -133,6 +131,20 @@ class Compiling:
         if self._thread:
             self._thread.join()
         self._programs.close()
+
+    def _begin(self, command: list[str]) -> subprocess.Popen[str] | None:
+        """The compiler; None where it was stopped before it began."""
+        with self._beginning:
+            if self._closed:
+                return None
+            self._process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                process_group=0,  # Ctrl-C would end it before this process knows that it drains
+            )
+            return self._process
 
     def _command(self) -> list[str]:
         openvino()

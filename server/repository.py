@@ -105,7 +105,7 @@ class Served:
 
     def _use_programs(self, runner: Runner, use: Use) -> None:
         """Hand over the compiled stages there are, and have the others compiled."""
-        if self.settings.compile == "off":
+        if self.settings.compile == "off" or self.draining:
             return
         if self.device.type == "cuda":
             capturing = Capturing(self.bundle, runner.units, self.dtype, self.device, CudaCapture())
@@ -114,6 +114,8 @@ class Served:
         compiling = self._compiling = Compiling(
             self.settings, self.bundle, runner.units, self.dtype, self.workers
         )
+        if self.draining:  # since then, when there was nothing to stop
+            return
         compiling.use_ready(use)
         if compiling.complete:
             return
@@ -130,13 +132,15 @@ class Served:
     def _compile_all(self, compiling: Compiling, use: Use) -> None:
         for line in compiling.compile():
             log.info(line)
-            if self.draining:  # since before there was a compiler to stop
+            if self.draining:
                 compiling.stop()
         compiling.use_ready(use)
         if not compiling.complete:
             raise RuntimeError("COMPILE is require, but not every stage could be compiled")
 
     def _say_ready(self, costs: CostTable) -> None:
+        if self.draining:
+            return
         full = 1e3 * sum(costs.seconds(k, 1) for k in range(1, costs.stages + 1))
         log.info(
             "ready: %s on %s in %s, one image takes %.1f ms to the first exit, %.1f to the last",

@@ -175,6 +175,31 @@ def test_a_compiler_that_fails_is_one_warning(bundle, units, tmp_path, caplog):
     assert "is not a bundle" in warning
 
 
+def test_a_compiler_that_was_stopped_before_it_began_never_does(
+    bundle, bundle_path, units, tmp_path
+):
+    chosen = Settings(bundle=bundle_path, cache_dir=tmp_path, max_batch=1)
+    compiling = Compiling(chosen, bundle, units, torch.float32)
+    compiling.stop()
+    assert list(compiling.compile()) == []
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("wanted", ["auto", "require"])
+def test_a_server_that_drains_before_it_is_warm_compiles_nothing(
+    bundle_path, tmp_path, caplog, wanted
+):
+    caplog.set_level(logging.INFO)
+    chosen = Settings(bundle=bundle_path, cache_dir=tmp_path, max_batch=1, compile=wanted)
+    served = Served(chosen)
+    served.draining = True
+    served.stop_compiling()  # as the signal does, when there is nothing to stop
+    served.warm_up()
+    served.close()
+    assert not list(tmp_path.rglob("*.bin"))
+    assert "ready" not in caplog.text
+
+
 class Swapping:
     """An engine over a real runner, driven step by step, with programs to change over to."""
 

@@ -7,12 +7,14 @@ import logging
 import signal
 import socket
 import sys
+from contextlib import ExitStack
 from types import FrameType
 
 import uvicorn
 
 from model.bundle import BundleError
 from server.app import create_app
+from server.binding import bound, listen, place
 from server.connection import Protocol
 from server.listening import Acceptor
 from server.logs import configure
@@ -40,7 +42,7 @@ class Server(uvicorn.Server):
         for server in self.servers if self.started else ():
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
-                log.info("listening on http://%s:%d", host, port)
+                log.info("listening on http://%s", place(host, port))
                 self._acceptors.append(Acceptor(listening, self._protocol))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -68,25 +70,26 @@ class Server(uvicorn.Server):
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal; a start that cannot succeed is one sentence and exit status 2."""
-    try:
-        settings = load_settings(sys.argv[1:] if argv is None else argv)
-        configure(settings.log_format, settings.log_level)
-        served = Served(settings)
-    except (SettingsError, BundleError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    sys.setswitchinterval(SWITCH_SECONDS)
-    server = Server(_config(served, settings), served)
-    server.run()
-    return 1 if served.failed else 0
+    with ExitStack() as held:
+        try:
+            settings = load_settings(sys.argv[1:] if argv is None else argv)
+            configure(settings.log_format, settings.log_level)
+            sockets = held.enter_context(bound(settings.host, settings.port))
+            served = Served(settings)
+            listen(sockets)
+        except (SettingsError, BundleError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        sys.setswitchinterval(SWITCH_SECONDS)
+        server = Server(_config(served, settings), served)
+        server.run(sockets)
+        return 1 if served.failed else 0
 
 
 def _config(served: Served, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(served),
         http=Protocol,
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import signal
 import socket
 import sys
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 
@@ -29,11 +32,20 @@ would wait that long after every operation of torch whenever the event loop is b
 
 
 class Server(uvicorn.Server):
-    """Tells the application that it is draining as soon as the signal comes."""
+    """Tells the application as soon as the signal comes that it leaves, then that it drains."""
 
-    def __init__(self, config: uvicorn.Config, served: Served) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        served: Served,
+        notice_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(config)
         self._served = served
+        self._notice_seconds = notice_seconds
+        self._clock = clock
+        self._drain_at = math.inf
         self._acceptors: list[Acceptor] = []
         self._frozen = False
 
@@ -59,12 +71,25 @@ class Server(uvicorn.Server):
             # A look through all that torch has brought takes 0.1 s, in which nothing is answered.
             gc.freeze()
             self._frozen = True
+        if self._clock() >= self._drain_at:
+            self._drain()
         return await super().on_tick(counter) or self._served.failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain, then exit with status 0; uvicorn's own would die of the signal afterwards."""
+        """Drain, then exit with status 0; uvicorn's own would die of the signal afterwards.
+
+        Before that, who sends requests to a ready server may get notice; a second signal ends it.
+        """
+        again = self.should_exit or self._served.leaving
+        self.force_exit = again and sig == signal.SIGINT
+        if self._notice_seconds and self._served.ready:
+            self._served.leaving = True
+            self._drain_at = self._clock() + self._notice_seconds
+        else:
+            self._drain()
+
+    def _drain(self) -> None:
         self._served.draining = True
-        self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
 
@@ -81,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         sys.setswitchinterval(SWITCH_SECONDS)
-        server = Server(_config(served, settings), served)
+        server = Server(_config(served, settings), served, settings.drain_notice_seconds)
         server.run(sockets)
         return 1 if served.failed else 0
 

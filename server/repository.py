@@ -67,6 +67,8 @@ class Served:
         self.in_flight = 0
         self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.tracer = tracer_from(os.environ)
+        self.leaving = False
+        """Told to end and no longer ready, though what comes is answered until it drains."""
         self.draining = False
         self.failed = False
         self._engine: Engine | None = None
@@ -167,8 +169,10 @@ class Served:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken."""
-        return self._engine is not None and self._engine.alive and not self.draining
+        """Whether requests should be sent here."""
+        return (
+            self._engine is not None and self._engine.alive and not (self.leaving or self.draining)
+        )
 
     @property
     def alive(self) -> bool:

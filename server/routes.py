@@ -350,8 +350,10 @@ async def get_livez(served: Served_) -> Response:
     **_text("They are", "Not now: warming up, or draining"),
 )
 async def get_readyz(served: Served_) -> Response:
-    """200 once every stage and batch size is warm, 503 before that and while draining."""
-    return _health(served.ready, "ready", "draining" if served.draining else "warming up")
+    """200 once every stage and batch size is warm, 503 before that and once told to end."""
+    return _health(
+        served.ready, "ready", "draining" if served.leaving or served.draining else "warming up"
+    )
 
 
 def _health(good: bool, yes: str, no: str) -> Response:

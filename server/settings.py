@@ -115,6 +115,13 @@ class Settings(BaseSettings):
         None,
         description="bearer token of PUT /policy and GET /engine, which are not routed without one",
     )
+    drain_notice_seconds: float = Field(
+        0.0,
+        ge=0,
+        le=DAY_SECONDS,
+        description="how long, on shutdown, requests are still taken while /readyz says 503, so "
+        "that a balancer stops sending them",
+    )
     drain_seconds: float = Field(
         10.0,
         ge=0,

@@ -231,7 +231,9 @@ def test_the_server_computes_on_the_cores_of_its_limit_by_itself():
 
 
 def test_draining_ends_before_the_container_is_killed():
-    assert seconds(SERVICES["server"]["stop_grace_period"]) > Settings().drain_seconds
+    settings = Settings()
+    drain = settings.drain_notice_seconds + settings.drain_seconds
+    assert seconds(SERVICES["server"]["stop_grace_period"]) > drain
 
 
 def test_who_waits_for_health_waits_for_a_service_that_has_a_check():

@@ -1,17 +1,29 @@
 """The life of a real process, from its start to its drain."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
+import uvicorn
 
-from server.__main__ import main
+from server.__main__ import Server, main
 from tests.conftest import ROOT, RunningServer, until
+
+
+def server_of(served, **options):
+    return Server(uvicorn.Config(app=None, log_config=None), served, **options)
+
+
+def fake_served(ready=True):
+    """What a server knows of the bundle that it serves."""
+    return SimpleNamespace(ready=ready, failed=False, leaving=False, draining=False)
 
 
 @contextmanager
@@ -46,14 +58,17 @@ def port_of(child):
 def refuses(server):
     """Whether nothing new gets in: the port is closed, or says that it is draining."""
     try:
-        return httpx.get(f"{server.url}/readyz").status_code == 503
+        return httpx.post(f"{server.url}/classify").status_code == 503
     except httpx.TransportError:
         return True
 
 
-def test_a_process_serves_once_ready_and_a_drain_answers_what_was_accepted(bundle_path, png):
+def test_a_process_serves_until_its_notice_is_over_and_a_drain_answers_what_was_accepted(
+    bundle_path, png
+):
+    flags = ("--port", "0", "--log-format", "json")
     with process(
-        bundle_path, "--port", "0", "--log-format", "json", "--drain-seconds", "3"
+        bundle_path, *flags, "--drain-notice-seconds", "60", "--drain-seconds", "3"
     ) as child:
         server = RunningServer(None, port_of(child))
         until(lambda: server.client.get("/readyz").status_code == 200)
@@ -67,6 +82,9 @@ def test_a_process_serves_once_ready_and_a_drain_answers_what_was_accepted(bundl
         assert stuck.recv(100).startswith(b"HTTP/1.1 100")
         stuck.sendall(png[:100])  # and no more
         child.send_signal(signal.SIGTERM)
+        until(lambda: server.client.get("/readyz").text == "draining\n")
+        assert httpx.post(f"{server.url}/classify", content=png).status_code == 200
+        child.send_signal(signal.SIGTERM)  # ends the notice
         until(lambda: refuses(server))
         accepted.sendall(png)
         assert accepted.recv(4000).startswith(b"HTTP/1.1 200")
@@ -98,6 +116,39 @@ def test_a_drain_while_required_programs_are_compiled_is_quiet(bundle_path, tmp_
         said = child.stderr.read()
         assert child.wait(10) == 0
     assert {json.loads(line)["level"] for line in said.splitlines()} <= {"info"}
+
+
+def test_a_drain_begins_when_the_notice_is_over():
+    served, now = fake_served(), [100.0]
+    one = server_of(served, notice_seconds=5.0, clock=lambda: now[0])
+    one.handle_exit(signal.SIGTERM, None)
+    for now[0], over in ((100.0, False), (104.9, False), (105.0, True)):
+        assert asyncio.run(one.on_tick(1)) is over
+        assert (served.leaving, served.draining) == (True, over)
+    assert not one.force_exit
+
+
+@pytest.mark.parametrize(("ready", "seconds"), [(True, 0.0), (False, 5.0)])
+def test_a_drain_begins_at_once_unless_a_ready_server_is_to_give_notice(ready, seconds):
+    served = fake_served(ready)
+    one = server_of(served, notice_seconds=seconds)
+    one.handle_exit(signal.SIGTERM, None)
+    assert served.draining
+    assert one.should_exit
+    assert not one.force_exit
+
+
+@pytest.mark.parametrize("seconds", [0.0, 5.0])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_notice_and_ctrl_c_the_drain_too(number, seconds):
+    served = fake_served()
+    one = server_of(served, notice_seconds=seconds, clock=lambda: 100.0)
+    one.handle_exit(number, None)
+    served.ready = False
+    one.handle_exit(number, None)
+    assert served.draining
+    assert one.should_exit
+    assert one.force_exit == (number == signal.SIGINT)
 
 
 def test_a_port_in_use_stops_the_start_before_anything_is_loaded(server, capsys, monkeypatch):

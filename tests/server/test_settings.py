@@ -47,6 +47,7 @@ BAD = {
     "audit_rate": ["1.1"],
     "overload_first_exit": ["maybe", "2", ""],
     "drain_seconds": ["-1", "inf", "1e300"],
+    "drain_notice_seconds": ["-1", "inf", "nan"],
     "api_keys": [",", " ", "schlüssel", "one,schlüssel", "two\tparts"],
     "admin_token": ["schlüssel"],
 }

@@ -16,12 +16,12 @@ from starlette.types import ASGIApp
 
 from server import routes
 from server.direct import Direct
-from server.errors import BadRequest, InvalidParameter, MethodNotAllowed, NotFound, OfframpError
+from server.errors import BadRequest, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
 from server.middleware import Surroundings
 from server.openapi import document
 from server.page import page_router
-from server.protocol import error_body
+from server.protocol import error_body, invalid
 from server.repository import Served
 
 log = logging.getLogger("offramp")
@@ -135,5 +135,4 @@ def _methods(request: Request) -> list[str]:
 
 async def _render_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    return await _render(request, InvalidParameter.of(first["loc"][1:], first["msg"]))
+    return await _render(request, invalid(error.errors()))

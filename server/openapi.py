@@ -162,6 +162,11 @@ def shown(*samples: str) -> dict[str, Any]:
     return {"x-codeSamples": [{"lang": "sh", "source": source} for source in samples]}
 
 
+def shown_to_administrators(*samples: str) -> dict[str, Any]:
+    """Command lines that show an operation which takes the admin token."""
+    return {"security": [{"AdminToken": []}], **shown(*samples)}
+
+
 def good(description: str) -> dict[str, Any]:
     """A response with status 200."""
     return {"description": description, "headers": REQUEST_ID}
@@ -201,16 +206,14 @@ def document(app: FastAPI, keys: bool) -> dict[str, Any]:
     )
     made.setdefault("components", {})["securitySchemes"] = SECURITY_SCHEMES
     for item in made["paths"].values():
-        for method, operation in item.items():
+        for operation in item.values():
             operation["responses"] = dict(sorted(operation["responses"].items()))
-            operation["security"] = _security(method, operation, keys)
+            operation.setdefault("security", _security(operation, keys))
     return made
 
 
-def _security(method: str, operation: dict[str, Any], keys: bool) -> list[dict[str, list[str]]]:
+def _security(operation: dict[str, Any], keys: bool) -> list[dict[str, list[str]]]:
     if str(errors.Forbidden.status) not in operation["responses"]:
         return []
-    if method == "put":
-        return [{"AdminToken": []}]
     sent: list[dict[str, list[str]]] = [{"ApiKey": []}, {"Bearer": []}]
     return sent if keys else [{}, *sent]

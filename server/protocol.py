@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
@@ -61,6 +61,14 @@ class Parameters(BaseModel):
     def bends(self) -> bool:
         """Whether overload may answer shallower: not where the request says what suffices."""
         return self.threshold is None and self.max_accuracy_loss is None
+
+
+def invalid(errors: Sequence[Any]) -> InvalidParameter:
+    """What is said of a request that FastAPI found invalid, from the first of its errors."""
+    where, fault = errors[0]["loc"], errors[0]["msg"]
+    if where == ("body",) or errors[0]["type"] == "json_invalid":
+        return InvalidParameter("the body must be a JSON object, and Content-Type say so")
+    return InvalidParameter.of(where[1:], fault)
 
 
 def parameters_from(query: bytes) -> Parameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, cast
 
@@ -37,6 +38,8 @@ from server.tickets import Seen
 
 Query_ = Annotated[Parameters, Query()]
 MAX_BATCH_IMAGES = 256
+NOT_WANTED = re.compile(r"q=0(\.0*)?")
+"""The weight of what a client would rather not have (RFC 9110, 12.4.2)."""
 
 
 # Dependencies are coroutines, since FastAPI would run each plain function in a thread of its own.
@@ -181,7 +184,10 @@ def _encoded(body: dict[str, Any], served: Served) -> Response:
 def wants_events(accept: str) -> bool:
     """Whether an `Accept` header names the event stream."""
     kinds = (kind.replace(" ", "").lower().split(";") for kind in accept.split(","))
-    return any(kind == "text/event-stream" and "q=0" not in rest for kind, *rest in kinds)
+    return any(
+        kind == "text/event-stream" and not any(map(NOT_WANTED.fullmatch, rest))
+        for kind, *rest in kinds
+    )
 
 
 async def _stream(events: AsyncIterator[bytes]) -> Response:
@@ -282,9 +288,14 @@ async def get_policy(served: Served_) -> PolicyBody:
 @admin.get(
     "/engine",
     response_model=EngineBody,
-    responses={200: openapi.good("The cost table and the ladder as they are now")},
+    responses={
+        200: openapi.good("The cost table and the ladder as they are now"),
+        **openapi.failures(*UNAVAILABLE),
+    },
     summary="What the scheduler decides with",
-    openapi_extra=openapi.shown("curl -H 'Authorization: Bearer TOKEN' localhost:8000/engine"),
+    openapi_extra=openapi.shown_to_administrators(
+        "curl -H 'Authorization: Bearer TOKEN' localhost:8000/engine"
+    ),
 )
 async def get_engine(served: Served_) -> EngineBody:
     """The cost table, as measured so far, and the levels of overload; `deploy.sweep` reads it."""
@@ -306,9 +317,9 @@ async def get_engine(served: Served_) -> EngineBody:
     response_model=PolicyBody,
     responses={
         200: openapi.good("The policy from now on"),
-        **openapi.failures(InvalidParameter),
+        **openapi.failures(errors.BadRequest, errors.BodyTooLarge, InvalidParameter),
     },
-    openapi_extra=openapi.shown(
+    openapi_extra=openapi.shown_to_administrators(
         "curl -X PUT -H 'Authorization: Bearer TOKEN' -H 'Content-Type: application/json' "
         "-d '{\"max_accuracy_loss\": 0.02}' localhost:8000/policy"
     ),

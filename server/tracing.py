@@ -168,7 +168,7 @@ def tracer_from(environment: Mapping[str, str]) -> RequestTracer | None:
         return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
@@ -176,7 +176,7 @@ def tracer_from(environment: Mapping[str, str]) -> RequestTracer | None:
         raise ValueError(
             f"{missing}; install the extra 'tracing', or unset OTEL_EXPORTER_OTLP_ENDPOINT"
         ) from None
-    name = environment.get("OTEL_SERVICE_NAME", "offramp")
-    provider = TracerProvider(resource=Resource.create({"service.name": name}))
+    usual = Resource.create({"service.name": "offramp"})
+    provider = TracerProvider(resource=usual.merge(OTELResourceDetector().detect()))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return RequestTracer(provider)

@@ -8,7 +8,7 @@ import zlib
 import pytest
 
 from server.errors import OfframpError
-from tests.conftest import encode, noise
+from tests.conftest import encode, noise, until
 
 
 def chunk(kind, data):
@@ -175,6 +175,26 @@ def test_the_operating_point_is_changed_with_the_admin_token_only(serve, png):
         check_error(bad, 422, "invalid_parameter")
 
 
+JSON = {"content-type": "application/json"}
+NO_OBJECTS = [
+    (b'{"max_accuracy_loss": 0.05}', {}),
+    (b'{"max_accuracy_loss": 0.05,}', JSON),
+    (b'"0.05"', JSON),
+    (b"null", JSON),
+    (b"", JSON),
+    (b"", {}),
+]
+
+
+def test_a_body_that_is_no_json_object_is_told_so_in_a_sentence(serve):
+    with serve(admin_token="secret", warm=False) as one:
+        for body, kind in NO_OBJECTS:
+            headers = {"authorization": "Bearer secret", **kind}
+            bad = one.client.put("/policy", content=body, headers=headers)
+            check_error(bad, 422, "invalid_parameter")
+            assert bad.json()["error"] == "the body must be a JSON object, and Content-Type say so"
+
+
 def test_a_deadline_that_has_passed_on_arrival_is_a_504(server, png):
     check_error(server.post(png, deadline_ms=0.001), 504, "deadline_exceeded")
 
@@ -213,7 +233,7 @@ def test_an_unknown_failure_tells_the_client_nothing_and_the_log_everything(
         response = one.client.post(path, files={"file" if path == "/classify" else "files": png})
         check_error(response, 500, "internal")
         assert response.json()["error"] == OfframpError.sentence
-        assert one.metric("requests_total", route=path, code="500") == 1
+        until(lambda: one.metric("requests_total", route=path, code="500") == 1)
     assert caplog.text.count("ZeroDivisionError: ") == 1
     assert response.json()["request_id"] in caplog.text
 
@@ -313,6 +333,8 @@ def test_garbage_for_a_key_is_a_wrong_key(serve, png):
         ("Text/Event-Stream; charset=utf-8", True),
         ("application/json, text/event-stream;q=0.5", True),
         ("text/event-stream;q=0", False),
+        ("text/event-stream; q=0.000", False),
+        ("text/event-stream;q=0.001", True),
         ("*/*", False),
         ("text/*", False),
         ("text/event-streams", False),

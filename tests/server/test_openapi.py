@@ -12,13 +12,19 @@ from server.openapi import ANSWER_EXAMPLE, BATCH_RESPONSE, EVENTS_EXAMPLE, SEEN_
 from server.protocol import AnswerBody, BatchBody, ErrorBody, SeenBody
 from tests.server.test_classify import events
 
-BRANCHES = {"bad_request", "too_large", "unavailable", "not_found", "method_not_allowed"}
+BRANCHES = {"too_large", "unavailable", "not_found", "method_not_allowed"}
 """Codes of errors that only their kinds raise, or that belong to no documented path."""
 
 
 @pytest.fixture(scope="module")
 def one(serve):
     with serve(admin_token="secret", default_deadline_ms=None) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cold(serve):
+    with serve(admin_token="secret", max_body_bytes=1000, warm=False) as server:
         yield server
 
 
@@ -87,6 +93,25 @@ def test_every_error_code_is_an_example_of_its_status(operations):
     assert {code: shown.get(code) for code in wanted} == wanted
 
 
+TO_THE_ADMINISTRATOR = {
+    "a body that is no UTF-8": ("put", "/policy", b"\xff", 400),
+    "too large a body": ("put", "/policy", b"1" * 2000, 413),
+    "a body that is no JSON": ("put", "/policy", b"{", 422),
+    "before it is warm": ("get", "/engine", b"", 503),
+}
+
+
+@pytest.mark.parametrize("name", TO_THE_ADMINISTRATOR)
+def test_every_status_that_an_administrator_gets_is_documented(cold, name):
+    method, path, body, status = TO_THE_ADMINISTRATOR[name]
+    headers = {"authorization": "Bearer secret", "content-type": "application/json"}
+    response = cold.client.request(method.upper(), path, content=body, headers=headers)
+    assert response.status_code == status
+    documented = cold.client.get("/openapi.json").json()["paths"][path][method]["responses"]
+    code = response.json()["code"]
+    assert code in documented[str(status)]["content"]["application/json"]["examples"]
+
+
 def test_nothing_of_fastapis_own_errors_is_left(document):
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
@@ -94,7 +119,8 @@ def test_nothing_of_fastapis_own_errors_is_left(document):
 def test_each_locked_operation_names_how_to_unlock_it(operations, serve):
     for operation in operations.values():
         assert bool(operation["security"]) == ("403" in operation["responses"])
-    assert operations["put", "/policy"]["security"] == [{"AdminToken": []}]
+    for operation in (("put", "/policy"), ("get", "/engine")):
+        assert operations[operation]["security"] == [{"AdminToken": []}]
     assert {} in operations["post", "/classify"]["security"]  # no key is configured
     with serve(api_keys="key", warm=False) as locked:
         paths = locked.client.get("/openapi.json").json()["paths"]

@@ -1,5 +1,6 @@
 """Spans of real requests, kept in memory instead of sent."""
 
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -146,6 +147,26 @@ def test_an_endpoint_turns_tracing_on(monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     tracer = tracer_from({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"})
     assert isinstance(tracer, RequestTracer)
+    tracer.close()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "service", "name"),
+    [
+        ("", "", "offramp"),
+        ("service.name=mine,team=x", "", "mine"),
+        ("service.name=mine", "ours", "ours"),
+        ("", "ours", "ours"),
+    ],
+)
+def test_spans_are_of_the_service_that_the_environment_names(
+    monkeypatch, attributes, service, name
+):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", attributes)
+    monkeypatch.setenv("OTEL_SERVICE_NAME", service)
+    tracer = tracer_from(os.environ)
+    assert tracer._provider.resource.attributes["service.name"] == name
     tracer.close()
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import re
 import sys
+import threading
+import warnings
 from datetime import UTC, datetime
+from types import TracebackType
+
+from PIL import _imaging
+
+log = logging.getLogger("offramp")
 
 PLAIN = re.compile(r"[!#-<>-~]+")
 """Printable ASCII without space, quote or equals sign."""
@@ -47,6 +55,33 @@ def configure(log_format: str, level: str) -> None:
     root.setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # our own lines say as much
     _look_up_only_what_is_said()
+    _take_what_goes_past_it()
+    _silence_decoders()
+
+
+def _take_what_goes_past_it() -> None:
+    """Log what Python would write to standard error by itself."""
+    logging.captureWarnings(True)
+    sys.excepthook = _say_uncaught
+    threading.excepthook = sys.unraisablehook = lambda uncaught: _say_uncaught(
+        uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback
+    )
+
+
+def _say_uncaught(
+    kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None
+) -> None:
+    if not issubclass(kind, SystemExit):
+        log.critical("nobody caught this", exc_info=(kind, error or kind(), traceback))
+
+
+def _silence_decoders() -> None:
+    """What they write of a broken image, its sender is told; libtiff does so past Python."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    pillow = ctypes.CDLL(_imaging.__file__)
+    for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if hasattr(pillow, setter):  # not where libtiff is built in, and its names are hidden
+            getattr(pillow, setter)(None)
 
 
 def _look_up_only_what_is_said() -> None:

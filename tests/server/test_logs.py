@@ -3,10 +3,15 @@
 import json
 import logging
 import re
+import subprocess
+import sys
 
 import pytest
+from PIL import Image
 
 from server.logs import JsonFormatter, TextFormatter
+from tests.conftest import ROOT, encode
+from tests.server.test_bad_input import png_header
 
 
 @pytest.fixture
@@ -82,3 +87,53 @@ def test_a_path_cannot_forge_a_log_line(server, lines):
     (record,) = lines()
     assert "\n" not in TextFormatter().format(record)
     assert "\n" not in JsonFormatter().format(record)
+
+
+PROGRAM = """
+import sys, threading, warnings
+from pathlib import Path
+from model import image
+from server.logs import configure
+
+configure("json", "info")
+for file in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        image.render(image.read_header(file.read_bytes(), 10**9), 32)
+    except image.ImageError:
+        pass
+warnings.warn("of ours")
+
+class Dying:
+    def __del__(self):
+        raise ValueError("at its end")
+
+Dying()
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+raise KeyError("the last")
+"""
+
+
+def overwritten(data, first, piece):
+    return data[:first] + piece + data[first + len(piece) :]
+
+
+def test_nothing_but_log_lines_goes_to_standard_error(tmp_path):
+    """Neither Pillow's warnings nor libtiff's own lines; of warnings and failures each is one."""
+    gray = Image.new("RGB", (300, 300))
+    bad = {
+        "codes": overwritten(encode(gray, "TIFF", compression="tiff_lzw"), 60, b"\xff" * 30),
+        "marker": overwritten(encode(gray, "TIFF", compression="jpeg"), 300, b"\xff" * 100),
+        "exif": encode(gray, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0"),
+        "pixels": png_header(9_000, 10_000),
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    said = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True).stderr
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert len(lines) == 4, said
+    for line, word in zip(lines, ("of ours", "at its end", "division", "the last"), strict=True):
+        assert word in line.get("exception", line["message"])
+    assert [line["level"] for line in lines] == ["warning", *["critical"] * 3]

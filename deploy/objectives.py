@@ -1,7 +1,7 @@
 """What is promised to clients, as dashboards draw it; the alerts watch the same numbers."""
 
 AVAILABILITY = 0.999
-"""Share of requests that must not fail on the server's side: no 5xx, no 429."""
+"""Share of images that must not fail on the server's side (5xx or 429), wherever they were sent."""
 LATENCY_SECONDS = 0.25
 LATENCY_SHARE = 0.99
 """Share of answers to `/classify` that must take no longer than that; a bucket ends there."""

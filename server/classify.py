@@ -128,6 +128,7 @@ async def classify(
             deadline,
             bends=parameters.bends,
             on_exit=on_exit,
+            request_id=context.request_id,
         )
         try:
             answer = await ticket.promise

@@ -77,6 +77,7 @@ class Engine:
         self._beat = clock()
         self._stopping = threading.Event()
         metrics.in_force(scheduler.controller.level)
+        metrics.watch(scheduler.queued, lambda: scheduler.workers)
 
     # --- called from other threads -----------------------------------------------------------
 
@@ -106,6 +107,7 @@ class Engine:
         bends: bool = True,
         on_exit: Callable[[Seen], None] | None = None,
         loop: Loop | None = None,
+        request_id: str = "",
     ) -> Ticket:
         """Send one image in; its ticket's promise gives the answer.
 
@@ -117,6 +119,7 @@ class Engine:
             bends: whether overload may make the answer shallower than the rule asks.
             on_exit: called in the client's loop for every exit passed.
             loop: the client's; by default the running one.
+            request_id: what the log says if the run fails.
 
         The promise raises:
             Overloaded: refused, since even the first exit would be late.
@@ -125,7 +128,7 @@ class Engine:
             OfframpError: the run failed.
         """
         loop = loop or asyncio.get_running_loop()
-        ticket = Ticket(loop, self._promise(loop), on_exit, self._clock(), pixels)
+        ticket = Ticket(loop, self._promise(loop), on_exit, self._clock(), pixels, request_id)
         job = Job(rule, arrived, deadline, bends, payload=ticket)
         ticket.job = job
         self.call(lambda: self._admit(job, ticket))
@@ -218,7 +221,7 @@ class Engine:
         try:
             computed = self._compute(batch)
         except Exception:
-            log.exception("stage %d failed for %d jobs", batch.stage, len(batch.jobs))
+            _say_why("failed", batch)
             if len(batch.jobs) == 1:
                 self._fail(batch)
             else:
@@ -230,7 +233,7 @@ class Engine:
                 self._settle(batch, computed)
                 self._outbox.send()
         except Exception:
-            log.exception("stage %d could not be settled", batch.stage)
+            _say_why("could not be settled", batch)
             self._fail(batch)
 
     def _compute(self, batch: Batch) -> tuple[StageOutput, float, float]:
@@ -258,7 +261,6 @@ class Engine:
             said = output.confidences
             for job, reason in self.scheduler.settle(batch, said, ended - began, ended):
                 self._answer(job, reason)
-            self._metrics.queued(self.scheduler.queued())
         self._let_go(batch)
 
     def _let_go(self, batch: Batch) -> None:
@@ -357,6 +359,13 @@ class Engine:
             assert ticket.probabilities is not None
             said = ticket.seen[-1]
             self._metrics.audited(said.exit, said.class_id == int(ticket.probabilities.argmax()))
+
+
+def _say_why(what: str, batch: Batch) -> None:
+    """Log the exception under the ids of its requests, whose clients are told to ask for it."""
+    ids = [job.payload.request_id for job in batch.jobs]
+    said = {"audit": batch.audit, "request_ids": ids}
+    log.exception("stage %d %s", batch.stage, what, extra={"fields": said})
 
 
 def _wake() -> None:

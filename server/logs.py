@@ -11,6 +11,7 @@ import threading
 import warnings
 from datetime import UTC, datetime
 from types import TracebackType
+from typing import Any
 
 from PIL import _imaging
 
@@ -63,9 +64,11 @@ def _take_what_goes_past_it() -> None:
     """Log what Python would write to standard error by itself."""
     logging.captureWarnings(True)
     sys.excepthook = _say_uncaught
-    threading.excepthook = sys.unraisablehook = lambda uncaught: _say_uncaught(
-        uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback
-    )
+    threading.excepthook = sys.unraisablehook = _say_end
+
+
+def _say_end(uncaught: Any) -> None:
+    _say_uncaught(uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback)
 
 
 def _say_uncaught(

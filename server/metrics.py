@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import prometheus_client
 import torch
@@ -27,6 +28,8 @@ ROUTES = ("/classify", "/classify/batch")
 REQUEST_CODES = ("200", "400", "401", "403", "413", "422", "429", "499", "500", "503", "504")
 REFUSALS = ("queue_full", "not_in_time")
 IMAGE_FAULTS = ("no_image", "unsupported_image", "broken_image", "image_too_large")
+SERVER_FAULTS = ("internal", "overloaded", "not_ready", "draining", "deadline_exceeded")
+"""Codes of the errors with a status of 5xx or 429."""
 CONFIDENCE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 SECONDS_BUCKETS = (
     # Millisecond work: a stage takes 0.1 to 10 ms, an answer 1 to 100 ms.
@@ -96,6 +99,11 @@ class Metrics:
         self.rejected_images = self._counter(
             "rejected_images_total", "Images that could not be used", ["code"]
         )
+        self.failed_images = self._counter(
+            "failed_images_total",
+            "Images that failed on the server's side (5xx or 429), sent alone or in a batch",
+            ["code"],
+        )
         self.deadlines = self._counter(
             "deadlines_total", "Requests with a deadline, by outcome", ["outcome"]
         )
@@ -136,6 +144,7 @@ class Metrics:
         self.queue_jobs = self._gauge(
             "queue_jobs", "Images waiting for a stage", ["model", "stage"]
         )
+        self.workers = self._gauge("workers", "Stage batches that may run at the same time")
 
     def _device(self, on_cuda: bool) -> None:
         memory = self._gauge("gpu_memory_bytes", "Of the card; all zero without one", ["kind"])
@@ -183,6 +192,8 @@ class Metrics:
             self.refused.labels(reason)
         for code in IMAGE_FAULTS:
             self.rejected_images.labels(code)
+        for code in SERVER_FAULTS:
+            self.failed_images.labels(code)
         for outcome in ("met", "missed"):
             self.deadlines.labels(outcome)
         for kind in ("spent", "full"):
@@ -206,6 +217,11 @@ class Metrics:
         known = self._requests_by_code.get((route, status))
         (known or self.requests.labels(route, str(status))).inc()
         self._request_seconds[route].observe(seconds)
+
+    def failed(self, code: object, images: int = 1) -> None:
+        """So many images failed with this code; a no-op where that was their client's fault."""
+        if code in SERVER_FAULTS:
+            self.failed_images.labels(code).inc(images)
 
     def render(self) -> bytes:
         """The exposition that Prometheus scrapes."""
@@ -279,10 +295,18 @@ class EngineMetrics:
         labels = (self._metrics.model, str(exit), "true" if agreed else "false")
         self._metrics.audited.labels(*labels).inc()
 
-    def queued(self, jobs: Sequence[int]) -> None:
-        """How many jobs wait for each stage."""
-        for gauge, waiting in zip(self._queue_jobs, jobs, strict=True):
-            gauge.set(waiting)
+    def watch(self, queued: Callable[[], Sequence[int]], workers: Callable[[], int]) -> None:
+        """Have every scrape ask how many jobs wait for each stage, and how many workers there are.
+
+        Right whatever happens to a job, and free for it.
+        """
+
+        def waiting(stage: int) -> int:
+            return queued()[stage]
+
+        for stage, gauge in enumerate(self._queue_jobs):
+            gauge.set_function(partial(waiting, stage))
+        self._metrics.workers.set_function(workers)
 
     def in_force(self, level: Level) -> None:
         """The operating point that answers are given under."""

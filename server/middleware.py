@@ -134,6 +134,8 @@ class Surroundings:
         path = scope["path"]
         if path in ROUTES:
             self._metrics.answered(path, context.status, seconds)
+            if "code" in context.fields:
+                self._metrics.failed(context.fields["code"])
         if context.trace:
             context.trace.end(context.status, context.request_id)
             context.fields["trace_id"] = context.trace.trace_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, cast
 
@@ -173,6 +174,10 @@ async def post_batch(
         )
     context.server_timing = ""
     context.fields = {"images": len(images)}
+    if failures := Counter(result["code"] for result in results if "code" in result):
+        context.fields["errors"] = dict(failures)
+        for code, count in failures.items():
+            served.metrics.failed(code, count)
     return _encoded({"results": results}, served)
 
 

@@ -60,6 +60,8 @@ class Ticket:
     on_exit: Callable[[Seen], None] | None
     accepted: float
     inputs: np.ndarray | Row | None
+    request_id: str = ""
+    """What the log says of it if its run fails."""
     job: Job | None = None
     """Until it is settled."""
     seen: list[Seen] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from deploy.grafana.panels import (
     HERE,
     HERE_MODEL,
+    WINDOW,
     Dashboard,
     Kind,
     Panel,
@@ -164,10 +165,17 @@ PROCESS = Row(
         ),
         Panel(
             "Device busy",
-            "Share of time in which a batch of answers runs on the device, a CPU or a GPU. Near "
-            "100 % the server is at its capacity, and audits wait.",
+            "Share of time in which a batch of answers runs on the device, a CPU or a GPU; of "
+            "several WORKERS, their mean. Near 100 % the server is at its capacity, and audits "
+            "wait.",
             "percentunit",
-            [Query(rate("offramp_stage_duration_seconds_sum", "instance"), "{{instance}}")],
+            [
+                Query(
+                    rate("offramp_stage_duration_seconds_sum", "instance")
+                    + f" / sum by (instance) (avg_over_time(offramp_workers{{{HERE}}}[{WINDOW}]))",
+                    "{{instance}}",
+                )
+            ],
             top=1,
             runbook="OfframpQueueSaturated",
         ),

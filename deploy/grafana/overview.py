@@ -15,6 +15,8 @@ from deploy.objectives import AVAILABILITY, DEGRADED_SHARE, LATENCY_SECONDS
 
 REQUESTS = "offramp_requests_total"
 ANSWERS = "offramp_answers_total"
+FAILED = "offramp_failed_images_total"
+BAD = "offramp_rejected_images_total"
 ONE_IMAGE = HERE + ',route="/classify"'
 
 TRAFFIC = Row(
@@ -32,18 +34,21 @@ TRAFFIC = Row(
         ),
         Panel(
             "Error ratio",
-            f"Share of requests that failed on our side (5xx or 429), against the objective of "
-            f"{1 - AVAILABILITY:.1%}. Above the line the error budget burns: 429 is load, 504 a "
-            "deadline that not even the first exit could meet, 500 a fault in the log.",
+            "Share of images that failed on our side, each entry of a batch by itself, against "
+            f"the objective of {1 - AVAILABILITY:.1%}. Above the line the error budget burns: "
+            "overloaded is load, deadline_exceeded a deadline that not even the first exit could "
+            "meet, internal a fault in the log.",
             "percentunit",
             [
                 Query(
-                    rate(REQUESTS, where='code=~"5..|429"', selector=HERE)
-                    + " / "
-                    + rate(REQUESTS, selector=HERE),
-                    "failed",
+                    rate(FAILED, "code", selector=HERE)
+                    + " / ignoring(code) group_left() ("
+                    + " + ".join(rate(images, selector=HERE) for images in (ANSWERS, BAD, FAILED))
+                    + ")",
+                    "{{code}}",
                 )
             ],
+            Kind.STACK,
             limit=round(1 - AVAILABILITY, 6),
             runbook="OfframpAvailabilityBurn",
         ),

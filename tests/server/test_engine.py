@@ -107,11 +107,11 @@ class World:
             promise=FakePromise,
         )
 
-    def submit(self, *said, seconds=math.inf, loop=None, on_exit=None, rule=RULE, bends=True):
+    def submit(self, *said, seconds=math.inf, loop=None, rule=RULE, bends=True, **others):
         image = np.array(said or (0.1, 0.2, 0.3))
         deadline = self.now + seconds
         loop = loop or self.loop
-        return self.engine.submit(image, rule, self.now, deadline, bends, on_exit, loop)
+        return self.engine.submit(image, rule, self.now, deadline, bends, loop=loop, **others)
 
     def others_work(self):
         self.at_work += 1
@@ -122,6 +122,11 @@ class World:
     def finish(self):
         while self.engine.step(False):
             pass
+
+    def waiting(self):
+        """How many jobs wait for each stage, as a scrape sees it."""
+        stages = range(1, STAGES + 1)
+        return [self.value("queue_jobs", model="tiny", stage=str(k)) for k in stages]
 
     def value(self, name, **labels):
         return self.metrics.registry.get_sample_value(f"offramp_{name}", labels)
@@ -167,6 +172,62 @@ def test_a_confidence_that_is_no_number_is_an_internal_error_for_that_job_alone(
     world.finish()
     assert type(answer(bad)) is OfframpError
     assert answer(good).exit == 3
+
+
+def failures(caplog):
+    """(message, request ids, cause) of every failure in the log."""
+    return [
+        (r.getMessage(), r.fields["request_ids"], str(r.exc_info[1]))
+        for r in caplog.records
+        if r.exc_info
+    ]
+
+
+def test_the_cause_of_a_failure_is_in_the_log_under_its_request(world, caplog):
+    world.runner.guilty = lambda images: any(image[0] == 0.13 for image in images)
+    world.submit(request_id="good")
+    world.submit(0.13, 0.1, 0.1, request_id="bad")
+    world.finish()
+    together, alone = failures(caplog)
+    assert together == ("stage 1 failed", ["good", "bad"], "a broken row")
+    assert alone == ("stage 1 failed", ["bad"], "a broken row")
+
+
+def test_so_is_that_of_a_batch_that_cannot_be_settled(world, caplog):
+    for name in "ab":
+        world.submit(request_id=name)
+    world.runner.forgets_rows = True
+    world.engine.step(False)
+    ((said, ids, _),) = failures(caplog)
+    assert (said, ids) == ("stage 1 could not be settled", ["a", "b"])
+
+
+def test_a_scrape_sees_who_waits_whatever_becomes_of_them(world):
+    assert world.waiting() == [0, 0, 0]
+    tickets = [world.submit(seconds=20 * SECONDS) for _ in range(3)]
+    world.engine._take_messages(0)
+    assert world.waiting() == [3, 0, 0]
+    world.engine.step(False)
+    assert world.waiting() == [0, 3, 0]
+    world.engine.cancel(tickets[0])
+    world.engine._take_messages(0)
+    assert world.waiting() == [0, 2, 0]
+    world.runner.guilty = lambda images: True
+    world.engine.step(False)
+    assert world.waiting() == [0, 0, 0]
+    world.submit(seconds=5 * SECONDS)
+    world.engine._take_messages(0)
+    world.now += 5 * SECONDS
+    world.engine.step(False)
+    assert world.waiting() == [0, 0, 0]
+
+
+def test_a_scrape_sees_how_many_workers_there_are():
+    world = World(workers=3, http_seconds=1.0)
+    assert world.value("workers") == 3
+    world.submit()
+    world.finish()
+    assert world.value("workers") == 2, "one leaves its core to HTTP"
 
 
 def test_a_cancelled_job_frees_its_place_and_its_features(world):

@@ -1,11 +1,15 @@
 """What may happen to a request, or to its neighbours, while it waits for the device."""
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
 from server.costs import CostTable
+from server.errors import Overloaded, Unavailable, every_error
+from server.metrics import SERVER_FAULTS
 from tests.conftest import encode, noise, until
 from tests.gate import gated
 from tests.server.test_bad_input import BROKEN, check_error
@@ -23,6 +27,22 @@ def one(serve):
 
 def queued(server, images):
     until(lambda: server.served.in_flight == images)
+
+
+@contextmanager
+def broken_at(server, stage):
+    """From this stage on the server's device fails."""
+    with gated(server) as gate:
+        run = gate.run
+
+        def fail(k, inputs):
+            output = run(k, inputs)
+            assert k < stage, "what fails on the device"
+            return output
+
+        gate.run = fail
+        gate.open()
+        yield
 
 
 def leave_behind(server, png, request, images):
@@ -102,6 +122,47 @@ def test_an_image_that_the_network_fails_on_fails_alone(one, png):
         check_error(bad.result(), 500, "internal")
         assert {n.result().status_code for n in [first, *neighbours]} == {200}
     assert one.client.get("/livez").status_code == 200
+    until(lambda: one.metric("failed_images_total", code="internal") == 1)
+
+
+def test_images_that_fail_in_a_batch_are_counted_and_logged_though_it_succeeds(one, png, caplog):
+    caplog.set_level(logging.INFO)
+    headers = {"x-request-id": "r1"}
+    with broken_at(one, stage=1):
+        files = [("files", png), ("files", png), ("files", b"no image")]
+        response = one.client.post("/classify/batch", files=files, headers=headers)
+    codes = [entry["code"] for entry in response.json()["results"]]
+    assert (response.status_code, codes) == (200, ["internal", "internal", "unsupported_image"])
+    assert one.metric("failed_images_total", code="internal") == 2
+    assert one.metric("requests_total", route="/classify/batch", code="500") == 0
+    until(lambda: logged(caplog, "offramp.access"))
+    (line,) = logged(caplog, "offramp.access")
+    assert line["errors"] == {"internal": 2, "unsupported_image": 1}
+    assert ["r1"] in [said["request_ids"] for said in logged(caplog, "offramp.engine")]
+
+
+def logged(caplog, name):
+    return [record.fields for record in caplog.records if record.name == name]
+
+
+def test_a_failed_request_counts_as_one_failed_image_if_that_was_not_its_client(one, png):
+    one.served.in_flight = one.served.settings.max_queue
+    assert one.post(png).status_code == 429
+    one.served.in_flight = 0
+    assert one.post(b"no image").status_code == 400
+    one.served.draining = True
+    files = [("files", png)] * 3
+    assert one.client.post("/classify/batch", files=files).status_code == 503
+    one.served.draining = False
+    until(lambda: one.metric("failed_images_total", code="draining") == 1)
+    failed = {code: one.metric("failed_images_total", code=code) for code in SERVER_FAULTS}
+    assert {code for code, count in failed.items() if count} == {"overloaded", "draining"}
+    assert failed["overloaded"] == 1
+
+
+def test_the_servers_faults_are_the_errors_with_its_statuses():
+    codes = {e.code for e in every_error() if e.status >= 500 or e.status == Overloaded.status}
+    assert codes - {Unavailable.code} == set(SERVER_FAULTS)
 
 
 def test_a_deadline_that_passes_in_the_queue_is_a_504(one, png):
@@ -149,21 +210,13 @@ def test_a_stream_that_would_be_late_has_the_status_of_any_request(one, png):
 
 
 def test_a_stream_that_fails_after_an_exit_ends_with_the_error(one, png):
-    with gated(one) as gate:
-        run = gate.run
-
-        def fail_at_the_second(stage, inputs):
-            output = run(stage, inputs)
-            assert stage == 1, "what fails on the device"
-            return output
-
-        gate.run = fail_at_the_second
-        gate.open()
+    with broken_at(one, stage=2):
         response = one.client.post("/classify?threshold=1", content=png, headers=STREAMED)
     assert response.status_code == 200
     (first, _), (last, error) = events(response)
     assert (first, last, error["code"]) == ("exit", "error", "internal")
     assert error["request_id"] == response.headers["x-request-id"]
+    until(lambda: one.metric("failed_images_total", code="internal") == 1)
 
 
 def test_a_deadline_that_passes_after_the_first_exit_is_an_answer(one, png):

@@ -115,9 +115,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     class_ids = images.class_ids if labelled else None
     names = ("measure", "ensemble", "method", "delta", "search_share", "mean_macs", "seed")
     options = Options(**{name: getattr(arguments, name) for name in names})
+    found = search_part(len(images), options)
     ranges, needed = None, [*dtypes]
     if torch.int8 in dtypes:
-        ranges = find_ranges(bundle, images, search_part(len(images), options))
+        ranges = find_ranges(bundle, images, found)
         needed.append(torch.float32)  # which int8 is priced against
     every = {
         dtype: cached_logits(bundle, images, dtype, cache_folder(arguments), ranges)

@@ -19,6 +19,8 @@ from training.outcomes import Outcomes, outcomes_of, shares
 from training.search import budgeted_path, fill, nested_path
 
 LEAST_IMAGES = 100
+LEAST_PART = 25
+"""Of these, to choose on and to certify on."""
 MOST_SEARCHED = 20_000
 """Thresholds hardly improve beyond; the images serve the certificate better."""
 
@@ -74,8 +76,6 @@ def calibrate(
         DataError: too few images, or a label-free calibration that is impossible.
     """
     n = len(logits)
-    if n < LEAST_IMAGES:
-        raise DataError(f"{n} images are too few to calibrate on; take at least {LEAST_IMAGES}")
     found = search_part(n, options)
     tested = np.setdiff1d(np.arange(n), found)
     calibrations, measure = _confidences(bundle, logits, class_ids, found, options)
@@ -113,9 +113,20 @@ def relative_macs(bundle: Bundle) -> np.ndarray:
 
 
 def search_part(n: int, options: Options) -> np.ndarray:
-    """Which of `n` images everything is chosen on; all others certify it."""
-    order = np.random.default_rng(options.seed).permutation(n)
-    return np.sort(order[: min(round(options.search_share * n), MOST_SEARCHED)])
+    """Which of `n` images everything is chosen on; all others certify it.
+
+    Raises:
+        DataError: there are too few images, or too few for one of the two.
+    """
+    if n < LEAST_IMAGES:
+        raise DataError(f"{n} images are too few to calibrate on; take at least {LEAST_IMAGES}")
+    count = min(round(options.search_share * n), MOST_SEARCHED)
+    if min(count, n - count) < LEAST_PART:
+        raise DataError(
+            f"a search share of {options.search_share:g} leaves {count} of {n} images to choose on "
+            f"and {n - count} to certify on; each takes at least {LEAST_PART}"
+        )
+    return np.sort(np.random.default_rng(options.seed).permutation(n)[:count])
 
 
 def within_budget(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -57,8 +58,10 @@ def cached_logits(
         DataError: a logit is NaN or infinite.
     """
     file = folder / f"logits-{_digest(bundle, images, dtype, ranges)}.safetensors"
-    if file.exists():
+    try:
         return load_file(file)["logits"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        pass  # not there, or damaged
     logits = compute_logits(bundle, images, dtype, ranges)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, save({"logits": logits}))

@@ -24,7 +24,7 @@ from training.calibrate import (
     load_images,
     share,
 )
-from training.calibration import Options, calibrate, relative_macs
+from training.calibration import LEAST_PART, Options, calibrate, relative_macs
 from training.data import DataError
 from training.ladder import LOSSES
 from training.logits import cached_logits
@@ -83,10 +83,15 @@ def _resample(arguments: argparse.Namespace) -> None:
     dtype = chosen_dtype(arguments.dtype)
     if dtype is torch.int8:
         raise DataError("resampling cannot be done in int8, whose ranges are a calibration's own")
+    n, options = len(images), Options(delta=arguments.delta)
+    used = round(arguments.calibrate_share * n)
+    if n - used < LEAST_PART and not arguments.as_population:
+        raise DataError(
+            f"--calibrate-share {arguments.calibrate_share:g} leaves {n - used} of {n} images to "
+            f"measure on; it takes at least {LEAST_PART}"
+        )
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
-    options = Options(delta=arguments.delta)
-    used = round(arguments.calibrate_share * len(logits))
-    drawn = draw(len(logits), used, arguments.splits, arguments.as_population)
+    drawn = draw(n, used, arguments.splits, arguments.as_population)
     splits = resample(bundle, logits, images.class_ids, options, drawn)
     for line in table(splits, used, len(drawn[0][1]), not arguments.as_population):
         print(line)

@@ -16,11 +16,11 @@ from tests.training.worlds import world
 from training.__main__ import main
 from training.calibrate import calibration_listing, load_images
 from training.calibration import MOST_SEARCHED, Options, calibrate, search_part
-from training.data import DataError
+from training.data import DataError, list_folder
 from training.eight_bits import find_ranges, price
 from training.fit import fit_calibrations
 from training.ladder import LOSSES, Method
-from training.logits import compute_logits
+from training.logits import cached_logits, compute_logits
 from training.outcomes import outcomes_of
 from training.reliability import calibration_error, exit_errors
 from training.resample import _shows_more
@@ -251,6 +251,42 @@ def test_a_loss_is_beyond_chance_where_the_images_leave_no_doubt():
     assert not _shows_more(differences, 0.03, 0.1)
     assert not _shows_more(differences, 0.025, 0.1)
     assert _shows_more(differences, 0.01, 0.1)
+
+
+@pytest.mark.parametrize("spoil", [lambda whole: whole[:-7], lambda whole: b""])
+def test_damaged_logits_are_computed_again(bundle, images, tmp_path, spoil):
+    loaded = load_bundle(bundle)
+    pixels = load_images(loaded, list_folder(images).pick(range(10)))
+    expected = cached_logits(loaded, pixels, torch.float32, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(spoil(whole))
+    again = cached_logits(loaded, pixels, torch.float32, tmp_path / "cache")
+    torch.testing.assert_close(again, expected)
+    assert len(file.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.02, 0.97, 0.9999])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_parts_too_small_to_choose_or_certify_on_are_refused(command, bundle, share, dtype):
+    status, said = command("--search-share", share, "--dtype", dtype, "--compare")
+    assert status == 2
+    assert f"a search share of {share:g} leaves" in said
+    assert "each takes at least 25" in said
+    assert not (bundle / "policy.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0.9999, "--calibrate-share 0.9999 leaves 0 of 480 images to measure on"),
+        (0.0001, "0 images are too few to calibrate on"),
+    ],
+)
+def test_parts_too_small_to_resample_are_refused(command, share, message):
+    status, said = command("--calibrate-share", share, command="resample")
+    assert status == 2
+    assert message in said
 
 
 def test_resampling_reports_every_bound_and_leaves_the_bundle_as_it_was(command, bundle):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.bundle import REPORT, Bundle, load_bundle, save_policy
-from model.files import write_atomically
+from model.bundle import Bundle, load_bundle, save_description, save_policy
 from model.numerics import DTYPES, likely_dtypes, name_of
 from model.policy import Measure, OperatingPoint, Policy
 from training import data as folders
@@ -27,10 +25,10 @@ from training.ladder import Method, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
 from training.parts import HELD_OUT, has_classes, held_out_if_trained_on, part_of
+from training.record import save_record
 from training.reliability import exit_errors
 from training.timing import stage_seconds
 
-RECORD = "calibration.json"
 SHOWN_LOSS = 0.01
 
 
@@ -136,13 +134,28 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         priced = price(ranges, exact, rounded, labels, policy)
         policy = policy.model_copy(update={"quantisation": priced})
     save_policy(bundle.path, policy)
-    save_record(bundle.path, result)
+    save_record(bundle, result)
+    forget_accuracy(bundle)
     for line in summary(replace(result, policy=policy)):
         print(line)
     if class_ids is not None:
         tested = result.tested
         for line in reliability_lines(result.policy, logits[tested], class_ids[tested]):
             print(line)
+    print(
+        "what it does on test images is not known, and any report of it is of another calibration; "
+        f"run: python -m training evaluate {bundle.path} --data DIR"
+    )
+
+
+def forget_accuracy(bundle: Bundle) -> None:
+    """Take the exits' accuracy as served out of bundle.json: it was measured with other policies.
+
+    How accurate each is by itself depends on the weights alone.
+    """
+    description = bundle.description
+    exits = tuple(e.model_copy(update={"accuracy": None}) for e in description.exits)
+    save_description(bundle.path, description.model_copy(update={"exits": exits}))
 
 
 def chosen_dtype(name: str) -> torch.dtype:
@@ -200,18 +213,6 @@ def check_classes(bundle: Bundle, classes: Sequence[str]) -> None:
 def cache_folder(arguments: argparse.Namespace) -> Path:
     """Where logits are kept."""
     return arguments.cache or arguments.bundle.resolve().parent / ".cache"
-
-
-def save_record(path: Path, result: Calibrated) -> None:
-    """Write what evaluation wants to know of a calibration to the bundle's report."""
-    record = {
-        "weights_sha256": result.policy.weights_sha256,
-        "certified_on_images": len(result.certifier.outcomes),
-        "path": result.path,
-        "budgeted": result.budgeted,
-    }
-    (path / REPORT).mkdir(exist_ok=True)
-    write_atomically(path / REPORT / RECORD, json.dumps(record, indent=1).encode() + b"\n")
 
 
 def summary(result: Calibrated) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from model.files import write_atomically
 from training import evaluation, markdown, plots, sheets
 from training.bundling import PAGE
 from training.calibrate import (
-    RECORD,
     SHOWN_LOSS,
     add_numerics,
     cache_folder,
@@ -27,6 +25,7 @@ from training.evaluation import Measured, Report
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
 from training.parts import find_parts, listing_digest, part_of
+from training.record import load_record
 from training.timing import stage_seconds
 
 
@@ -107,7 +106,7 @@ def measure(bundle: Bundle, images: ImageSet, logits: torch.Tensor, dtype: torch
 def make_report(m: Measured) -> Report:
     """Compute all of report.json."""
     description, policy = m.bundle.description, m.policy
-    record = calibration_record(m.bundle)
+    record = load_record(m.bundle)
     return Report(
         bundle=description.name,
         version=description.version,
@@ -122,22 +121,10 @@ def make_report(m: Measured) -> Report:
         shown_loss=SHOWN_LOSS,
         exits=evaluation.exit_results(m),
         operating_points=evaluation.point_results(m),
-        path=evaluation.curve(m, record["path"]),
-        budgeted=evaluation.curve(m, record["budgeted"]),
+        path=evaluation.curve(m, record.path if record else ()),
+        budgeted=evaluation.curve(m, record.budgeted if record else ()),
         class_shares=evaluation.class_shares(m),
     )
-
-
-def calibration_record(bundle: Bundle) -> dict[str, list[tuple[float, ...]]]:
-    """The curves that calibration left beside the policy; empty where it left none."""
-    empty: dict[str, list[tuple[float, ...]]] = {"path": [], "budgeted": []}
-    try:
-        record = json.loads((bundle.path / REPORT / RECORD).read_text())
-    except FileNotFoundError:
-        return empty
-    except json.JSONDecodeError as error:
-        raise DataError(f"{bundle.path / REPORT / RECORD} is not JSON: {error}") from error
-    return record if record["weights_sha256"] == bundle.description.weights_sha256 else empty
 
 
 def device_name() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,7 +180,7 @@ def loss_interval(differences: np.ndarray) -> tuple[float, float]:
     return least, risk.paired_upper_bound(losses, gains, n, delta)
 
 
-def curve(m: Measured, vectors: list[tuple[float, ...]]) -> tuple[CurvePoint, ...]:
+def curve(m: Measured, vectors: Sequence[tuple[float, ...]]) -> tuple[CurvePoint, ...]:
     """Accuracy over cost of threshold vectors."""
     points = []
     for thresholds in vectors:

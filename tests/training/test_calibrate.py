@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.bundle import load_bundle, load_servable, save_bundle
+from model.bundle import load_bundle, load_servable, save_bundle, save_description
 from model.numerics import likely_dtypes, name_of
 from model.policy import NEVER, Calibration, Measure
 from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
@@ -264,6 +264,17 @@ def test_damaged_logits_are_computed_again(bundle, images, tmp_path, spoil):
     again = cached_logits(loaded, pixels, torch.float32, tmp_path / "cache")
     torch.testing.assert_close(again, expected)
     assert len(file.read_bytes()) == len(whole)
+
+
+def test_calibrating_again_forgets_what_was_measured_with_another_policy(command, bundle):
+    described = load_bundle(bundle).description
+    exits = tuple(e.model_copy(update={"accuracy": 0.9, "alone": 0.8}) for e in described.exits)
+    save_description(bundle, described.model_copy(update={"exits": exits}))
+    status, said = command("--dtype", "float32")
+    assert status == 0
+    after = load_bundle(bundle).description
+    assert {(e.accuracy, e.alone) for e in after.exits} == {(None, 0.8)}
+    assert f"run: python -m training evaluate {bundle} --data DIR" in said
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.02, 0.97, 0.9999])

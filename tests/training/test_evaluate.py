@@ -1,6 +1,8 @@
 """The report of a calibrated bundle holds what happened to every test image."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ from model.bundle import load_bundle
 from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
 from training import risk
 from training.__main__ import main
+from training.data import DataError
 from training.evaluation import loss_interval
 from training.markdown import CAPTIONS
+from training.record import load_record
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,32 @@ def test_a_bundle_without_a_policy_is_not_evaluated(tmp_path, capsys):
     bundle = write_bundle(tmp_path / "bundle")
     assert main(["evaluate", str(bundle), "--data", str(tmp_path)]) == 2
     assert "has no policy.json; run: python -m training calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b"[]", "the file"),
+        (b"{}", "weights_sha256"),
+        (b"not JSON", "the file"),
+        (b"\xff", "the file"),
+        (b'{"weights_sha256": "", "certified_on_images": 1, "path": [["x"]]}', "path.0.0"),
+    ],
+)
+def test_a_malformed_record_of_the_calibration_is_said(tmp_path, content, where):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/calibration.json").write_bytes(content)
+    bundle = SimpleNamespace(path=tmp_path, description=SimpleNamespace(weights_sha256=""))
+    with pytest.raises(DataError, match=f"is malformed at {where}: .*; calibrate the bundle again"):
+        load_record(bundle)
+
+
+def test_the_record_of_a_calibration_is_that_of_its_own_weights_alone(evaluated):
+    bundle = load_bundle(evaluated)
+    assert len(load_record(bundle).path) > 1
+    other = bundle.description.model_copy(update={"weights_sha256": "other"})
+    assert load_record(dataclasses.replace(bundle, description=other)) is None
+    assert load_record(dataclasses.replace(bundle, path=evaluated / "nowhere")) is None
 
 
 def test_an_interval_for_the_loss_holds_it_and_narrows_with_more_images():

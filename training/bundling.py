@@ -20,6 +20,7 @@ from training.folder import Folder
 from training.log import write_log
 from training.presets import Preset
 from training.run import Run
+from training.seen import save_trained
 
 BUNDLE = "bundle"
 """Within a run's folder."""
@@ -64,6 +65,10 @@ def write_bundle(done: Finished, path: Path, name: str) -> None:
             training=provenance(done),
         )
     write_report(done, path)
+    given = [Path(p) for p in (done.pretrained, done.teacher) if p]
+    bundles = [p for p in given if p.is_dir()]  # or the file of a plain backbone
+    for sentence in save_trained(path, done.data.training.files, bundles):
+        print(sentence)
 
 
 def provenance(done: Finished) -> dict[str, Any]:

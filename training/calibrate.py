@@ -24,9 +24,10 @@ from training.eight_bits import find_ranges, price
 from training.ladder import Method, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
-from training.parts import HELD_OUT, has_classes, held_out_if_trained_on, part_of
+from training.parts import HELD_OUT, has_classes, part_of
 from training.record import save_record
 from training.reliability import exit_errors
+from training.seen import CALIBRATED, Seen, digests_of, save_digests, seen_by
 from training.timing import stage_seconds
 
 SHOWN_LOSS = 0.01
@@ -103,9 +104,9 @@ def add_cache(command: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    listing, labelled = calibration_listing(arguments.data)
+    labelled = is_labelled(arguments.data)
     bundle = load_bundle(arguments.bundle, with_policy=not labelled)
-    listing = held_out_if_trained_on(listing, bundle.description.training.get("files_sha256"))
+    listing = calibration_listing(arguments.data, seen_by(bundle))
     if labelled:
         check_classes(bundle, listing.classes)
     dtypes = certified_dtypes(arguments.dtype)
@@ -135,6 +136,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         policy = policy.model_copy(update={"quantisation": priced})
     save_policy(bundle.path, policy)
     save_record(bundle, result)
+    save_digests(bundle.path, CALIBRATED, digests_of(images.files))
     forget_accuracy(bundle)
     for line in summary(replace(result, policy=policy)):
         print(line)
@@ -170,20 +172,35 @@ def certified_dtypes(names: Sequence[str]) -> tuple[torch.dtype, ...]:
     return tuple(dict.fromkeys(dtype for some in given for dtype in some))
 
 
-def calibration_listing(root: Path) -> tuple[Listing, bool]:
-    """The images to calibrate on, with whether they are labelled.
+def is_labelled(root: Path) -> bool:
+    """Whether a data folder is to hold images by class, rather than images alone."""
+    return part_of(root, "train") is not None or not _bare_images(root)
 
-    That is what training held out of `root/train`; without one, all of `root/CLASS`, of which
-    `held_out_if_trained_on` leaves the part that is fit; without any class, the images in `root`
-    itself.
+
+def calibration_listing(root: Path, seen: Seen) -> Listing:
+    """The images to calibrate on, none of which the bundle was trained on.
+
+    That is what training held out of `root/train`, or of a `root/CLASS` of which it took a part;
+    all of any other `root/CLASS`; without any class, the images in `root` itself.
+
+    Raises:
+        DataError: there are none.
     """
-    if (trained := part_of(root, "train")) is not None:
-        return folders.split_by_hash(folders.list_folder(trained), HELD_OUT)[1], True
-    if root.is_dir() and not has_classes(root):
-        files = tuple(sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES))
-        if files:
-            return Listing((), files, (0,) * len(files)), False
-    return folders.list_folder(root), True
+    trained = part_of(root, "train")
+    if trained is None and (files := _bare_images(root)):
+        return seen.left_by_training(Listing((), files, (0,) * len(files)), known=False)
+    listing = folders.list_folder(trained or root)
+    known = seen.knows(listing)
+    if trained or known:
+        listing = folders.split_by_hash(listing, HELD_OUT)[1]
+    return seen.left_by_training(listing, known)
+
+
+def _bare_images(root: Path) -> tuple[Path, ...]:
+    """The images right in a folder that holds no classes."""
+    if not root.is_dir() or has_classes(root):
+        return ()
+    return tuple(sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES))
 
 
 def load_images(bundle: Bundle, listing: Listing) -> folders.ImageSet:

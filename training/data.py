@@ -57,6 +57,10 @@ class Images(Protocol):
         """int64 `[N]`."""
 
     @property
+    def files(self) -> Sequence[Path]:
+        """Where they come from; some may be unreadable."""
+
+    @property
     def unreadable(self) -> Sequence[str]:
         """Files that were skipped so far, each with its reason."""
 

@@ -24,8 +24,9 @@ from training.data import DataError, ImageSet, Listing, list_folder
 from training.evaluation import Measured, Report
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
-from training.parts import find_parts, listing_digest, part_of
+from training.parts import find_parts, part_of
 from training.record import load_record
+from training.seen import Seen, seen_by
 from training.timing import stage_seconds
 
 
@@ -49,7 +50,7 @@ def add_command(commands: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     bundle = load_servable(arguments.bundle)
-    listing = test_listing(arguments.data, bundle.description.training.get("files_sha256"))
+    listing = test_listing(arguments.data, seen_by(bundle))
     check_classes(bundle, listing.classes)
     images = load_images(bundle, listing)
     assert bundle.policy is not None
@@ -67,25 +68,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(markdown.point_table(report), f"wrote {out / 'report.md'}", sep="\n\n")
 
 
-def test_listing(root: Path, trained_on: str | None) -> Listing:
-    """The images to measure on: `root/test`, or those of `root/CLASS` that training left alone.
+def test_listing(root: Path, seen: Seen) -> Listing:
+    """The images to measure on, none of which the bundle was trained or calibrated on.
 
-    Args:
-        root: the data folder.
-        trained_on: `listing_digest` of the files that the bundle was trained on, if it is known.
+    They are those of `root/test`, or those of a `root/CLASS` that training left to be tested on;
+    all of any other `root/CLASS`.
 
     Raises:
         DataError: there are none.
     """
-    if (tested := part_of(root, "test")) is not None:
-        return list_folder(tested)
-    listing = list_folder(root)
-    if listing_digest(listing) == trained_on:
+    tested = part_of(root, "test")
+    listing = list_folder(tested or root)
+    known = tested is not None or seen.knows(listing)
+    if known and tested is None:
         test = find_parts(root).test
         if test is None:
             raise DataError(f"{root} has too few images a class for any to be left to test on")
-        return test
-    return listing
+        listing = test
+    return seen.left_by_calibration(seen.left_by_training(listing, known))
 
 
 def measure(bundle: Bundle, images: ImageSet, logits: torch.Tensor, dtype: torch.dtype) -> Measured:

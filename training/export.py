@@ -20,6 +20,7 @@ from model.bundle import (
 from model.network import MultiExitNet, build, build_from
 from model.policy import Calibration, OperatingPoint, Policy
 from training.programs import FORMATS, write_programs
+from training.seen import hand_on
 
 
 def add_command(commands: Any) -> None:
@@ -94,6 +95,7 @@ def save_cut(bundle: Bundle, exit: int, net: MultiExitNet, out: Path) -> None:
     alone = description.exits[exit - 1].alone
     exits = (written.exits[0].model_copy(update={"accuracy": alone, "alone": alone}),)
     save_description(out, written.model_copy(update={"exits": exits}))
+    hand_on(bundle.path, out)
     if bundle.policy is not None:
         save_policy(out, cut_policy(bundle.policy, exit, written.weights_sha256))
 

@@ -83,18 +83,6 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
     return Parts(training, held_out, test or None, listing_digest(listing))
 
 
-def held_out_if_trained_on(listing: Listing, trained_on: str | None) -> Listing:
-    """The part of a single folder that its own training held out; all of any other folder.
-
-    Args:
-        listing: of the folder.
-        trained_on: `listing_digest` of the files that a bundle was trained on, if it is known.
-    """
-    if listing_digest(listing) != trained_on:
-        return listing
-    return split_by_hash(listing, HELD_OUT)[1]
-
-
 def fewer(listing: Listing, per_class: int) -> Listing:
     """At most `per_class` files of each class, always the same."""
     if per_class < 1:

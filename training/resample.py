@@ -21,6 +21,7 @@ from training.calibrate import (
     calibration_listing,
     check_classes,
     chosen_dtype,
+    is_labelled,
     load_images,
     share,
 )
@@ -29,6 +30,7 @@ from training.data import DataError
 from training.ladder import LOSSES
 from training.logits import cached_logits
 from training.outcomes import outcomes_of, shares
+from training.seen import seen_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,10 @@ def add_command(commands: Any) -> None:
 
 
 def _resample(arguments: argparse.Namespace) -> None:
-    listing, labelled = calibration_listing(arguments.data)
-    if not labelled or arguments.splits < 1:
+    if not is_labelled(arguments.data) or arguments.splits < 1:
         raise DataError("resampling needs labelled images in class folders, and --splits above 0")
     bundle = load_bundle(arguments.bundle, with_policy=False)
+    listing = calibration_listing(arguments.data, seen_by(bundle))
     check_classes(bundle, listing.classes)
     images = load_images(bundle, listing)
     dtype = chosen_dtype(arguments.dtype)

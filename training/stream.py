@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,11 @@ class Stream:
     def class_ids(self) -> Tensor:
         """int64 `[N]`."""
         return torch.tensor(self.listing.class_ids)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Of all images."""
+        return self.listing.files
 
     def batches(
         self, indices: Sequence[Tensor], draw: int | None = None

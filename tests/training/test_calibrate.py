@@ -14,7 +14,7 @@ from model.policy import NEVER, Calibration, Measure
 from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
 from tests.training.worlds import world
 from training.__main__ import main
-from training.calibrate import calibration_listing, load_images
+from training.calibrate import load_images
 from training.calibration import MOST_SEARCHED, Options, calibrate, search_part
 from training.data import DataError, list_folder
 from training.eight_bits import find_ranges, price
@@ -25,6 +25,7 @@ from training.outcomes import outcomes_of
 from training.reliability import calibration_error, exit_errors
 from training.resample import _shows_more
 from training.risk import paired_p_value
+from training.seen import TRAINED, digests_of, save_digests
 from training.timing import stage_seconds
 
 
@@ -86,15 +87,14 @@ def test_logits_are_computed_again_for_other_numerics(command, bundle):
 
 def test_logits_do_not_depend_on_the_numerics_computed_before(bundle, images):
     loaded = load_bundle(bundle)
-    listing, _ = calibration_listing(images)
-    pixels = load_images(loaded, listing)
+    pixels = load_images(loaded, list_folder(images))
     expected = compute_logits(loaded, pixels, torch.float32)
     compute_logits(loaded, pixels, torch.bfloat16)
     stage_seconds(loaded, torch.bfloat16)
     torch.testing.assert_close(compute_logits(loaded, pixels, torch.float32), expected)
 
 
-def test_int8_is_certified_with_what_it_costs_by_itself(command, bundle):
+def test_int8_is_certified_with_what_it_costs_by_itself(command, bundle, tmp_path):
     status, said = command("--dtype", "auto", "int8")
     assert status == 0
     assert "in float32 and" in said and "and int8" in said
@@ -107,12 +107,12 @@ def test_int8_is_certified_with_what_it_costs_by_itself(command, bundle):
         f"int8 loses {cost.measured_accuracy_loss:.2%} at full depth against float32, at most "
         f"{cost.accuracy_loss_bound:.2%}" in said
     )
-    assert command("--dtype", "int8", command="evaluate")[0] == 0
+    fresh = write_noisy_images(tmp_path / "fresh", 20, seed=1)
+    assert command("--dtype", "int8", command="evaluate", data=fresh)[0] == 0
 
 
 def test_the_images_that_certify_int8_have_no_part_in_its_ranges(bundle, images):
-    listing, _ = calibration_listing(images)
-    loaded = load_images(load_bundle(bundle), listing)
+    loaded = load_images(load_bundle(bundle), list_folder(images))
     chosen = search_part(len(loaded), Options())
     ranges = find_ranges(load_bundle(bundle), loaded, chosen)
     others = np.setdiff1d(np.arange(len(loaded)), chosen)
@@ -275,6 +275,23 @@ def test_calibrating_again_forgets_what_was_measured_with_another_policy(command
     after = load_bundle(bundle).description
     assert {(e.accuracy, e.alone) for e in after.exits} == {(None, 0.8)}
     assert f"run: python -m training evaluate {bundle} --data DIR" in said
+
+
+def test_the_images_that_calibrated_are_not_tested_on(command):
+    command("--dtype", "float32")
+    status, said = command(command="evaluate")
+    assert status == 2
+    assert "was calibrated on all of these images; take others" in said
+
+
+@pytest.mark.parametrize("name", ["calibrate", "resample", "evaluate"])
+def test_no_command_takes_images_that_were_trained_on(command, bundle, images, name):
+    if name == "evaluate":
+        command("--dtype", "float32")
+    save_digests(bundle, TRAINED, digests_of(list_folder(images).files))
+    status, said = command(command=name)
+    assert status == 2
+    assert "was trained on all of these images; take others" in said
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.02, 0.97, 0.9999])

@@ -18,17 +18,18 @@ from tests.training.conftest import tiny_net, write_images
 from training import loop
 from training import train as train_command
 from training.__main__ import main
-from training.calibrate import calibration_listing
+from training.calibrate import calibration_listing, is_labelled
 from training.data import DataError, list_folder
 from training.distributed import Processes
 from training.evaluate import test_listing as listing_to_test
 from training.interrupt import Interrupted
 from training.log import read_log
 from training.options import add_options, given
-from training.parts import find_parts, held_out_if_trained_on, listing_digest
+from training.parts import find_parts, listing_digest
 from training.presets import ABLATIONS, PRESETS, Shape
 from training.recipe import Recipe
 from training.report import names, published_at
+from training.seen import Seen, seen_by
 from training.shapes import build_net
 
 MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
@@ -210,17 +211,21 @@ def test_the_published_curve_is_read_between_its_points():
     assert published_at(10) is None and published_at(500) is None
 
 
+def by_names(digest):
+    """What a bundle has seen that tells of nothing but the names in its folder."""
+    return Seen(Path("bundle"), digest, None, None)
+
+
 def test_a_single_folder_keeps_its_parts_apart_to_the_end(tmp_path):
     data = write_images(tmp_path / "data", n=20)
     trained_on = find_parts(data).digest
     parts = find_parts(data)
     assert trained_on == listing_digest(list_folder(data))
-    listing, labelled = calibration_listing(data)
-    assert labelled
-    assert held_out_if_trained_on(listing, trained_on).files == parts.held_out.files
-    assert held_out_if_trained_on(listing, "of other files") is listing
-    assert listing_to_test(data, trained_on).files == parts.test.files
-    assert len(listing_to_test(data, None)) == 60
+    assert is_labelled(data)
+    assert calibration_listing(data, by_names(trained_on)).files == parts.held_out.files
+    assert len(calibration_listing(data, by_names("of other files"))) == 60
+    assert listing_to_test(data, by_names(trained_on)).files == parts.test.files
+    assert len(listing_to_test(data, by_names(None))) == 60
 
 
 @pytest.mark.parametrize(
@@ -369,26 +374,28 @@ def test_a_single_folder_of_six_images_a_class_becomes_a_bundle(tmp_path, capsys
     data = write_images(tmp_path / "data", n=6)
     words = ["--batch-size", 15, "--epochs", 1]
     assert train("--data", data, "--out", tmp_path / "run", *TINY, *words) == 0
-    facts = load_bundle(tmp_path / "run/bundle").description.training
+    bundle = load_bundle(tmp_path / "run/bundle")
+    facts = bundle.description.training
     assert facts["training_images"] == 15 and "test_accuracy" not in facts
     with pytest.raises(DataError, match="too few images a class for any to be left to test on"):
-        listing_to_test(data, facts["files_sha256"])
+        listing_to_test(data, seen_by(bundle))
 
 
 def test_a_stray_image_beside_class_folders_is_not_what_is_calibrated_on(tmp_path):
     data = write_images(tmp_path, n=20)
     (data / "montage.png").write_bytes((data / "dark/000.png").read_bytes())
-    listing, labelled = calibration_listing(data)
-    assert labelled and len(listing) == 60
+    assert is_labelled(data)
+    assert len(calibration_listing(data, by_names(None))) == 60
 
 
 def test_a_class_called_train_is_trained_calibrated_tested(tmp_path):
     data = write_images(tmp_path, ("bus", "test", "train"), n=20)
     parts = find_parts(data)
-    listing, labelled = calibration_listing(data)
-    assert labelled and len(listing) == 60
-    assert held_out_if_trained_on(listing, parts.digest).files == parts.held_out.files
-    assert listing_to_test(data, parts.digest).files == parts.test.files
+    assert is_labelled(data)
+    assert len(calibration_listing(data, by_names(None))) == 60
+    known = by_names(parts.digest)
+    assert calibration_listing(data, known).files == parts.held_out.files
+    assert listing_to_test(data, known).files == parts.test.files
 
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])

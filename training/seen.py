@@ -1,0 +1,179 @@
+"""Which images a bundle has seen, known again by their content wherever they are."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from model.bundle import REPORT, Bundle
+from model.files import write_atomically
+from training.data import DataError, Listing
+from training.parts import listing_digest
+
+TRAINED = "training_files.npy"
+CALIBRATED = "calibration_files.npy"
+"""Within a bundle's report: the sorted digests of files."""
+KNOWN_SHARE = 0.1
+"""Of a folder that was trained on, at least; others may hold a few of the same images by chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a bundle was made from, as far as it says so."""
+
+    path: Path
+    """The bundle's folder."""
+    folder: str | None
+    """`listing_digest` of the folder that it was trained on a part of."""
+    trained: np.ndarray | None
+    """Digests of the files that it was trained on."""
+    calibrated: np.ndarray | None
+    """The same of those that its policy comes from."""
+
+    def knows(self, listing: Listing) -> bool:
+        """Whether the bundle was trained on a part of this folder, as it is or as it was."""
+        if listing_digest(listing) == self.folder:
+            return True
+        return self.trained is not None and _marks(listing, self.trained).mean() >= KNOWN_SHARE
+
+    def left_by_training(self, listing: Listing, known: bool) -> Listing:
+        """The images of a listing that the bundle was not trained on, saying how many it was.
+
+        Args:
+            listing: what to look through.
+            known: whether nothing needs to be said where none are recognised.
+
+        Raises:
+            DataError: it was trained on all of them.
+        """
+        if self.trained is None and not known:
+            tqdm.write(
+                f"{self.path} does not say which images it was trained on; "
+                "no bound and no accuracy counts if any of these are among them"
+            )
+        if self.trained is None:
+            return listing
+        left = self._without(listing, self.trained, "trained")
+        if len(left) == len(listing) and not known:
+            tqdm.write(
+                f"none of these images is known from the training of {self.path}; "
+                "one that was scaled or encoded anew since would not be"
+            )
+        return left
+
+    def left_by_calibration(self, listing: Listing) -> Listing:
+        """The images of a listing that the bundle's policy does not come from.
+
+        Raises:
+            DataError: it comes from all of them.
+        """
+        if self.calibrated is None:
+            return listing
+        return self._without(listing, self.calibrated, "calibrated")
+
+    def _without(self, listing: Listing, digests: np.ndarray, done: str) -> Listing:
+        marks = _marks(listing, digests)
+        if marks.all():
+            raise DataError(f"{self.path} was {done} on all of these images; take others")
+        if marks.any():
+            tqdm.write(
+                f"left out {marks.sum()} of {len(listing)} images, which {self.path} was {done} on"
+            )
+        return listing.pick(np.flatnonzero(~marks).tolist())
+
+
+def seen_by(bundle: Bundle) -> Seen:
+    """What a bundle says that it was made from.
+
+    Raises:
+        DataError: a record is malformed.
+    """
+    folder = bundle.description.training.get("files_sha256")
+    trained, calibrated = (load_digests(bundle.path, name) for name in (TRAINED, CALIBRATED))
+    return Seen(bundle.path, folder, trained, calibrated)
+
+
+def digests_of(files: Sequence[Path]) -> np.ndarray:
+    """32 bits of each file's SHA-256: int64 `[files]`, -1 where it cannot be read.
+
+    They are enough: beside a million of them, one image in four thousand is left out by chance.
+    """
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(_digest, files)
+        bar = tqdm(found, "knowing images again", len(files), leave=False, disable=None)
+        return np.fromiter(bar, np.int64, len(files))
+
+
+def save_digests(path: Path, name: str, digests: np.ndarray) -> None:
+    """Write a record to the report of the bundle at `path`."""
+    file = io.BytesIO()
+    np.save(file, np.unique(digests[digests >= 0]).astype("<u4"), allow_pickle=False)
+    (path / REPORT).mkdir(parents=True, exist_ok=True)
+    write_atomically(path / REPORT / name, file.getvalue())
+
+
+def load_digests(path: Path, name: str) -> np.ndarray | None:
+    """Read a record from the report of the bundle at `path`; None where there is none.
+
+    Raises:
+        DataError: it is malformed.
+    """
+    file = path / REPORT / name
+    try:
+        digests = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{file} is damaged ({error}); copy the bundle again") from error
+    if not isinstance(digests, np.ndarray) or digests.dtype != np.uint32 or digests.ndim != 1:
+        raise DataError(f"{file} holds no digests of files; copy the bundle again")
+    return digests
+
+
+def hand_on(path: Path, out: Path) -> None:
+    """Give a bundle that is made of another the other's records."""
+    for name in (TRAINED, CALIBRATED):
+        if (digests := load_digests(path, name)) is not None:
+            save_digests(out, name, digests)
+        else:
+            (out / REPORT / name).unlink(missing_ok=True)
+
+
+def save_trained(path: Path, files: Sequence[Path], parents: Sequence[Path]) -> Iterator[str]:
+    """Record what a bundle was trained on; yields what cannot be told, for people.
+
+    Args:
+        path: its folder.
+        files: that it was trained on.
+        parents: bundles that it started from or that taught it: what they saw, it has seen too.
+    """
+    own = digests_of(files)
+    if gone := np.count_nonzero(own < 0):
+        yield f"{gone} of {len(own)} training images cannot be read, so would not be known again"
+    everything = [own]
+    for parent in parents:
+        if (digests := load_digests(parent, TRAINED)) is None:
+            yield f"{parent} does not say which images it was trained on; they are not known again"
+        else:
+            everything.append(digests)
+    save_digests(path, TRAINED, np.concatenate(everything))
+    (path / REPORT / CALIBRATED).unlink(missing_ok=True)  # of weights that were here before
+
+
+def _marks(listing: Listing, digests: np.ndarray) -> np.ndarray:
+    """Which files of a listing have one of these digests: bool `[N]`."""
+    return np.isin(digests_of(listing.files), digests)
+
+
+def _digest(file: Path) -> int:
+    try:
+        return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:4], "big")
+    except OSError:
+        return -1

@@ -255,7 +255,7 @@ def summary(result: Calibrated) -> Iterator[str]:
         yield f"a loss of {bound:.2%} cannot be certified, so the full network runs: " + (
             f"it takes at least {in_all} images, {needed} of them to certify on"
             if needed > n
-            else f"even the most careful thresholds lost too much on these {n} images"
+            else f"the most careful thresholds tried lost too much on these {n} images"
         )
 
 

@@ -17,6 +17,7 @@ from training.fit import fit_calibrations
 from training.ladder import Certifier, Method, Thresholds, ladder, operating_point
 from training.outcomes import Outcomes, outcomes_of, shares
 from training.search import budgeted_path, fill, nested_path
+from training.start import first_steps
 
 LEAST_IMAGES = 100
 LEAST_PART = 25
@@ -84,12 +85,14 @@ def calibrate(
     )
     macs = relative_macs(bundle)
     searched = outcomes.pick(found)
-    path = fill(nested_path(searched, macs if costs is None else costs / costs[-1]))
+    nested = nested_path(searched, macs if costs is None else costs / costs[-1])
+    path = fill(nested, searched.confidence)
+    first = first_steps(path, searched, len(tested), options.method, options.delta)
     certifiers = [
         Certifier(each.pick(tested), options.delta, options.method)
         for each in (outcomes, *elsewhere)
     ]
-    points = {p.max_accuracy_loss: p for p in ladder(certifiers, path, outcomes, macs)}
+    points = {p.max_accuracy_loss: p for p in ladder(certifiers, path, outcomes, macs, first)}
     if options.mean_macs is not None:
         thresholds = within_budget(searched, path, macs, options.mean_macs)
         point = budget_point(certifiers, thresholds, outcomes, macs)

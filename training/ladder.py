@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -51,24 +51,30 @@ class Certifier:
         """Whether bounds hold with probability 1 - delta rather than in expectation."""
         return self.method is not Method.EXPECTATION
 
-    def certified(self, counts: Tally, bound: float) -> int:
+    def certified(self, counts: Tally, bound: float, first: int = 1) -> int:
         """The last step of a nested path that may lose at most `bound`; 0 is the full network.
 
         Args:
             counts: of this certifier's outcomes along the path.
             bound: accuracy lost, as a share. The full network alone loses nothing for certain, so
                 where that is demanded nothing is tested.
+            first: the step that tests begin with, chosen without these outcomes. An expectation
+                needs no tests.
         """
         if bound == 0:
             return 0
         if self.method is Method.EXPECTATION:
             return risk.conformal_risk_control(counts.ever_lost, len(self.outcomes), bound)
-        losses, gains, n = counts.losses[1:], counts.gains[1:], len(self.outcomes)
+        rejected = risk.fixed_sequence(self._tests(counts, bound, first))
+        return first - 1 + rejected if rejected else 0
+
+    def _tests(self, counts: Tally, bound: float, first: int) -> Iterable[bool]:
+        losses, gains, n = counts.losses[first:], counts.gains[first:], len(self.outcomes)
         if self.method is Method.PAIRED:
             scores = risk.paired_score(losses, gains, n, bound)
-            return risk.fixed_sequence(scores <= risk.critical_score(n, bound, self.delta))
+            return (scores <= risk.critical_score(n, bound, self.delta)).tolist()
         pairs = zip(losses.tolist(), gains.tolist(), strict=True)
-        return risk.fixed_sequence(self.rejects(*pair, bound) for pair in pairs)
+        return (self.rejects(*pair, bound) for pair in pairs)
 
     def rejects(self, losses: int, gains: int, bound: float) -> bool:
         """Whether these counts show that no more than `bound` is lost."""
@@ -105,6 +111,7 @@ def ladder(
     path: Sequence[Thresholds],
     everything: Outcomes,
     macs: np.ndarray,
+    first: Mapping[float, int] | None = None,
 ) -> tuple[OperatingPoint, ...]:
     """The boldest certified operating point for each loss; the full network where there is none.
 
@@ -114,12 +121,15 @@ def ladder(
         path: nested thresholds, found without those images.
         everything: all calibration images, for the expected cost.
         macs: float64 `[exits]` as shares of the full network's.
+        first: the step that a bound's tests begin with, chosen without those images; where it is
+            not given, the most careful.
     """
+    begin = first or {}
     counts = [tally(certifier.outcomes, path) for certifier in certifiers]
 
     def boldest(bound: float) -> int:
         pairs = zip(certifiers, counts, strict=True)
-        return min(certifier.certified(count, bound) for certifier, count in pairs)
+        return min(c.certified(count, bound, begin.get(bound, 1)) for c, count in pairs)
 
     in_probability = certifiers[0].in_probability
     return tuple(

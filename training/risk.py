@@ -101,12 +101,28 @@ def critical_score(n: int, bound: float, delta: float) -> float:
     return low if low > LOWEST_SCORE else -math.inf
 
 
+def paired_powers(
+    losses: np.ndarray, gains: np.ndarray, n: int, bound: float, delta: float
+) -> np.ndarray:
+    """How likely n images reject "more than `bound` is lost" at delta, by the paired test.
+
+    Args:
+        losses, gains: float64 `[K]`, the probabilities p+ and p- of K answers.
+        n: how many images.
+        bound: accuracy lost under the hypothesis.
+        delta: the level of the test.
+    """
+    most = _most_losses(critical_score(n, bound, delta), n, bound)
+    pairs = zip((losses + gains).tolist(), losses.tolist(), strict=True)
+    return np.array([_rejected(most, n, v, p / v if v else 0.5) for v, p in pairs])
+
+
 def _worst_level(score: float, n: int, bound: float) -> float:
     """The largest P(Z <= score) over the shares v that a bound leaves possible."""
     most = _most_losses(score, n, bound)
     beyond = np.geomspace(0.1 / n, 1 - abs(bound), SHARES_TRIED)
     shares = abs(bound) + np.append(0.0, beyond)
-    levels = np.array([_level(most, n, bound, v) for v in shares])
+    levels = np.array([_rejected(most, n, v, (1 + bound / v) / 2 if v else 0.5) for v in shares])
     between = np.maximum(levels[1:], levels[:-1]) + np.abs(np.diff(levels))
     return float(min(1.0, between.max()))
 
@@ -123,12 +139,18 @@ def _most_losses(score: float, n: int, bound: float) -> np.ndarray:
     return low
 
 
-def _level(most: np.ndarray, n: int, bound: float, v: float) -> float:
-    """P(at most `most[m]` losses), summed over the likely m of n images that differ."""
+def _rejected(most: np.ndarray, n: int, v: float, lost: float) -> float:
+    """P(at most `most[m]` losses), summed over the likely m of n images that differ.
+
+    Args:
+        most: of `_most_losses`.
+        n: how many images.
+        v: probability that an image differs.
+        lost: probability that one which differs is a loss.
+    """
     spread = NEGLIGIBLE * math.sqrt(n * v * max(0.0, 1 - v)) + NEGLIGIBLE**2
     m = np.arange(max(0, math.floor(n * v - spread)), min(n, math.ceil(n * v + spread)) + 1)
-    share = (1 + bound / v) / 2 if v else 0.5
-    at_most = np.where(most[m] < 0, 0.0, special.bdtr(np.maximum(most[m], 0), m, share))
+    at_most = np.where(most[m] < 0, 0.0, special.bdtr(np.maximum(most[m], 0), m, lost))
     return float(np.exp(_log_choose(n)[m] + xlogy(m, v) + xlog1py(n - m, -v)) @ at_most)
 
 

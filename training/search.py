@@ -15,6 +15,8 @@ PRICES = np.geomspace(100, 0.3, 600)
 """What one lost answer is worth, in whole passes through the network."""
 SWEEPS = 8
 BETWEEN = 5
+AT_FIRST = 50
+"""Steps between an exit where no image leaves and the first thresholds found for it."""
 
 
 def nested_path(outcomes: Outcomes, costs: np.ndarray) -> list[tuple[float, ...]]:
@@ -37,6 +39,8 @@ def nested_path(outcomes: Outcomes, costs: np.ndarray) -> list[tuple[float, ...]
     order = np.argsort(-outcomes.confidence, axis=0, kind="stable")
     thresholds = np.full(outcomes.exits - 1, NEVER)
     path = [tuple(thresholds.tolist())]
+    if outcomes.exits == 1:
+        return path
     for price in tqdm(PRICES, "searching", leave=False):
         values = costs + price * loss
         starts = (thresholds, np.full_like(thresholds, NEVER))
@@ -47,18 +51,36 @@ def nested_path(outcomes: Outcomes, costs: np.ndarray) -> list[tuple[float, ...]
     return path
 
 
-def fill(path: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
-    """Put interpolated thresholds between those that differ, so that bounds are met closely.
+def fill(path: list[tuple[float, ...]], confidence: np.ndarray) -> list[tuple[float, ...]]:
+    """Put thresholds between those that differ, so that bounds are met closely.
 
-    With finitely many images, ever lower prices move the best thresholds in jumps.
+    With finitely many images, ever lower prices move the best thresholds in jumps. The first is the
+    largest: the best thresholds of the highest price let many images leave already. So where an
+    exit comes into use, ever more of the images that will leave there do, the surest first.
+
+    Args:
+        path: of `nested_path`.
+        confidence: `[N, exits]`, of the images that the path was searched on.
     """
     filled = path[:1]
     for careful, bold in itertools.pairwise(dict.fromkeys(path)):
-        reached = np.not_equal(bold, NEVER)
-        start = np.where(reached, np.minimum(careful, 1.0), NEVER)  # no confidence is above 1
-        steps = np.linspace(start, bold, BETWEEN + 1)[1:]
-        filled += [tuple(step.tolist()) for step in steps]
-    return filled
+        new = (np.array(careful) == NEVER) & (np.array(bold) != NEVER)
+        steps = AT_FIRST if new.any() else BETWEEN
+        between = [
+            _by_rank(confidence[:, k], bold[k], steps)
+            if new[k]
+            else np.linspace(careful[k], bold[k], steps + 1)[1:]
+            for k in range(len(bold))
+        ]
+        filled += [tuple(step) for step in np.stack(between, axis=1).tolist()]
+    return list(dict.fromkeys(filled))
+
+
+def _by_rank(confidence: np.ndarray, threshold: float, steps: int) -> np.ndarray:
+    """Falling thresholds down to this one, each of which as many more confidences reach."""
+    reaching = -np.sort(-confidence[suffices(confidence, threshold)])
+    ranks = np.ceil(np.arange(1, steps) / steps * len(reaching)).astype(int)
+    return np.append(reaching[np.maximum(ranks, 1) - 1], threshold)
 
 
 def budgeted_path(outcomes: Outcomes) -> list[tuple[float, ...]]:

@@ -12,6 +12,7 @@ from training import risk
 from training.ladder import LOSSES, Certifier, Method, images_needed, ladder, uncertifiable
 from training.outcomes import Outcomes
 from training.search import fill, nested_path
+from training.start import first_steps
 from training.tally import tally
 
 DELTA = 0.1
@@ -38,7 +39,8 @@ def population():
 @pytest.fixture(scope="module")
 def path(population):
     """Found on other images of the same kind, as the split of a calibration set does."""
-    return fill(nested_path(judged(800, seed=1), MACS))
+    searched = judged(800, seed=1)
+    return fill(nested_path(searched, MACS), searched.confidence)
 
 
 def violations(population, path, bound, choose, n=600):
@@ -60,6 +62,18 @@ def test_certified_points_break_their_bound_at_most_delta_of_the_time(
     population, path, bound, method
 ):
     assert violations(population, path, bound, certify(path, bound, method)) <= DELTA + TOLERANCE
+
+
+def test_so_do_points_whose_tests_begin_where_the_search_says(population, path):
+    """With so few images that the most careful thresholds could never be certified."""
+    searched = judged(800, seed=1)
+    first = first_steps(path, searched, 225, Method.PAIRED, DELTA)[0.01]
+    assert first > 1
+
+    def choose(images):
+        return Certifier(images, DELTA, Method.PAIRED).certified(tally(images, path), 0.01, first)
+
+    assert 0 < violations(population, path, 0.01, choose, n=225) <= DELTA + TOLERANCE
 
 
 def test_the_naive_choice_breaks_the_bound_far_more_often(population, path):

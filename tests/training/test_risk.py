@@ -50,6 +50,15 @@ def test_paired_test_wastes_little_of_its_level():
     assert paired_level(2000, 0.01, 0.04, 0.03) > 0.08
 
 
+def test_the_power_of_the_paired_test_is_the_probability_that_it_rejects():
+    n, bound, losses, gains = 300, 0.02, np.array([0.0, 0.01, 0.03]), np.array([0.0, 0.01, 0.01])
+    powers = risk.paired_powers(losses, gains, n, bound, 0.1)
+    pairs = zip(losses, gains, strict=True)
+    assert powers == pytest.approx([paired_level(n, bound, *pair) for pair in pairs], abs=1e-5)
+    assert powers[0] == pytest.approx(1)
+    assert powers[2] < 0.1 < powers[1]
+
+
 def test_paired_test_is_more_powerful_than_the_one_that_ignores_gains():
     losses, gains, n, bound = 40, 25, 1000, 0.03
     assert paired(losses, gains, n, bound) < 0.1 < risk.binomial_p_value(losses, n, bound)
@@ -109,9 +118,8 @@ def test_a_level_is_the_probability_of_the_outcomes_with_such_a_score(v):
     plus, minus, probability = trinomial(n, (v + bound) / 2, (v - bound) / 2)
     scores = risk.paired_score(plus, minus, n, bound)
     level = probability[scores <= score + 1e-9].sum()
-    assert risk._level(risk._most_losses(score, n, bound), n, bound, v) == pytest.approx(
-        level, abs=1e-6
-    )
+    most = risk._most_losses(score, n, bound)
+    assert risk._rejected(most, n, v, (1 + bound / v) / 2) == pytest.approx(level, abs=1e-6)
 
 
 def test_the_critical_score_is_where_the_p_value_crosses_delta():

@@ -34,7 +34,7 @@ def spent_and_lost(outcomes, path, costs=COSTS):
 @pytest.mark.parametrize("seed", range(3))
 def test_no_image_leaves_later_further_down_a_path(seed, exits):
     outcomes = judged(100, seed, exits=exits)
-    path = fill(nested_path(outcomes, COSTS[-exits:]))
+    path = fill(nested_path(outcomes, COSTS[-exits:]), outcomes.confidence)
     assert path[0] == (NEVER,) * (exits - 1)
     assert (np.diff(path, axis=0) <= 0).all()
     taken = np.array([outcomes.taken(t) for t in path])
@@ -75,11 +75,25 @@ def test_thresholds_of_each_exit_beat_one_shared_by_all(outcomes, path):
 
 
 def test_filling_a_path_keeps_its_steps_and_makes_them_small(outcomes, path):
-    filled = fill(path)
+    filled = fill(path, outcomes.confidence)
     assert set(path) <= set(filled)
     gap = max(np.diff(spent_and_lost(outcomes, path)[0], prepend=1.0), key=abs)
     filled_gap = max(np.diff(spent_and_lost(outcomes, filled)[0], prepend=1.0), key=abs)
     assert abs(filled_gap) < abs(gap)
+
+
+@pytest.mark.parametrize("exits", [2, 3, 4])
+def test_a_filled_path_lets_few_images_leave_early_before_it_lets_more(exits):
+    outcomes = judged(1500, exits=exits)
+    path = fill(nested_path(outcomes, COSTS[-exits:]), outcomes.confidence)
+    early = np.array([(outcomes.taken(step) < exits).mean() for step in path])
+    assert 0 < early[1] < 0.02
+    assert np.diff(early[early < 0.3]).max() < 0.02
+
+
+def test_a_single_exit_has_nothing_to_search():
+    outcomes = judged(100, exits=1)
+    assert fill(nested_path(outcomes, COSTS[-1:]), outcomes.confidence) == [()]
 
 
 def test_the_search_saves_what_it_is_told_costs(outcomes):

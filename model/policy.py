@@ -73,7 +73,8 @@ class OperatingPoint(BaseModel):
         description="whether the bound holds with probability 1 - delta, or only in expectation"
     )
     measured_accuracy_loss: float = Field(
-        description="accuracy lost on the calibration images; negative is a gain"
+        description="accuracy lost on the calibration images; negative is a gain; where they had "
+        "no labels, the share answered otherwise than by the full network"
     )
     mean_macs: Probability = Field(
         description="expected multiply-accumulates, as a share of the full network's"

@@ -21,7 +21,7 @@ from training.calibration import Calibrated, Options, calibrate, search_part
 from training.compare import compare_measures
 from training.data import SUFFIXES, DataError, Listing
 from training.eight_bits import find_ranges, price
-from training.ladder import Method, uncertifiable
+from training.ladder import Method, promise, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
 from training.parts import HELD_OUT, has_classes, part_of
@@ -109,6 +109,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     listing = calibration_listing(arguments.data, seen_by(bundle))
     if labelled:
         check_classes(bundle, listing.classes)
+    else:
+        check_options(arguments)
     dtypes = certified_dtypes(arguments.dtype)
     images = load_images(bundle, listing)
     class_ids = images.class_ids if labelled else None
@@ -227,6 +229,23 @@ def check_classes(bundle: Bundle, classes: Sequence[str]) -> None:
         )
 
 
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise DataError where images without labels are given with options that need them."""
+    if arguments.method is not Method.DISAGREEMENT:
+        raise DataError("images without labels can only be calibrated with --method disagreement")
+    defaults = Options()
+    needy = {
+        f"--measure {arguments.measure}": arguments.measure != defaults.measure,
+        "--no-ensemble": arguments.ensemble != defaults.ensemble,
+        "--compare": arguments.compare,
+    }
+    given = [option for option, is_given in needy.items() if is_given]
+    if given:
+        raise DataError(
+            f"images without labels leave confidences as they are: drop {' and '.join(given)}"
+        )
+
+
 def cache_folder(arguments: argparse.Namespace) -> Path:
     """Where logits are kept."""
     return arguments.cache or arguments.bundle.resolve().parent / ".cache"
@@ -235,24 +254,32 @@ def cache_folder(arguments: argparse.Namespace) -> Path:
 def summary(result: Calibrated) -> Iterator[str]:
     """The calibration in lines for people."""
     policy, certifier = result.policy, result.certifier
-    n = len(certifier.outcomes)
+    n, proved = len(certifier.outcomes), certifier.in_probability
     yield (
         f"{policy.calibration_images} images: thresholds chosen on "
-        f"{policy.calibration_images - n}, certified on {n} "
-        f"({policy.method}, delta {policy.delta:g})"
-        + f" in {' and '.join(policy.dtypes)}"
-        * bool(policy.dtypes)
+        f"{policy.calibration_images - n}, {'certified' if proved else 'tested'} on {n} "
+        f"({policy.method})" + f" in {' and '.join(policy.dtypes)}" * bool(policy.dtypes)
     )
+    yield f"bounds hold {promise(policy.method, policy.delta)}"
     if policy.quantisation:
         yield (
             f"int8 loses {policy.quantisation.measured_accuracy_loss:.2%} at full depth against "
             f"float32, at most {policy.quantisation.accuracy_loss_bound:.2%}; the losses below "
             "come on top"
         )
+    if not result.labelled:
+        yield (
+            f"without labels: confidences are those of the policy there was ({policy.measure}), "
+            "and measured is the share answered otherwise than by the full network"
+        )
     yield from table(policy.operating_points)
+    if policy.exits == 1:
+        yield "there is one exit, so nothing is skipped and nothing lost"
+        return
     for bound, needed in uncertifiable(certifier, policy.operating_points):
         in_all = math.ceil(needed * policy.calibration_images / n)
-        yield f"a loss of {bound:.2%} cannot be certified, so the full network runs: " + (
+        promised = "certified" if proved else "kept on average"
+        yield f"a loss of {bound:.2%} cannot be {promised}, so the full network runs: " + (
             f"it takes at least {in_all} images, {needed} of them to certify on"
             if needed > n
             else f"the most careful thresholds tried lost too much on these {n} images"

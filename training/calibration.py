@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,8 @@ class Calibrated:
     """The nested thresholds that were tested, full network first."""
     budgeted: list[Thresholds]
     """Thresholds of the classical budgeted curve, for comparison."""
+    labelled: bool
+    """Whether the images had labels; without them what is measured is disagreement."""
 
 
 def calibrate(
@@ -92,10 +94,13 @@ def calibrate(
         Certifier(each.pick(tested), options.delta, options.method)
         for each in (outcomes, *elsewhere)
     ]
-    points = {p.max_accuracy_loss: p for p in ladder(certifiers, path, outcomes, macs, first)}
+    everything = outcomes
+    if class_ids is not None:  # what is measured is accuracy, whatever is certified
+        everything = outcomes_of(logits, class_ids, calibrations, measure)
+    points = {p.max_accuracy_loss: p for p in ladder(certifiers, path, everything, macs, first)}
     if options.mean_macs is not None:
         thresholds = within_budget(searched, path, macs, options.mean_macs)
-        point = budget_point(certifiers, thresholds, outcomes, macs)
+        point = budget_point(certifiers, thresholds, everything, macs, taken=points)
         points[point.max_accuracy_loss] = point
     policy = Policy(
         weights_sha256=bundle.description.weights_sha256,
@@ -106,7 +111,9 @@ def calibrate(
         calibrations=tuple(calibrations),
         operating_points=tuple(points[bound] for bound in sorted(points)),
     )
-    return Calibrated(policy, certifiers[0], tested, path, budgeted_path(searched))
+    return Calibrated(
+        policy, certifiers[0], tested, path, budgeted_path(searched), class_ids is not None
+    )
 
 
 def relative_macs(bundle: Bundle) -> np.ndarray:
@@ -148,10 +155,20 @@ def within_budget(
 
 
 def budget_point(
-    certifiers: Sequence[Certifier], thresholds: Thresholds, outcomes: Outcomes, macs: np.ndarray
+    certifiers: Sequence[Certifier],
+    thresholds: Thresholds,
+    outcomes: Outcomes,
+    macs: np.ndarray,
+    taken: Container[float] = (),
 ) -> OperatingPoint:
-    """Thresholds fixed by their cost, with the smallest loss that can be certified for them."""
+    """Thresholds fixed by their cost, with the smallest loss that can be certified for them.
+
+    Where that is one of the bounds `taken`, the next: what is tested for it is something else, and
+    a bound by either of two tests would fail as often as both together.
+    """
     bound = math.ceil(1e4 * max(c.upper_bound(thresholds) for c in certifiers)) / 1e4
+    while bound in taken:
+        bound = round(bound + 1e-4, 4)
     return operating_point(bound, thresholds, outcomes, macs, certifiers[0].in_probability)
 
 

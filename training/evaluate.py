@@ -10,6 +10,7 @@ import torch
 
 from model.bundle import REPORT, Bundle, load_servable, save_description
 from model.files import write_atomically
+from model.numerics import name_of
 from training import evaluation, markdown, plots, sheets
 from training.bundling import PAGE
 from training.calibrate import (
@@ -59,13 +60,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     ranges = bundle.policy.for_int8().ranges if dtype is torch.int8 else None
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments), ranges)
     measured = measure(bundle, images, logits, dtype)
-    report = make_report(measured)
+    report = make_report(measured, dtype)
     out = arguments.out or arguments.bundle / REPORT
     write_report(report, measured, images, out)
     if arguments.out is None:
         record_accuracy(bundle, report)
     print(markdown.headline(report), markdown.exit_table(report), sep="\n\n", end="\n\n")
-    print(markdown.point_table(report), f"wrote {out / 'report.md'}", sep="\n\n")
+    print(markdown.point_table(report), markdown.guarantee(report), sep="\n\n", end="\n\n")
+    print(f"wrote {out / 'report.md'}")
 
 
 def test_listing(root: Path, seen: Seen) -> Listing:
@@ -103,8 +105,8 @@ def measure(bundle: Bundle, images: ImageSet, logits: torch.Tensor, dtype: torch
     )
 
 
-def make_report(m: Measured) -> Report:
-    """Compute all of report.json."""
+def make_report(m: Measured, dtype: torch.dtype) -> Report:
+    """Compute all of report.json, measured in these numerics."""
     description, policy = m.bundle.description, m.policy
     record = load_record(m.bundle)
     return Report(
@@ -113,6 +115,8 @@ def make_report(m: Measured) -> Report:
         weights_sha256=description.weights_sha256,
         images=len(m.outcomes),
         device=device_name(),
+        dtype=name_of(dtype),
+        certified_dtypes=policy.dtypes or (name_of(torch.float32),),
         method=policy.method,
         delta=policy.delta,
         measure=policy.measure,
@@ -139,9 +143,9 @@ def device_name() -> str:
 def write_report(report: Report, m: Measured, images: ImageSet, out: Path) -> None:
     """Write report.json, report.md, plots and contact sheets."""
     out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "report.json", report.model_dump_json(indent=1).encode() + b"\n")
     files = plots.draw_all(report, _is_cifar100(images), out)
     files += sheets.draw_all(m, images, out)
-    write_atomically(out / "report.json", report.model_dump_json(indent=1).encode() + b"\n")
     trained = PAGE if (out / PAGE).exists() else None
     write_atomically(out / "report.md", markdown.render(report, files, trained).encode())
 

@@ -78,6 +78,10 @@ class Report(Record):
     weights_sha256: str
     images: int
     device: str
+    dtype: str
+    """Numerics that everything was measured in."""
+    certified_dtypes: tuple[str, ...]
+    """Numerics that the bounds were certified in."""
     method: str
     delta: float
     measure: str
@@ -97,6 +101,11 @@ class Report(Record):
         """The operating point that sentences are about."""
         allowed = [p for p in self.operating_points if p.max_accuracy_loss <= self.shown_loss]
         return allowed[-1]
+
+    @property
+    def covered(self) -> bool:
+        """Whether the bounds speak of the numerics that were measured."""
+        return self.dtype in self.certified_dtypes
 
 
 @dataclass(frozen=True, slots=True)

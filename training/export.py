@@ -18,6 +18,7 @@ from model.bundle import (
     save_policy,
 )
 from model.network import MultiExitNet, build, build_from
+from model.numerics import name_of
 from model.policy import Calibration, OperatingPoint, Policy
 from training.programs import FORMATS, write_programs
 from training.seen import hand_on
@@ -117,6 +118,7 @@ def cut_policy(policy: Policy, exit: int, weights_sha256: str) -> Policy:
         method=f"cut at exit {exit}; nothing is skipped, so nothing is lost",
         delta=policy.delta,
         calibration_images=policy.calibration_images,
+        dtypes=tuple(d for d in policy.dtypes if d != name_of(torch.int8)),
         calibrations=(Calibration(temperature=temperature, alone=temperature),),
         operating_points=(whole,),
     )

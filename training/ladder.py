@@ -35,6 +35,13 @@ class Method(StrEnum):
     """The share that only the full network gets right, on average over calibration sets."""
 
 
+def promise(method: str, delta: float) -> str:
+    """How far a method's bounds hold, in words."""
+    if method == Method.EXPECTATION:
+        return "on average over calibration sets"
+    return f"with probability {100 * (1 - delta):g}% over calibration sets"
+
+
 @dataclass(frozen=True, slots=True)
 class Certifier:
     """Tests threshold vectors on images that had no part in choosing them.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from model.table import markdown_table
 from training.evaluation import Report
+from training.ladder import promise
 
 CAPTIONS = {
     "accuracy_over_cost.png": "Accuracy over cost.",
@@ -37,9 +38,8 @@ def render(report: Report, files: Sequence[str], trained: str | None) -> str:
         "network, or only this exit, gets right.",
         exit_table(report),
         "## Operating points",
-        f"Bounds hold with probability {1 - report.delta:.0%} over calibration sets (method: "
-        f"{report.method}, {report.calibration_images} images); intervals are exact, two-sided, "
-        f"90 %. Speed is measured on {report.device}, one image at a time, eager.",
+        f"{guarantee(report)} Intervals are exact, two-sided, 90 %. Everything is measured in "
+        f"{report.dtype}; speed on {report.device}, one image at a time, eager.",
         point_table(report),
     ]
     parts += [f"![{CAPTIONS[f]}]({f})\n\n{CAPTIONS[f]}" for f in files]
@@ -53,11 +53,29 @@ def headline(report: Report) -> str:
     p, full = report.point_shown, report.exits[-1]
     return (
         f"On {report.images} test images the full network is right on {full.accuracy:.2%}. "
-        f"Leaving as soon as an exit is sure enough, at a guaranteed loss of at most "
-        f"{p.max_accuracy_loss:.2%}, it is right on {p.accuracy:.2%} with {p.mean_macs:.0%} of the "
-        f"multiply-accumulates: {p.speedup_macs:.2f} times fewer, {p.speedup_measured:.2f} times "
-        f"faster here; {p.exit_shares[0]:.0%} of the images leave at the first exit."
+        f"Leaving as soon as an exit is sure enough, {_bound(report)}, it is right on "
+        f"{p.accuracy:.2%} with {p.mean_macs:.0%} of the multiply-accumulates: "
+        f"{p.speedup_macs:.2f} times fewer, {p.speedup_measured:.2f} times faster here; "
+        f"{p.exit_shares[0]:.0%} of the images leave at the first exit."
     )
+
+
+def guarantee(report: Report) -> str:
+    """The sentence that says how far the bounds hold."""
+    how = f"(method: {report.method}, {report.calibration_images} images)"
+    if not report.covered:
+        where = " and ".join(report.certified_dtypes)
+        return f"Bounds hold for {where}; in {report.dtype} none was certified {how}."
+    return f"Bounds hold {promise(report.method, report.delta)} {how}."
+
+
+def _bound(report: Report) -> str:
+    p = report.point_shown
+    if not report.covered:
+        return f"by thresholds for a loss of at most {p.max_accuracy_loss:.2%} in other numerics"
+    if not p.certified:
+        return f"at a loss of at most {p.max_accuracy_loss:.2%} on average over calibration sets"
+    return f"at a guaranteed loss of at most {p.max_accuracy_loss:.2%}"
 
 
 def exit_table(report: Report) -> str:

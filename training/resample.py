@@ -27,7 +27,7 @@ from training.calibrate import (
 )
 from training.calibration import LEAST_PART, Options, calibrate, relative_macs
 from training.data import DataError
-from training.ladder import LOSSES
+from training.ladder import LOSSES, promise
 from training.logits import cached_logits
 from training.outcomes import outcomes_of, shares
 from training.seen import seen_by
@@ -99,10 +99,10 @@ def _resample(arguments: argparse.Namespace) -> None:
         print(line)
     if not arguments.as_population:
         print(
-            f"the bound is on the accuracy lost over all images, with probability "
-            f"{1 - options.delta:.0%}; the images that measure it add an error of their own, "
-            "which counts here as well (--as-population leaves it out); beyond chance are those "
-            "whose loss that error does not explain"
+            "the bound is on the accuracy lost over all images, "
+            f"{promise(options.method, options.delta)}; the images that measure it add an error of "
+            "their own, which counts here as well (--as-population leaves it out); beyond chance "
+            "are those whose loss that error does not explain"
         )
 
 

@@ -12,14 +12,20 @@ from model.bundle import load_bundle, load_servable, save_bundle, save_descripti
 from model.numerics import likely_dtypes, name_of
 from model.policy import NEVER, Calibration, Measure
 from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
-from tests.training.worlds import world
+from tests.training.worlds import judged, world
 from training.__main__ import main
 from training.calibrate import load_images
-from training.calibration import MOST_SEARCHED, Options, calibrate, search_part
+from training.calibration import (
+    MOST_SEARCHED,
+    Options,
+    budget_point,
+    calibrate,
+    search_part,
+)
 from training.data import DataError, list_folder
 from training.eight_bits import find_ranges, price
 from training.fit import fit_calibrations
-from training.ladder import LOSSES, Method
+from training.ladder import LOSSES, Certifier, Method
 from training.logits import cached_logits, compute_logits
 from training.outcomes import outcomes_of
 from training.reliability import calibration_error, exit_errors
@@ -67,7 +73,19 @@ def test_calibrating_makes_a_bundle_servable_and_says_what_it_did(command, bundl
     assert (
         "a loss of 0.10% cannot be certified, so the full network runs: it takes at least" in said
     )
+    assert "bounds hold with probability 90% over calibration sets" in said
     assert said.count("calibration error") == 4
+
+
+def test_a_small_chance_of_failing_is_not_rounded_away(command):
+    assert "bounds hold with probability 99.9% over" in command("--delta", 0.001)[1]
+
+
+def test_an_expectation_is_said_to_hold_on_average(command):
+    said = command("--method", "expectation", "--delta", 0.001)[1]
+    assert "bounds hold on average over calibration sets" in said
+    assert "a loss of 0.10% cannot be kept on average" in said
+    assert "certified" not in said and "probability" not in said and "delta" not in said
 
 
 def test_the_same_command_makes_the_same_policy_from_cached_logits(command, bundle, monkeypatch):
@@ -167,6 +185,38 @@ def test_a_budget_adds_the_most_careful_point_that_keeps_it(command, bundle):
     assert added[0].certified
 
 
+def test_budgets_above_half_give_different_points(command, bundle):
+    costs = []
+    for budget in (0.95, 0.9, 0.8):
+        assert command("--mean-macs", budget)[0] == 0
+        points = load_bundle(bundle).policy.operating_points
+        costs += [p.mean_macs for p in points if p.max_accuracy_loss not in LOSSES]
+    assert costs == pytest.approx([0.95, 0.9, 0.8], abs=0.06)
+
+
+def test_a_budget_never_takes_the_place_of_a_row_of_the_ladder():
+    """Its bound is by another test: a row by either would fail as often as both together."""
+    images = judged(3000)
+    macs = np.array([0.25, 0.5, 0.75, 1.0])
+    certifiers = [Certifier(images, 0.1, Method.PAIRED)]
+    alone = budget_point(certifiers, (0.9, 0.9, 0.9), images, macs)
+    bound = alone.max_accuracy_loss
+    beside = budget_point(certifiers, (0.9, 0.9, 0.9), images, macs, taken=[bound])
+    assert bound < beside.max_accuracy_loss == pytest.approx(bound + 1e-4)
+    assert beside.thresholds == alone.thresholds
+
+
+def test_what_is_measured_is_accuracy_whatever_is_certified(bundle):
+    logits, class_ids = world(2000, seed=2, classes=3)
+    loaded = load_bundle(bundle)
+    options = Options(method=Method.DISAGREEMENT)
+    policy = calibrate(loaded, logits, class_ids, options).policy
+    outcomes = outcomes_of(logits, class_ids, policy.calibrations, policy.measure)
+    point = policy.operating_points[-1]
+    lost = outcomes.differences(outcomes.taken(point.thresholds)).mean()
+    assert point.measured_accuracy_loss == pytest.approx(lost)
+
+
 def test_a_budget_below_the_first_exit_is_out_of_reach(command):
     status, said = command("--mean-macs", 0.01)
     assert status == 2
@@ -182,12 +232,18 @@ def test_images_without_labels_calibrate_disagreement_with_the_confidences_there
     flat.mkdir()
     for i, file in enumerate(images.rglob("*.png")):
         shutil.copy(file, flat / f"{i}.png")
-    assert command("--method", "disagreement", data=flat)[0] == 0
+    status, said = command("--method", "disagreement", data=flat)
+    assert status == 0
+    assert "without labels: confidences are those of the policy there was (margin)" in said
     after = load_bundle(bundle).policy
     assert (after.method, after.calibrations) == ("disagreement", before.calibrations)
     status, said = command(data=flat)
     assert status == 2
     assert "images without labels can only be calibrated with --method disagreement" in said
+    needy = ("--measure", "entropy", "--no-ensemble", "--compare")
+    status, said = command("--method", "disagreement", *needy, data=flat)
+    assert status == 2
+    assert "drop --measure entropy and --no-ensemble and --compare" in said
     (bundle / "policy.json").unlink()
     status, said = command("--method", "disagreement", data=flat)
     assert status == 2

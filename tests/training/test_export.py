@@ -52,6 +52,18 @@ def test_cutting_drops_the_other_heads_and_the_deeper_stages(bundle_path, tmp_pa
     assert sizes[1] < sizes[0] / 2
 
 
+def test_a_cut_bundle_keeps_its_numerics_and_can_be_calibrated(bundle_path, tmp_path, capsys):
+    export(bundle_path, tmp_path / "cut", "--exit", 2)
+    whole, small = load_bundle(bundle_path).policy, load_bundle(tmp_path / "cut").policy
+    assert whole.dtypes == small.dtypes != ()
+    data = write_noisy_images(tmp_path / "data", 40)
+    options = ["--data", str(data), "--dtype", "float32"]
+    assert main(["calibrate", str(tmp_path / "cut"), *options]) == 0
+    assert "there is one exit, so nothing is skipped and nothing lost" in capsys.readouterr().out
+    points = load_servable(tmp_path / "cut").policy.operating_points
+    assert {(p.thresholds, p.mean_macs, p.certified) for p in points} == {((), 1.0, True)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("per_stage", [False, True])
 @pytest.mark.parametrize("format", FORMATS)

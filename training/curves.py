@@ -27,7 +27,7 @@ def training_curves(runs: Mapping[str, Sequence[Entry]]) -> Figure:
     for (name, history), (left, right) in zip(runs.items(), grid, strict=True):
         _accuracy(left, history)
         _losses(right, history)
-        left.set_title(name)
+        left.set_title(name, parse_math=False)
     return figure
 
 
@@ -92,5 +92,6 @@ def accuracy_over_cost(
         xlabel="multiply-accumulates an image, millions", ylabel=f"accuracy on {measured_on}, %"
     )
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8, loc="lower right")
+    for text in axes.legend(fontsize=8, loc="lower right").get_texts():
+        text.set_parse_math(False)  # a run may be called anything
     return figure

@@ -148,7 +148,7 @@ def _stack(axes: Axes, names: Sequence[str], rows: Sequence[Sequence[float]]) ->
     for k, colour in enumerate(colours(table.shape[1])):
         axes.barh(range(len(table)), table[:, k], left=left, color=colour, label=f"exit {k + 1}")
         left += table[:, k]
-    axes.set_yticks(range(len(table)), names)
+    axes.set_yticks(range(len(table)), names, parse_math=False)  # a class may hold two dollars
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.spines[["top", "right"]].set_visible(False)

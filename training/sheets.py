@@ -55,7 +55,7 @@ def _sheet(m: Measured, images: ImageSet, indices: np.ndarray, title: str) -> Fi
     for axes, i in zip(grid, drawn, strict=False):
         axes.imshow(images.pixels[i].numpy(), interpolation="nearest")
         text, colour = _caption(m, images, int(i))
-        axes.set_title(text, fontsize=7.5, color=colour, linespacing=1.1)
+        axes.set_title(text, fontsize=7.5, color=colour, linespacing=1.1, parse_math=False)
     figure.suptitle(f"{title}: {len(indices)} of {len(images)}", fontsize=11)
     return figure
 

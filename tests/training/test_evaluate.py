@@ -6,14 +6,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from model.bundle import load_bundle
 from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
-from training import risk
+from training import curves, plots, risk, sheets
 from training.__main__ import main
-from training.data import DataError
-from training.evaluation import loss_interval
-from training.markdown import CAPTIONS
+from training.data import DataError, ImageSet
+from training.evaluation import Report, loss_interval
+from training.markdown import CAPTIONS, headline, render
+from training.outcomes import Outcomes
 from training.record import load_record
 
 
@@ -89,6 +91,57 @@ def test_the_report_begins_with_what_early_exit_buys(evaluated, report):
     assert text.startswith("# brightness 1: what early exit buys")
     assert "On 180 test images the full network is right on" in text
     assert text.count("x |") >= 2 * len(report["operating_points"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound", "sentence"),
+    [
+        ({}, "at a guaranteed loss", "Bounds hold with probability 90% over calibration sets"),
+        ({"delta": 0.001}, "at a guaranteed loss", "Bounds hold with probability 99.9% over"),
+        (
+            {"dtype": "bfloat16", "certified_dtypes": ["float32"]},
+            "by thresholds for a loss",
+            "Bounds hold for float32; in bfloat16 none was certified",
+        ),
+        (
+            {"method": "expectation"},
+            "on average over calibration sets, it is right",
+            "Bounds hold on average over calibration sets",
+        ),
+    ],
+)
+def test_the_report_promises_no_more_than_was_proved(report, changes, bound, sentence):
+    changed = json.loads(json.dumps(report | changes))
+    for point in changed["operating_points"]:
+        point["certified"] = changed["method"] != "expectation"
+    read = Report.model_validate(changed)
+    assert bound in headline(read)
+    assert sentence in render(read, [], None)
+    assert ("guaranteed" in render(read, [], None)) == ("guaranteed" in bound)
+    assert f"Everything is measured in {read.dtype}" in render(read, [], None)
+
+
+def test_evaluating_says_which_numerics_it_measured(report, evaluated):
+    assert (
+        report["dtype"] == report["certified_dtypes"][0] == load_bundle(evaluated).policy.dtypes[0]
+    )
+
+
+def test_names_with_dollars_are_drawn_as_they_are(report, tmp_path):
+    name = r"$\frac and $"
+    shares = dict(report["class_shares"]) | {name: (0.25,) * 4}
+    plots.class_shares(Report.model_validate(report | {"class_shares": shares})).savefig(
+        tmp_path / "shares.png"
+    )
+    right = np.ones((1, 1), bool)
+    outcomes = Outcomes(np.ones((1, 1)), np.zeros((1, 1), int), right, np.ones((1, 1)))
+    measured = SimpleNamespace(taken=np.array([1]), outcomes=outcomes)
+    pixels = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    images = ImageSet((name,), pixels, torch.zeros(1, dtype=torch.int64), (tmp_path,))
+    sheets._sheet(measured, images, np.array([0]), "one").savefig(tmp_path / "sheet.png")
+    curves.accuracy_over_cost({name: [(1, 50), (2, 60)]}, "tests", False).savefig(
+        tmp_path / "cost.png"
+    )
 
 
 def test_a_bundle_without_a_policy_is_not_evaluated(tmp_path, capsys):

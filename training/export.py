@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from model.bundle import (
     WEIGHTS,
     Bundle,
     BundleError,
+    Exit,
     load_bundle,
     save_bundle,
     save_description,
     save_policy,
 )
+from model.macs import count_stages, cumulative_macs, cumulative_parameters
 from model.network import MultiExitNet, build, build_from
 from model.numerics import name_of
 from model.policy import Calibration, OperatingPoint, Policy
@@ -54,11 +57,17 @@ def _export(arguments: argparse.Namespace) -> None:
         for file, difference in written:
             megabytes = file.stat().st_size / 1e6
             print(f"wrote {file}, {megabytes:.1f} MB; differs from torch by {difference:.1e}")
+        if arguments.exit is not None:
+            print(comparison(bundle, cut_exit(bundle, arguments.exit, net), arguments.exit))
         return
+    if arguments.per_stage:
+        raise BundleError("--per-stage is for onnx and pt2: say which with --format")
     if arguments.exit is None:
         raise BundleError("say where to cut with --exit, or what to write with --format")
     save_cut(bundle, arguments.exit, net, arguments.out)
-    print(comparison(bundle, load_bundle(arguments.out), arguments.exit))
+    small = load_bundle(arguments.out)
+    sizes = [(b.path / WEIGHTS).stat().st_size for b in (bundle, small)]
+    print(comparison(bundle, small.description.exits[-1], arguments.exit, sizes))
 
 
 def cut(bundle: Bundle, exit: int) -> MultiExitNet:
@@ -93,12 +102,19 @@ def save_cut(bundle: Bundle, exit: int, net: MultiExitNet, out: Path) -> None:
         preprocess=description.preprocess,
         training=description.training | provenance,
     )
-    alone = description.exits[exit - 1].alone
-    exits = (written.exits[0].model_copy(update={"accuracy": alone, "alone": alone}),)
+    exits = (cut_exit(bundle, exit, net),)
     save_description(out, written.model_copy(update={"exits": exits}))
     hand_on(bundle.path, out)
     if bundle.policy is not None:
         save_policy(out, cut_policy(bundle.policy, exit, written.weights_sha256))
+
+
+def cut_exit(bundle: Bundle, exit: int, net: MultiExitNet) -> Exit:
+    """What the only exit of the cut network costs, with the accuracy it had alone."""
+    costs = count_stages(net, bundle.description.preprocess.size)
+    macs, parameters = cumulative_macs(costs)[-1], cumulative_parameters(costs)[-1]
+    alone = bundle.description.exits[exit - 1].alone
+    return Exit(exit=1, macs=macs, parameters=parameters, accuracy=alone, alone=alone)
 
 
 def cut_policy(policy: Policy, exit: int, weights_sha256: str) -> Policy:
@@ -124,12 +140,18 @@ def cut_policy(policy: Policy, exit: int, weights_sha256: str) -> Policy:
     )
 
 
-def comparison(full: Bundle, small: Bundle, exit: int) -> str:
-    """Sizes, MACs and accuracy of a cut bundle against the original, for people."""
-    before, after = full.description.exits[-1], small.description.exits[-1]
-    sizes = [(b.path / WEIGHTS).stat().st_size for b in (full, small)]
-    rows = [
-        ("weights, MB", sizes[0] / 1e6, sizes[1] / 1e6),
+def comparison(full: Bundle, after: Exit, exit: int, sizes: Sequence[int] = ()) -> str:
+    """What is left of a bundle's network that is cut at an exit, for people.
+
+    Args:
+        full: the bundle.
+        after: the exit that is left.
+        exit: where it was.
+        sizes: of the weights before and after, in bytes, where both are stored alike.
+    """
+    before = full.description.exits[-1]
+    rows = [("weights, MB", *(size / 1e6 for size in sizes))] if sizes else []
+    rows += [
         ("parameters, M", before.parameters / 1e6, after.parameters / 1e6),
         ("MACs, M", before.macs / 1e6, after.macs / 1e6),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,6 +51,8 @@ def write_programs(
 ) -> Iterator[tuple[Path, float]]:
     """Write `network.onnx`, or `stage_1.onnx` and so on, with a dynamic batch size.
 
+    A file has its name only once it is verified.
+
     Args:
         net: in eval mode.
         size: side of the images, in pixels.
@@ -61,15 +64,31 @@ def write_programs(
         Each file with the largest difference from torch, as a share of the largest output.
 
     Raises:
-        ExportError: the difference is beyond `TOLERANCE`.
+        ExportError: the difference is beyond `TOLERANCE`, or a package is missing.
     """
+    check_packages(format)
     out.mkdir(parents=True, exist_ok=True)
     write, read = FORMATS[format]
     x = torch.randn(TRACED_BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
     for name, module, inputs in _modules(net, x, per_stage):
-        file = out / f"{name}.{format}"
-        write(module.eval(), inputs, file)
-        yield file, _verify(module, read(file), inputs, file)
+        file, partial = out / f"{name}.{format}", out / f"{name}.partial.{format}"
+        try:
+            write(module.eval(), inputs, partial)
+            difference = _verify(module, read(partial), inputs, file)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+        yield file, difference
+
+
+def check_packages(format: str) -> None:
+    """Raise ExportError, saying what to install, unless all that a format takes is there."""
+    missing = [p for p in PACKAGES.get(format, ()) if importlib.util.find_spec(p) is None]
+    if missing:
+        raise ExportError(
+            f"{format} takes {' and '.join(missing)}, of the extra `export`; "
+            "run: pip install '.[export]'"
+        )
 
 
 def _modules(
@@ -146,3 +165,5 @@ def _read_pt2(file: Path) -> Callable[[Tensor], list[Tensor]]:
 
 FORMATS = {"onnx": (_write_onnx, _read_onnx), "pt2": (_write_pt2, _read_pt2)}
 """How to write a module to a file, and how to read it back as a function."""
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+"""Optional ones that a format takes, all of the extra `export`."""

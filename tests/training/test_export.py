@@ -6,7 +6,8 @@ import torch
 from model.bundle import load_bundle, load_servable
 from tests.training.bundles import write_bundle, write_noisy_images
 from training.__main__ import main
-from training.programs import FORMATS, TOLERANCE, ExportError, write_programs
+from training.export import cut
+from training.programs import FORMATS, PACKAGES, TOLERANCE, ExportError, write_programs
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +93,30 @@ def test_programs_agree_with_the_network_at_any_batch_size(net, tmp_path, format
 
 
 def test_a_program_that_computes_something_else_is_refused(net, tmp_path, monkeypatch):
-    broken = (lambda module, x, file: None, lambda file: lambda x: [2 * y for y in net(x)])
+    broken = (lambda module, x, file: file.touch(), lambda file: lambda x: [2 * y for y in net(x)])
     monkeypatch.setitem(FORMATS, "pt2", broken)
     with pytest.raises(ExportError, match="differs from the network by"):
         list(write_programs(net, 16, "pt2", False, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_before_anything_is_written(
+    bundle_path, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(PACKAGES, "onnx", ("torch", "no_such_package"))
+    assert export(bundle_path, tmp_path / "out", "--format", "onnx") == 2
+    assert "onnx takes no_such_package, of the extra `export`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_program_says_what_is_left_of_the_network(bundle_path, tmp_path, monkeypatch, capsys):
+    cut_net = cut(load_bundle(bundle_path), 2)
+    same = (lambda module, x, file: file.touch(), lambda file: lambda x: cut_net(x))
+    monkeypatch.setitem(FORMATS, "pt2", same)
+    assert export(bundle_path, tmp_path, "--format", "pt2", "--exit", 2) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("exit 2", "parameters, M", "MACs, M"))
+    assert [p.name for p in tmp_path.iterdir()] == ["network.pt2"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +124,7 @@ def test_a_program_that_computes_something_else_is_refused(net, tmp_path, monkey
     [
         (["--exit", 5], "has exits 1 to 4, not 5"),
         ([], "say where to cut with --exit, or what to write with --format"),
+        (["--exit", 2, "--per-stage"], "--per-stage is for onnx and pt2"),
     ],
 )
 def test_a_wrong_export_is_one_clear_sentence(bundle_path, tmp_path, capsys, options, sentence):

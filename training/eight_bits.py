@@ -25,11 +25,13 @@ def find_ranges(bundle: Bundle, images: ImageSet, chosen: np.ndarray) -> Ranges:
     Args:
         bundle: the network and its preprocess.
         images: decoded through that preprocess.
-        chosen: indices of those to look at, of which the first few hundred are; none of them may
-            certify anything.
+        chosen: indices of those to look at, of which a few hundred are, from all classes alike;
+            none of them may certify anything.
     """
     normalise = bundle.description.preprocess.normalise
-    pixels = images.pixels[torch.from_numpy(chosen[:OBSERVED_IMAGES])]
+    observed = min(OBSERVED_IMAGES, len(chosen))
+    spread = np.linspace(0, len(chosen) - 1, observed).round().astype(int)
+    pixels = images.pixels[torch.from_numpy(chosen[spread])]
     return observe(fold_stages(bundle.net), (normalise(batch) for batch in pixels.split(BATCH)))
 
 

@@ -138,6 +138,18 @@ def test_the_images_that_certify_int8_have_no_part_in_its_ranges(bundle, images)
     assert find_ranges(load_bundle(bundle), loaded, chosen) == ranges
 
 
+def test_the_ranges_of_int8_are_seen_on_all_classes(bundle):
+    """Listed by class, the first few hundred images may be of one class alone."""
+    loaded = load_bundle(bundle)
+    pixels = torch.full((2000, 16, 16, 3), 20, dtype=torch.uint8)
+    pixels[1000:] = 250
+    images = SimpleNamespace(pixels=pixels)
+    stages = find_ranges(loaded, images, np.arange(2000))
+    low, high = next(iter(stages[0].values()))
+    seen = loaded.description.preprocess.normalise(pixels[[0, -1]])
+    assert (low, high) == pytest.approx((float(seen.min()), float(seen.max())))
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_the_cost_of_int8_is_counted_by_changed_answers(labelled):
     """Of 400 images 10 are answered wrong only in int8, and 4 only in float32."""

@@ -1,14 +1,32 @@
-"""uvicorn's HTTP protocol, which also notes what it knows of a request's time and client."""
+"""uvicorn's HTTP protocol, with limits, and with what it knows of a request's time and client."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.arrival import ARRIVED, READ
 from server.departure import CONNECTION, Connection
+from server.errors import BadRequest, HeadTooLarge, OfframpError
+from server.middleware import FAULT, refusal
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
+
+MOST_HEAD_BYTES = 2**16
+"""Of a request line with its headers, and of trailers; the parser has no limit, and takes the
+longer for each read of a header the longer that header is."""
+LINGER_BYTES = 2**26
+"""What is read and thrown away of a request that was answered before it was whole."""
+LINGER_SECONDS = 30.0
+"""And for how long."""
+DRAIN_LINGER_SECONDS = 0.5
 
 
 class Protocol(HttpToolsProtocol):
@@ -16,13 +34,42 @@ class Protocol(HttpToolsProtocol):
 
     A request's own code runs a turn of the event loop later or more, and under load a turn takes
     long: a deadline counted from there would be kept on paper alone.
+
+    What cannot be read is answered in its turn, and is the last thing that is read. A connection
+    that ends amid a request lingers: with bytes left unread, the system would reset it, and many
+    clients would not see their answer.
     """
+
+    __slots__ = (  # uvicorn's attributes fill what Python looks up fast
+        "_connection",
+        "_cycles",
+        "_deaf",
+        "_ending",
+        "_kept",
+        "_linger_bytes",
+        "_linger_seconds",
+        "_lingering",
+        "_read",
+        "_whole",
+    )
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._connection = Connection()
         self._cycles: list[RequestResponseCycle] = []
         """Of requests that are not answered, pipelined ones too; uvicorn knows the newest."""
+        self._ending = _Ending(transport, self._end)
+        self._read = 0
+        """Bytes of the newest read."""
+        self._kept = 0
+        """Bytes of the reads since the parser last gave anything away."""
+        self._whole = True
+        """Whether the newest request has all of its body."""
+        self._deaf = False
+        """Whether what comes is thrown away."""
+        self._linger_bytes = LINGER_BYTES
+        self._linger_seconds = LINGER_SECONDS
+        self._lingering: asyncio.TimerHandle | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -30,21 +77,160 @@ class Protocol(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
         self._connection.lost()
+        self._ending.close = self.transport.close  # type: ignore[method-assign]
+        if self._lingering is not None:
+            self._lingering.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        self._read = len(data)
+        if self._deaf:
+            self._discard()
+            return
+        self._kept += self._read
+        try:
+            self._parse(data)
+        except HttpParserError as error:
+            cause = error.__context__  # of a callback that failed
+            self._refuse(cause if isinstance(cause, OfframpError) else BadRequest())
+        else:
+            if self._kept > MOST_HEAD_BYTES:
+                self._refuse(HeadTooLarge())
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except HttpParserUpgrade as upgrade:
+                data = memoryview(data)[upgrade.args[0] :]
+            if self._should_upgrade():
+                self.parser = _parser(self)  # to the old one a connection may be over
+                self.parser.feed_data(self._without_upgrade())
+
+    def _should_upgrade(self) -> bool:
+        """Whether uvicorn leaves a request alone that asks for another protocol.
+
+        The parser takes what follows for that protocol's, and so for no body; without the wish, the
+        request is parsed again.
+        """
+        return self.scope["method"] != "CONNECT"  # which asks for nothing that could be left out
+
+    def _without_upgrade(self) -> bytes:
+        line = f"{self.scope['method']} ".encode() + self.url
+        head = [line + f" HTTP/{self.scope['http_version']}".encode()]
+        head += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*head, b"", b""])
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope[ARRIVED] = time.perf_counter()  # type: ignore[literal-required]
         self.scope[CONNECTION] = self._connection  # type: ignore[literal-required]
+        self._kept = 0
+        self._whole = False
 
     def on_headers_complete(self) -> None:
+        if (self._kept or self._read > MOST_HEAD_BYTES) and self._head_bytes() > MOST_HEAD_BYTES:
+            raise HeadTooLarge
+        self._kept = 0
         self.scope[READ] = time.perf_counter()  # type: ignore[literal-required]
         super().on_headers_complete()
-        self._cycles = [*self._unanswered(), self.cycle]
+        cycle = self.cycle
+        if cycle is not None and cycle.scope is self.scope:
+            cycle.transport = self._ending
+            self._cycles = [*self._unanswered(), cycle] if self.pipeline else [cycle]
+
+    def on_body(self, body: bytes) -> None:
+        """As uvicorn's, which would ask the parser for an upgrade first."""
+        self._kept = 0
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self._whole = True
         if not self.pipeline:  # a paused transport does not see its client leave
             self.flow.resume_reading()
 
+    def shutdown(self) -> None:
+        self._linger_seconds = DRAIN_LINGER_SECONDS
+        super().shutdown()
+
+    def _head_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
     def _unanswered(self) -> list[RequestResponseCycle]:
         return [cycle for cycle in self._cycles if not cycle.response_complete]
+
+    def _refuse(self, error: OfframpError) -> None:
+        """Answer what cannot be read, after what came before it, and read nothing more."""
+        self._deaf = True
+        if self._whole:
+            self.on_message_begin()
+        if self.cycle is None or self.cycle.scope is not self.scope:
+            self._answer(error)
+        elif self.cycle.response_complete:
+            self._end()
+        else:  # its application answers, once it asks for more of the body
+            self.cycle.keep_alive = False
+            self.scope[FAULT] = error  # type: ignore[literal-required]
+            self.cycle.message_event.set()
+
+    def _answer(self, error: OfframpError) -> None:
+        waiting = self._unanswered()
+        self.cycle = RequestResponseCycle(
+            scope=self.scope,
+            transport=self._ending,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=False,
+            on_response=self.on_response_complete,
+        )
+        self._cycles = [*waiting, self.cycle]
+        app = cast("ASGI3Application", refusal(error))
+        if waiting:
+            self.pipeline.appendleft((self.cycle, app))
+        else:
+            self._start_asgi_task(self.cycle, app)
+
+    def _end(self) -> None:
+        """Close, but amid a request not before the client has stopped sending."""
+        if self._whole:
+            self.transport.close()
+            return
+        self._deaf = True
+        self.pipeline.clear()
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._lingering = self.loop.call_later(self._linger_seconds, self.transport.close)
+
+    def _discard(self) -> None:
+        self._linger_bytes -= self._read
+        if self._linger_bytes < 0:
+            self.transport.close()
+
+
+def _parser(protocol: Protocol) -> HttpRequestParser:
+    """As uvicorn makes it."""
+    parser = HttpRequestParser(protocol)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
+
+
+class _Ending(asyncio.Transport):
+    """A transport, as responses see it, that is closed in another way."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write = transport.write  # type: ignore[method-assign]
+        self.is_closing = transport.is_closing  # type: ignore[method-assign]
+        self.close = close  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ OfframpError 500 internal
 |- TooLarge 413: BodyTooLarge body_too_large, ImageTooLarge image_too_large
 |- InvalidParameter 422
 |- Overloaded 429
+|- HeadTooLarge 431 head_too_large
 |- Unavailable 503: NotReady not_ready, Draining draining
 |- DeadlineExceeded 504
 """
@@ -137,6 +138,12 @@ class Overloaded(OfframpError):
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(max(1, round(self.retry_after_seconds + 0.5)))}
+
+
+class HeadTooLarge(OfframpError):
+    status = 431
+    code = "head_too_large"
+    sentence = "the request line and headers, or the trailers, are over the byte limit"
 
 
 class Unavailable(OfframpError):

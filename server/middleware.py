@@ -24,6 +24,10 @@ from server.tracing import RequestTrace, RequestTracer
 log = logging.getLogger("offramp.access")
 
 ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+FAULT = "offramp.fault"
+"""In the scope of a request whose body cannot be read: the error that it is answered with."""
+MOST_DIGITS = 20
+"""Of a length that the parser takes; before them are only zeros, some more than Python would."""
 CLIENT_CLOSED = 499
 """What a request counts as whose client went away, as in nginx."""
 
@@ -89,7 +93,7 @@ class Surroundings:
         try:
             self._refuse_hopeless(scope, context)
             self._refuse_announced(scope)
-            await self._app(scope, self._limited(receive), sender)
+            await self._app(scope, self._limited(scope, receive), sender)
         except ClientDisconnect:
             context.status = CLIENT_CLOSED
         except asyncio.CancelledError:  # the time to drain is over, and this is still being sent
@@ -110,18 +114,24 @@ class Surroundings:
 
     def _refuse_announced(self, scope: Scope) -> None:
         for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > self._max_body_bytes:
+            if (
+                name == b"content-length"
+                and value.isdigit()
+                and int(value[-MOST_DIGITS:]) > self._max_body_bytes
+            ):
                 raise self._too_large()
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is over {self._max_body_bytes} bytes")
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
         taken = 0
 
         async def limited() -> Message:
             nonlocal taken
             message = await receive()
+            if FAULT in scope:
+                raise scope[FAULT]
             taken += len(message.get("body", b""))
             if taken > self._max_body_bytes:
                 raise self._too_large()
@@ -164,6 +174,19 @@ async def send_error(send: Send, context: Context, error: OfframpError) -> None:
     raw = [(k.lower().encode(), v.encode()) for k, v in {**headers, **error.headers}.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
+
+
+def refusal(error: OfframpError) -> ASGIApp:
+    """What answers a request that no application can be given, for want of a head."""
+
+    async def refuse(scope: Scope, _: Receive, send: Send) -> None:
+        scope["method"] = ""
+        context = Context(_request_id(scope), 0.0)
+        await send_error(_sender(context, send), context, error)
+        said = {"status": error.status, "request_id": context.request_id, **context.fields}
+        log.info("request", extra={"fields": said})
+
+    return refuse
 
 
 def _sender(context: Context, send: Send) -> Send:

@@ -117,6 +117,41 @@ def test_malformed_multipart_is_a_400(server, content_type, body):
     check_error(response, 400, response.json()["code"])
 
 
+PART = b'--b\r\nContent-Disposition: form-data; name="%s"; filename="%s"\r\n\r\n%s\r\n'
+
+
+def send_form(server, path, body, content_type="multipart/form-data; boundary=b"):
+    return server.client.post(path, content=body, headers={"content-type": content_type})
+
+
+@pytest.mark.parametrize("missing", [1, len("--b--"), len("\r\n--b--"), 100])
+def test_a_form_that_ends_before_its_last_boundary_loses_no_image_unsaid(server, png, missing):
+    one, more = PART % (b"file", b"a", png), PART % (b"files", b"a", png) * 3
+    for path, parts in {"/classify": one, "/classify/batch": more}.items():
+        response = send_form(server, path, (parts + b"--b--")[:-missing])
+        check_error(response, 400, "bad_multipart")
+        assert "closing boundary" in response.json()["error"]
+        for ending in (b"--b--", b"--b--\r\n", b"--b--\r\nan epilogue"):
+            assert send_form(server, path, parts + ending).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "charset", ["undefined", "punycode", "idna", "hex", "utf-16", "no-such", "x" * 5000, ""]
+)
+def test_the_charset_of_a_form_changes_no_answer(server, png, charset):
+    named = f"multipart/form-data; charset={charset}; boundary=b"
+    field = b'--b\r\nContent-Disposition: form-data; name="note"\r\n\r\n\xff-9\r\n'
+    body = field + PART % (b"file", b"\xe9.png", png) + b"--b--"
+    assert send_form(server, "/classify", body, named).status_code == 200
+
+
+@pytest.mark.parametrize("boundary", ['"', '""', '"b\\"; charset=punycode"', "x" * 300, "\xff"])
+def test_no_boundary_of_a_form_is_the_servers_fault(server, png, boundary):
+    named = f"multipart/form-data; boundary={boundary}".encode("latin-1")
+    response = send_form(server, "/classify", PART % (b"file", b"a", png) + b"--b--", named)
+    check_error(response, 400, "bad_multipart")
+
+
 def test_two_files_where_one_is_wanted_are_a_400(server, png):
     response = server.client.post("/classify", files=[("file", png), ("file", png)])
     check_error(response, 400, "bad_multipart")
@@ -135,6 +170,13 @@ def test_an_announced_body_over_the_limit_is_refused_unread(serve, png):
         )
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
         connection.close()
+
+
+def test_a_length_may_have_many_digits(server, png):
+    for digits, status in ((f"{len(png):05000}", b"200"), (f"{2**64 - 1:05000}", b"413")):
+        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {digits}\r\n\r\n"
+        with server.send(head.encode() + png) as connection:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 " + status)
 
 
 def test_a_body_without_a_length_is_cut_off_while_streaming(serve):

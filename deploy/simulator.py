@@ -197,11 +197,14 @@ class _Simulation:
     def _begin(self, arrival: Arrival, read: float) -> Generator[Work, None, _Response | None]:
         """Take a request to the engine, or refuse it if the loop comes to it too late."""
         behind, allowed = self._machine.now - read, arrival.deadline_seconds
-        if is_hopeless(_NO_DEADLINE_NAMED, behind, 1e3 * allowed):
+        deadline = read + allowed - max(self._overhead.reserve_seconds, behind)
+        would_refuse = self._scheduler.would_refuse(deadline)
+        if would_refuse:
+            self._scheduler.turn_away(self._machine.now)
+        if would_refuse or is_hopeless(_NO_DEADLINE_NAMED, behind, 1e3 * allowed):
             yield Work(Needs.LOCK, self._overhead.refuse_seconds)
             return _Response(arrival, refused=True)
         yield Work(Needs.LOCK, self._overhead.begin_seconds)
-        deadline = read + allowed - max(self._overhead.reserve_seconds, behind)
         self._to_engine.append(Job(self._rule, read, deadline, payload=arrival))
         return None
 

@@ -120,6 +120,7 @@ async def classify(
     parameters, engine = admission.parameters, admission.engine
     deadline = deadline_for(parameters, served, context)
     with place(served):
+        engine.check(deadline)  # before any work is done in vain
         pixels, decode_seconds = await served.decoder(data, deadline)
         ticket = engine.submit(
             pixels,

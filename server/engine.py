@@ -98,6 +98,19 @@ class Engine:
         beats = (self._clock() - self._beat) / BEAT_SECONDS
         return all(worker.is_alive() for worker in self._workers) and beats < STUCK_BEATS
 
+    def check(self, deadline: float) -> None:
+        """Refuse an image before it is decoded, if it is sure to be refused when it is sent in.
+
+        Args:
+            deadline: when the answer must be ready, on the engine's clock.
+
+        Raises:
+            Overloaded: even the first exit would be late.
+        """
+        if self.scheduler.would_refuse(deadline):
+            self.call(self._turn_away)
+            raise Overloaded(self.scheduler.backlog_seconds)
+
     def submit(
         self,
         pixels: np.ndarray,
@@ -299,6 +312,10 @@ class Engine:
             self._outbox.settle(ticket, DeadlineExceeded())
         except Draining as draining:
             self._outbox.settle(ticket, draining)
+
+    def _turn_away(self) -> None:
+        self.scheduler.turn_away(self._clock())
+        self._metrics.refused("not_in_time")
 
     def _cancel(self, ticket: Ticket) -> None:
         # What runs stays whole until it has run: another worker may just be gathering its inputs.

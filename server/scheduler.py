@@ -151,6 +151,8 @@ class Scheduler:
         self._ends: dict[int, float] = {}
         """When each running batch is expected to end, by the number of its first job."""
         self._live_until = -math.inf
+        self._refusing = (math.inf, -math.inf)
+        """Deadlines from that of the last job refused until when it would have had its answer."""
         self.backlog_seconds = 0.0
         """The predicted wait when the last step was chosen."""
 
@@ -170,9 +172,25 @@ class Scheduler:
             raise TooLate
         if math.isfinite(job.deadline):
             self.controller.saw_deadline(job.deadline - job.arrived)
-        if now + self._first_exit_seconds(job, now) > job.deadline:
+        first_exit = now + self._first_exit_seconds(job, now)
+        if first_exit > job.deadline:
+            self._refusing = job.deadline, first_exit
             raise Refused(self.predicted_wait(now))
         self._queue(job, now)
+
+    def would_refuse(self, deadline: float) -> bool:
+        """Whether a job that is not here yet is not worth bringing; any thread may ask.
+
+        The last one refused is expected to have come to its first exit too late. One with a later
+        deadline would come after it, so it is refused if its deadline is before that moment.
+        """
+        since, until = self._refusing
+        return since <= deadline < until
+
+    def turn_away(self, now: float) -> None:
+        """Count a job that was not brought because it would have been refused."""
+        self._live_until = now
+        self.controller.saw_arrival(now)
 
     def cancel(self, job: Job) -> bool:
         """Forget a job whose client went away; a no-op if it is answered.

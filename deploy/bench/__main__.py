@@ -1,4 +1,4 @@
-"""The command line: python -m deploy.bench stages, threads or memory."""
+"""The command line: python -m deploy.bench stages, threads, loop or memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.bench import memory, stages, threads
+from deploy.bench import loop, memory, stages, threads
 from deploy.loadtest.samples import read_samples
 from model.bundle import BundleError, load_servable
 from model.cores import usable_cores
@@ -65,6 +65,15 @@ def _threads(arguments: argparse.Namespace) -> int:
     rows = threads.measure(cases, arguments.cores, arguments.seconds)
     _write(arguments.json, [row.as_dict() for row in rows])
     print(threads.table(rows))
+    return 0
+
+
+def _loop(arguments: argparse.Namespace) -> int:
+    samples = read_samples(arguments.images)
+    settings = Settings(bundle=arguments.bundle, compile="off", log_level=arguments.log_level)
+    rows = loop.measure(settings, samples, arguments.seconds)
+    _write(arguments.json, [row.as_dict() for row in rows])
+    print(loop.table(rows))
     return 0
 
 
@@ -147,6 +156,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         default=["float32", "bfloat16"],
         help="numerics",
+    )
+
+    one = add("loop", _loop, "what a request costs the event loop, beside engine and network")
+    one.add_argument("--bundle", type=Path, default=Path("model/default"), help="to answer from")
+    one.add_argument("--images", type=Path, required=True, help="folder or tar of CLASS/*")
+    one.add_argument("--seconds", type=float, default=4.0, help="length of each measurement")
+    one.add_argument(
+        "--log-level", choices=("info", "warning"), default="info", help="with log lines or without"
     )
 
     one = add("memory", _memory, "whether a running server's memory stays flat")

@@ -166,3 +166,16 @@ def test_a_server_that_is_gone_is_one_sentence(tmp_path, capsys):
     (tmp_path / "x.png").write_bytes(encode(noise()))
     assert main(["memory", "http://127.0.0.1:9", "--images", str(tmp_path)]) == 2
     assert "error: http://127.0.0.1:9 gives no metrics" in capsys.readouterr().err
+
+
+def test_the_event_loop_is_measured_for_requests_of_every_sort(bundle_path, tmp_path, capsys):
+    (tmp_path / "0.png").write_bytes(encode(noise()))
+    figures = tmp_path / "loop.json"
+    command = ["loop", "--bundle", str(bundle_path), "--images", str(tmp_path), "--seconds", "0.1"]
+    assert main([*command, "--json", str(figures)]) == 0
+    answered, refused, early = json.loads(figures.read_text())
+    assert answered["least_us"] > early["least_us"] > 0
+    assert refused["least_us"] > early["least_us"]
+    said = capsys.readouterr()
+    assert "answered at exit 1" in said.out
+    assert "request_id" not in said.out + said.err

@@ -1,6 +1,7 @@
 """Every failure that a client can provoke, over real HTTP."""
 
 import json
+import math
 import struct
 import tracemalloc
 import zlib
@@ -249,6 +250,17 @@ def test_a_full_server_refuses_at_once(serve, png):
         check_error(response, 429, "overloaded")
         assert int(response.headers["retry-after"]) >= 1
         assert one.metric("refused_total", reason="queue_full") == 1
+
+
+def test_an_image_that_is_sure_to_be_refused_is_not_decoded(serve):
+    with serve() as one:
+        one.served.engine.scheduler._refusing = (0.0, math.inf)
+        response = one.post(b"no image")
+        check_error(response, 429, "overloaded")
+        assert int(response.headers["retry-after"]) >= 1
+        until(lambda: one.metric("refused_total", reason="not_in_time") == 1)
+        one.served.engine.scheduler._refusing = (math.inf, -math.inf)
+        check_error(one.post(b"no image"), 400, "unsupported_image")
 
 
 def test_requests_before_warm_and_while_draining_are_503(serve, png):

@@ -315,6 +315,20 @@ def test_a_job_behind_too_many_others_is_refused(world):
     assert world.value("refused_total", reason="not_in_time") == 1
 
 
+def test_an_image_is_refused_before_it_is_decoded_where_one_before_it_was_refused(world):
+    for _ in range(8):
+        world.submit(seconds=2.5 * SECONDS)
+    world.engine.check(world.now + 2.7 * SECONDS)  # nothing was refused yet
+    behind = world.submit(seconds=2.6 * SECONDS)
+    world.engine._take_messages(0.0)
+    assert type(answer(behind)) is Overloaded
+    with pytest.raises(Overloaded):
+        world.engine.check(world.now + 2.7 * SECONDS)
+    world.engine.check(world.now + 100 * SECONDS)
+    world.engine._take_messages(0.0)
+    assert world.value("refused_total", reason="not_in_time") == 2
+
+
 def test_draining_answers_everything_accepted_and_tells_late_ones(world):
     early = [world.submit() for _ in range(6)]
     world.engine._inbox.put(None)

@@ -79,6 +79,35 @@ def test_a_job_that_cannot_be_in_time_is_refused_with_the_time_to_drain():
     assert refused.value.retry_after_seconds >= 80 / 8 * 3e-3
 
 
+@given(
+    waiting=st.lists(st.sampled_from([0.01, 0.02, 0.03, math.inf]), max_size=60),
+    deadlines=st.lists(st.floats(0.001, 0.05), min_size=2, max_size=2),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_would_be_refused_is_refused_if_it_is_brought(waiting, deadlines):
+    scheduler = make_scheduler()
+    for deadline in waiting:
+        with contextlib.suppress(Refused):
+            scheduler.admit(job(deadline=deadline), 0.0)
+    first, second = sorted(deadlines)
+    with contextlib.suppress(Refused, TooLate):
+        scheduler.admit(job(deadline=first), 0.0)
+    if scheduler.would_refuse(second):
+        with pytest.raises(Refused):
+            scheduler.admit(job(deadline=second), 0.0)
+
+
+def test_only_jobs_behind_one_that_was_refused_are_known_to_be_refused_too():
+    scheduler = make_scheduler()
+    assert not scheduler.would_refuse(0.02)
+    with pytest.raises(Refused):
+        for _ in range(60):
+            scheduler.admit(job(deadline=0.02), 0.0)
+    assert scheduler.would_refuse(0.02)
+    assert not scheduler.would_refuse(0.0199), "it would come first"
+    assert not scheduler.would_refuse(0.0203), "it has time to wait for all"
+
+
 def test_a_job_that_would_be_late_even_alone_is_too_late_rather_than_refused():
     scheduler = make_scheduler()
     one = job(deadline=1e-4)

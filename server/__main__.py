@@ -84,6 +84,8 @@ class Server(uvicorn.Server):
         self.force_exit = again and sig == signal.SIGINT
         if self._notice_seconds and self._served.ready:
             self._served.leaving = True
+            # Who keeps a connection would stay to the end, and lose what is on its way then.
+            self.config.encoded_headers.append((b"connection", b"close"))
             self._drain_at = self._clock() + self._notice_seconds
         else:
             self._drain()

@@ -11,6 +11,7 @@ from functools import cache
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
@@ -113,6 +114,10 @@ async def _render_unexpected(request: Request, _: Exception) -> Response:
 
 async def _render_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, OfframpError):  # for which FastAPI could not read a body
+        return await _render(request, error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        raise error.__cause__
     kinds: dict[int, type[OfframpError]] = {404: NotFound, 405: MethodNotAllowed}
     kind = kinds.get(error.status_code, BadRequest if error.status_code < 500 else OfframpError)
     response = await _render(request, kind())

@@ -13,6 +13,9 @@ from server.settings import SettingsError
 BACKLOG = 2048
 """Connections that may wait to be accepted, as uvicorn has it."""
 
+ABSENT = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+"""Of an address that a name resolves to, though the system does not speak its family or have it."""
+
 
 @contextmanager
 def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
@@ -22,13 +25,20 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
         SettingsError: the host is not here, or its port not to be had.
     """
     with ExitStack() as held:
-        sockets = []
+        sockets: list[socket.socket] = []
+        absent: OSError | None = None
         try:
             for family, address in _addresses(host, port):
-                one = _new(family)
-                if one is not None:
-                    sockets.append(held.enter_context(one))
+                try:
+                    one = held.enter_context(_new(family))
                     one.bind(address)
+                    sockets.append(one)
+                except OSError as error:
+                    if error.errno not in ABSENT:
+                        raise
+                    absent = error
+            if absent and not sockets:
+                raise absent
         except (OSError, UnicodeError) as error:
             raise _refused(host, port, error) from error
         yield sockets
@@ -59,14 +69,8 @@ def _addresses(host: str, port: int) -> dict[tuple[int, Any], None]:
     return dict.fromkeys((family, address) for family, _, _, _, address in found)
 
 
-def _new(family: int) -> socket.socket | None:
-    """None where the system resolves names to a family that it does not speak."""
-    try:
-        one = socket.socket(family)
-    except OSError as error:
-        if error.errno == errno.EAFNOSUPPORT:
-            return None
-        raise
+def _new(family: int) -> socket.socket:
+    one = socket.socket(family)
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:  # the other family has a socket of its own
         one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -124,6 +124,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self.scope[ARRIVED] = time.perf_counter()  # type: ignore[literal-required]
         self.scope[CONNECTION] = self._connection  # type: ignore[literal-required]
         self._kept = 0
@@ -145,6 +146,9 @@ class Protocol(HttpToolsProtocol):
         self._kept = 0
         cycle = self.cycle
         if cycle.response_complete:
+            self._linger_bytes -= len(body)
+            if self._linger_bytes < 0:
+                self.transport.close()
             return
         cycle.body += body
         if len(cycle.body) > HIGH_WATER_LIMIT:
@@ -154,8 +158,26 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._whole = True
+        if self.cycle is not None and self.cycle.response_complete:  # it was refused amid its body
+            self._rest()
         if not self.pipeline:  # a paused transport does not see its client leave
             self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not (self._whole or self._deaf or self.pipeline or self.transport.is_closing()):
+            self._lingering = self.loop.call_later(self._linger_seconds, self.transport.close)
+
+    def _rest(self) -> None:
+        """Wait for the next request, now that this one's body is over."""
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        self._linger_bytes = LINGER_BYTES
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def shutdown(self) -> None:
         self._linger_seconds = DRAIN_LINGER_SECONDS

@@ -218,12 +218,17 @@ class Served:
 
 
 def ladder(policy: Policy, peace: OperatingPoint, settings: Settings) -> list[Level]:
-    """The levels that overload may move along, from peace to the most lossy one allowed."""
-    most = settings.overload_accuracy_loss
-    beyond = [
-        p for p in policy.operating_points if peace.max_accuracy_loss < p.max_accuracy_loss <= most
-    ]
-    levels = [Level(p.max_accuracy_loss, p.thresholds) for p in (peace, *beyond)]
+    """The levels that overload may move along, each cheaper than the one before it.
+
+    They go from peace to the most lossy one allowed.
+    """
+    points = [peace]
+    for point in policy.operating_points:
+        loss = point.max_accuracy_loss
+        beyond = peace.max_accuracy_loss < loss <= settings.overload_accuracy_loss
+        if beyond and point.mean_macs < points[-1].mean_macs:
+            points.append(point)
+    levels = [Level(p.max_accuracy_loss, p.thresholds) for p in points]
     if settings.overload_first_exit:
         levels.append(Level(1.0, (0.0,) * (policy.exits - 1)))
     return levels

@@ -27,7 +27,7 @@ from training.outcomes import outcomes_of
 from training.parts import HELD_OUT, has_classes, part_of
 from training.record import save_record
 from training.reliability import exit_errors
-from training.seen import CALIBRATED, Seen, digests_of, save_digests, seen_by
+from training.seen import Seen, save_calibrated, seen_by
 from training.timing import stage_seconds
 
 SHOWN_LOSS = 0.01
@@ -105,12 +105,13 @@ def add_cache(command: argparse.ArgumentParser) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     labelled = is_labelled(arguments.data)
+    if not labelled:
+        check_options(arguments)
     bundle = load_bundle(arguments.bundle, with_policy=not labelled)
-    listing = calibration_listing(arguments.data, seen_by(bundle))
+    seen = seen_by(bundle)
+    listing = calibration_listing(arguments.data, seen)
     if labelled:
         check_classes(bundle, listing.classes)
-    else:
-        check_options(arguments)
     dtypes = certified_dtypes(arguments.dtype)
     images = load_images(bundle, listing)
     class_ids = images.class_ids if labelled else None
@@ -138,7 +139,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         policy = policy.model_copy(update={"quantisation": priced})
     save_policy(bundle.path, policy)
     save_record(bundle, result)
-    save_digests(bundle.path, CALIBRATED, digests_of(images.files))
+    save_calibrated(seen, images.files, labelled)
     forget_accuracy(bundle)
     for line in summary(replace(result, policy=policy)):
         print(line)
@@ -190,11 +191,15 @@ def calibration_listing(root: Path, seen: Seen) -> Listing:
     """
     trained = part_of(root, "train")
     if trained is None and (files := _bare_images(root)):
-        return seen.left_by_training(Listing((), files, (0,) * len(files)), known=False)
+        bare = Listing((), files, (0,) * len(files))
+        return seen.left_by_confidences(seen.left_by_training(bare, known=False))
     listing = folders.list_folder(trained or root)
-    known = seen.knows(listing)
+    # Of a train folder a part is held out anyway; reading all of it would only tell what to say.
+    known = seen.names(listing) if trained else seen.knows(listing)
     if trained or known:
         listing = folders.split_by_hash(listing, HELD_OUT)[1]
+        if not len(listing):
+            raise DataError(f"{root} has too few images a class to hold any out; take more")
     return seen.left_by_training(listing, known)
 
 
@@ -280,7 +285,8 @@ def summary(result: Calibrated) -> Iterator[str]:
         in_all = math.ceil(needed * policy.calibration_images / n)
         promised = "certified" if proved else "kept on average"
         yield f"a loss of {bound:.2%} cannot be {promised}, so the full network runs: " + (
-            f"it takes at least {in_all} images, {needed} of them to certify on"
+            f"it takes at least {in_all} images, {needed} of them to certify on, unless early "
+            "answers gain more than they lose"
             if needed > n
             else f"the most careful thresholds tried lost too much on these {n} images"
         )

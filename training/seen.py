@@ -7,7 +7,9 @@ import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +21,10 @@ from training.parts import listing_digest
 
 TRAINED = "training_files.npy"
 CALIBRATED = "calibration_files.npy"
+FITTED = "confidence_files.npy"
 """Within a bundle's report: the sorted digests of files."""
+AT_ONCE = 4096
+"""Files that wait to be read; a million of them would take gigabytes."""
 KNOWN_SHARE = 0.1
 """Of a folder that was trained on, at least; others may hold a few of the same images by chance."""
 
@@ -36,12 +41,21 @@ class Seen:
     """Digests of the files that it was trained on."""
     calibrated: np.ndarray | None
     """The same of those that its policy comes from."""
+    fitted: np.ndarray | None
+    """Of those that its confidences come from, if its thresholds come from others."""
 
     def knows(self, listing: Listing) -> bool:
         """Whether the bundle was trained on a part of this folder, as it is or as it was."""
-        if listing_digest(listing) == self.folder:
+        if self.names(listing):
             return True
-        return self.trained is not None and _marks(listing, self.trained).mean() >= KNOWN_SHARE
+        if self.trained is None or not len(listing):
+            return False
+        marks = _marks(listing, self.trained)
+        return bool(marks.mean() >= KNOWN_SHARE or marks.sum() >= len(self.trained) / 2)
+
+    def names(self, listing: Listing) -> bool:
+        """Whether these are, by their names, the files that the bundle was trained on a part of."""
+        return listing_digest(listing) == self.folder
 
     def left_by_training(self, listing: Listing, known: bool) -> Listing:
         """The images of a listing that the bundle was not trained on, saying how many it was.
@@ -74,13 +88,25 @@ class Seen:
         Raises:
             DataError: it comes from all of them.
         """
-        if self.calibrated is None:
-            return listing
-        return self._without(listing, self.calibrated, "calibrated")
+        known = [d for d in (self.calibrated, self.fitted) if d is not None]
+        return self._without(listing, np.concatenate(known), "calibrated") if known else listing
+
+    def left_by_confidences(self, listing: Listing) -> Listing:
+        """The images of a listing that the bundle's confidences do not come from.
+
+        Raises:
+            DataError: they come from all of them.
+        """
+        return listing if self.heard is None else self._without(listing, self.heard, "calibrated")
+
+    @property
+    def heard(self) -> np.ndarray | None:
+        """Digests of the files that its confidences come from."""
+        return self.calibrated if self.fitted is None else self.fitted
 
     def _without(self, listing: Listing, digests: np.ndarray, done: str) -> Listing:
         marks = _marks(listing, digests)
-        if marks.all():
+        if len(listing) and marks.all():
             raise DataError(f"{self.path} was {done} on all of these images; take others")
         if marks.any():
             tqdm.write(
@@ -96,8 +122,8 @@ def seen_by(bundle: Bundle) -> Seen:
         DataError: a record is malformed.
     """
     folder = bundle.description.training.get("files_sha256")
-    trained, calibrated = (load_digests(bundle.path, name) for name in (TRAINED, CALIBRATED))
-    return Seen(bundle.path, folder, trained, calibrated)
+    records = (load_digests(bundle.path, name) for name in (TRAINED, CALIBRATED, FITTED))
+    return Seen(bundle.path, folder, *records)
 
 
 def digests_of(files: Sequence[Path]) -> np.ndarray:
@@ -105,10 +131,21 @@ def digests_of(files: Sequence[Path]) -> np.ndarray:
 
     They are enough: beside a million of them, one image in four thousand is left out by chance.
     """
+    parts = (files[i : i + AT_ONCE] for i in range(0, len(files), AT_ONCE))
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(_digest, files)
+        found = chain.from_iterable(pool.map(_digest, part) for part in parts)
         bar = tqdm(found, "knowing images again", len(files), leave=False, disable=None)
         return np.fromiter(bar, np.int64, len(files))
+
+
+def save_calibrated(seen: Seen, files: Sequence[Path], labelled: bool) -> None:
+    """Record what a policy comes from; without labels, its confidences come from the one before."""
+    fitted = None if labelled else seen.heard
+    if fitted is None:
+        (seen.path / REPORT / FITTED).unlink(missing_ok=True)
+    else:
+        save_digests(seen.path, FITTED, fitted.astype(np.int64))
+    save_digests(seen.path, CALIBRATED, digests_of(files))
 
 
 def save_digests(path: Path, name: str, digests: np.ndarray) -> None:
@@ -127,10 +164,11 @@ def load_digests(path: Path, name: str) -> np.ndarray | None:
     """
     file = path / REPORT / name
     try:
-        digests = np.load(file, allow_pickle=False)
-    except FileNotFoundError:
+        with file.open("rb") as opened:
+            digests = np.load(opened, allow_pickle=False)
+    except (FileNotFoundError, NotADirectoryError):  # a plain backbone is a file
         return None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{file} is damaged ({error}); copy the bundle again") from error
     if not isinstance(digests, np.ndarray) or digests.dtype != np.uint32 or digests.ndim != 1:
         raise DataError(f"{file} holds no digests of files; copy the bundle again")
@@ -139,7 +177,7 @@ def load_digests(path: Path, name: str) -> np.ndarray | None:
 
 def hand_on(path: Path, out: Path) -> None:
     """Give a bundle that is made of another the other's records."""
-    for name in (TRAINED, CALIBRATED):
+    for name in (TRAINED, CALIBRATED, FITTED):
         if (digests := load_digests(path, name)) is not None:
             save_digests(out, name, digests)
         else:
@@ -164,7 +202,8 @@ def save_trained(path: Path, files: Sequence[Path], parents: Sequence[Path]) -> 
         else:
             everything.append(digests)
     save_digests(path, TRAINED, np.concatenate(everything))
-    (path / REPORT / CALIBRATED).unlink(missing_ok=True)  # of weights that were here before
+    for name in (CALIBRATED, FITTED):
+        (path / REPORT / name).unlink(missing_ok=True)  # of weights that were here before
 
 
 def _marks(listing: Listing, digests: np.ndarray) -> np.ndarray:

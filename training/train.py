@@ -27,6 +27,7 @@ from training.pretrained import load_pretrained, load_trained
 from training.recipe import PLAIN, Recipe
 from training.room import check_disk
 from training.run import Run, start
+from training.seen import TRAINED, load_digests
 from training.shapes import build_net, whole_backbone
 from training.teacher import Teacher, load_teacher
 from training.work import Work
@@ -128,6 +129,9 @@ def _check_options(arguments: argparse.Namespace, recipe: Recipe, mine: Processe
         raise ValueError(f"{mine.count} processes cannot share a batch of {recipe.batch_size}")
     if arguments.teacher:
         recipe.check_teacher()
+    for parent in (arguments.pretrained, arguments.teacher):
+        if parent:  # what it has seen is wanted at the end, when a damaged record would be too late
+            load_digests(parent, TRAINED)
 
 
 def _claim(out: Path, resume: bool) -> None:

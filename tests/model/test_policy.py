@@ -87,6 +87,12 @@ def test_the_point_for_a_loss_is_the_cheapest_allowed():
         assert three.point_for(loss).max_accuracy_loss == chosen
 
 
+def test_a_row_that_runs_the_full_network_is_never_taken_for_a_cheaper_one_before_it():
+    fallen_back = point(0.02, 1, 1, 1).model_copy(update={"mean_macs": 1.0})
+    cheap = point(0.01, 0.9, 0.9, 0.9).model_copy(update={"mean_macs": 0.5})
+    assert policy(cheap, fallen_back).point_for(0.03) == cheap
+
+
 def test_a_loss_below_every_point_is_refused_with_the_least():
     with pytest.raises(ValueError, match=r"loses at most 0\.005; the least is 0\.01"):
         policy(point(0.01, 1, 1, 1)).point_for(0.005)

@@ -64,3 +64,16 @@ def test_a_host_that_is_not_here_is_named(host):
 def test_an_address_stands_in_a_url():
     assert place("127.0.0.1", 80) == "127.0.0.1:80"
     assert place("::1", 80) == "[::1]:80"
+
+
+def test_an_address_that_a_name_has_and_the_system_has_not_is_left_out(monkeypatch):
+    here, not_here = (
+        (socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, 0))
+        for host in ("127.0.0.1", "192.0.2.1")
+    )
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [not_here, here])
+    with bound("both", 0) as sockets:
+        assert [one.getsockname()[0] for one in sockets] == ["127.0.0.1"]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [not_here])
+    with pytest.raises(SettingsError, match="cannot listen on both:0: "), bound("both", 0):
+        pass

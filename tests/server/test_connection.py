@@ -395,3 +395,54 @@ def test_what_is_answered_during_a_drain_lingers_for_a_moment():
         assert DRAIN_LINGER_SECONDS in [timer.seconds for timer in protocol.loop.timers]
 
     asyncio.run(scenario())
+
+
+async def refused_amid_its_body():
+    """A connection that goes on, answered before it has all of a request."""
+    protocol, line = opened()
+    protocol.data_received(POST + b"Content-Length: %d\r\n\r\n" % (2 * LINGER_BYTES))
+    await turns()
+    assert line.written.endswith(b"ok") and not line.closed
+    return protocol, line
+
+
+def test_what_is_left_of_a_body_is_read_for_so_long_and_no_longer():
+    async def scenario():
+        protocol, line = await refused_amid_its_body()
+        protocol.data_received(LONG)
+        (timer,) = protocol.loop.timers
+        assert timer.seconds == LINGER_SECONDS
+        timer.callback()
+        assert line.closed
+
+    asyncio.run(scenario())
+
+
+def test_of_what_is_left_of_a_body_so_many_bytes_are_read_and_no_more():
+    async def scenario():
+        protocol, line = await refused_amid_its_body()
+        for _ in range(LINGER_BYTES // len(LONG)):
+            protocol.data_received(LONG)
+        assert not line.closed
+        protocol.data_received(b"x")
+        assert line.closed
+
+    asyncio.run(scenario())
+
+
+def test_once_a_body_is_whole_its_connection_waits_for_another_request_as_ever():
+    async def scenario():
+        protocol, line = opened()
+        protocol.data_received(POST + b"Content-Length: 5\r\n\r\n")
+        await turns()
+        protocol.data_received(b"hello")
+        (timer,) = protocol.loop.timers
+        assert timer.seconds == protocol.timeout_keep_alive
+        protocol.data_received(LIVE)
+        await turns()
+        assert line.written.count(b"200 OK") == 2
+        (timer,) = protocol.loop.timers
+        timer.callback()
+        assert line.closed
+
+    asyncio.run(scenario())

@@ -84,6 +84,7 @@ def test_a_process_serves_until_its_notice_is_over_and_a_drain_answers_what_was_
         child.send_signal(signal.SIGTERM)
         until(lambda: server.client.get("/readyz").text == "draining\n")
         assert httpx.post(f"{server.url}/classify", content=png).status_code == 200
+        until(lambda: server.client.get("/livez").headers.get("connection") == "close")
         child.send_signal(signal.SIGTERM)  # ends the notice
         until(lambda: refuses(server))
         accepted.sendall(png)

@@ -96,6 +96,7 @@ def test_every_error_code_is_an_example_of_its_status(operations):
 TO_THE_ADMINISTRATOR = {
     "a body that is no UTF-8": ("put", "/policy", b"\xff", 400),
     "too large a body": ("put", "/policy", b"1" * 2000, 413),
+    "too large a body that is not announced": ("put", "/policy", [b"1" * 1000] * 2, 413),
     "a body that is no JSON": ("put", "/policy", b"{", 422),
     "before it is warm": ("get", "/engine", b"", 503),
 }

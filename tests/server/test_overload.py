@@ -4,10 +4,12 @@ import pytest
 
 from deploy.loadtest.schedules import poisson
 from deploy.simulator import Arrival, simulate
-from model.policy import Rule
+from model.policy import NEVER, Rule
 from server.costs import CostTable
 from server.overload import RECOVERY_SECONDS, Level, OverloadController
+from server.repository import ladder
 from server.scheduler import Scheduler
+from server.settings import Settings
 
 LADDER = [Level(0.01, (0.9,)), Level(0.02, (0.7,)), Level(0.05, (0.5,)), Level(1.0, (0.0,))]
 DEADLINE = 1.0
@@ -151,3 +153,15 @@ def test_full_depth_is_back_within_a_second_of_the_end_of_a_simulated_burst(load
     moves = watch([*burst, *(3.0 + at for at in poisson(0.5 * FULL_DEPTH, 3.0))])
     assert moves[-1][1] is STEPS[0]
     assert moves[-1][0] <= 4.0
+
+
+def test_overload_moves_to_cheaper_levels_alone(bundle):
+    policy = bundle.policy
+    full = policy.operating_points[1].model_copy(
+        update={"max_accuracy_loss": 0.02, "mean_macs": 1.0, "thresholds": (NEVER,) * 3}
+    )
+    first, *others = policy.operating_points
+    points = sorted((first, full, *others), key=lambda p: p.max_accuracy_loss)
+    policy = policy.model_copy(update={"operating_points": tuple(points)})
+    levels = ladder(policy, first, Settings())
+    assert [level.max_accuracy_loss for level in levels] == [0.0, 0.01, 0.05, 1.0]

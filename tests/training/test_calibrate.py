@@ -240,24 +240,33 @@ def test_images_without_labels_calibrate_disagreement_with_the_confidences_there
 ):
     command()
     before = load_bundle(bundle).policy
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for i, file in enumerate(images.rglob("*.png")):
-        shutil.copy(file, flat / f"{i}.png")
-    status, said = command("--method", "disagreement", data=flat)
-    assert status == 0
-    assert "without labels: confidences are those of the policy there was (margin)" in said
+    same, fresh = (tmp_path / name for name in ("same", "fresh"))
+    sources = {same: images, fresh: write_noisy_images(tmp_path / "more", 160, seed=7)}
+    for flat, source in sources.items():
+        flat.mkdir()
+        for i, file in enumerate(source.rglob("*.png")):
+            shutil.copy(file, flat / f"{i}.png")
+    disagreement = ("--method", "disagreement")
+    status, said = command(*disagreement, data=same)
+    assert (status, "was calibrated on all of these images" in said) == (2, True)
+    for _ in range(2):  # the confidences are still those of the images with labels
+        status, said = command(*disagreement, data=fresh)
+        assert status == 0
+        assert "without labels: confidences are those of the policy there was (margin)" in said
     after = load_bundle(bundle).policy
     assert (after.method, after.calibrations) == ("disagreement", before.calibrations)
-    status, said = command(data=flat)
+    status, said = command(*disagreement, data=same)
+    assert (status, "was calibrated on all of these images" in said) == (2, True)
+    status, said = command(data=fresh)
     assert status == 2
     assert "images without labels can only be calibrated with --method disagreement" in said
-    needy = ("--measure", "entropy", "--no-ensemble", "--compare")
-    status, said = command("--method", "disagreement", *needy, data=flat)
+    status, said = command(
+        *disagreement, "--measure", "entropy", "--no-ensemble", "--compare", data=fresh
+    )
     assert status == 2
     assert "drop --measure entropy and --no-ensemble and --compare" in said
     (bundle / "policy.json").unlink()
-    status, said = command("--method", "disagreement", data=flat)
+    status, said = command(*disagreement, data=fresh)
     assert status == 2
     assert "calibrate it on labelled images once" in said
 

@@ -213,7 +213,7 @@ def test_the_published_curve_is_read_between_its_points():
 
 def by_names(digest):
     """What a bundle has seen that tells of nothing but the names in its folder."""
-    return Seen(Path("bundle"), digest, None, None)
+    return Seen(Path("bundle"), digest, None, None, None)
 
 
 def test_a_single_folder_keeps_its_parts_apart_to_the_end(tmp_path):

@@ -16,11 +16,13 @@ from training.evaluate import test_listing as listing_to_test
 from training.parts import find_parts
 from training.seen import (
     CALIBRATED,
+    FITTED,
     TRAINED,
     Seen,
     digests_of,
     hand_on,
     load_digests,
+    save_calibrated,
     save_digests,
     save_trained,
     seen_by,
@@ -39,7 +41,7 @@ def single(tmp_path):
 def seen(single, tmp_path):
     """What a bundle remembers that was trained on its part of that folder."""
     parts = find_parts(single)
-    return Seen(tmp_path, parts.digest, trained=sorted_digests(parts.training), calibrated=None)
+    return Seen(tmp_path, parts.digest, sorted_digests(parts.training), None, None)
 
 
 def sorted_digests(listing):
@@ -125,7 +127,7 @@ def test_another_folder_may_hold_a_few_of_the_same_images(single, seen, tmp_path
 
 
 def test_a_bundle_that_says_nothing_is_warned_of(single, tmp_path, capsys):
-    silent = Seen(tmp_path, None, None, None)
+    silent = Seen(tmp_path, None, None, None, None)
     assert len(calibration_listing(single, silent)) == 90
     assert "does not say which images it was trained on" in capsys.readouterr().out
 
@@ -139,11 +141,11 @@ def test_nothing_is_said_of_the_folder_that_was_trained_on(single, seen, capsys)
 def test_images_that_calibrated_are_not_tested_on(single, seen, tmp_path):
     other = write_noisy_images(tmp_path / "other", 20, ("dark", "light", "middle"))
     calibrated = sorted_digests(list_folder(other))
-    again = Seen(tmp_path, None, seen.trained, calibrated)
+    again = Seen(tmp_path, None, seen.trained, calibrated, None)
     with pytest.raises(DataError, match="was calibrated on all of these images; take others"):
         listing_to_test(other, again)
     (other / "dark/new.png").write_bytes((single / "dark/000.png").read_bytes())
-    half = Seen(tmp_path, None, None, calibrated)
+    half = Seen(tmp_path, None, None, calibrated, None)
     assert [f.name for f in listing_to_test(other, half).files] == ["new.png"]
 
 
@@ -186,12 +188,54 @@ def test_records_go_with_what_is_made_of_a_bundle(tmp_path):
     assert load_digests(tmp_path / "b", CALIBRATED) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00"])
+@pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])
 def test_a_damaged_record_is_said(tmp_path, content):
     (tmp_path / REPORT).mkdir()
     (tmp_path / REPORT / TRAINED).write_bytes(content)
     with pytest.raises(DataError, match="is damaged"):
         load_digests(tmp_path, TRAINED)
+
+
+def test_a_backbone_in_a_file_has_no_record(tmp_path):
+    (tmp_path / "backbone.pt").write_bytes(b"weights")
+    assert load_digests(tmp_path / "backbone.pt", TRAINED) is None
+
+
+def test_a_folder_that_little_of_was_trained_on_is_known_by_what_was(tmp_path):
+    listing = list_folder(write_noisy_images(tmp_path / "data", 30))
+    few = sorted_digests(listing.pick([0, 31, 62]))
+    assert Seen(tmp_path, None, few, None, None).knows(listing)
+    others = np.arange(10, dtype=np.uint32)
+    assert not Seen(tmp_path, None, np.concatenate([few, others]), None, None).knows(listing)
+
+
+def test_what_confidences_come_from_outlives_a_calibration_without_labels(tmp_path):
+    listing = list_folder(write_noisy_images(tmp_path / "data", 4))
+    labelled, bare = listing.pick([0, 5]), listing.pick([2, 3, 6])
+    path = tmp_path / "bundle"
+
+    def seen():
+        records = (load_digests(path, name) for name in (TRAINED, CALIBRATED, FITTED))
+        return Seen(path, None, *records)
+
+    def but(*indices):
+        return listing.pick([i for i in range(len(listing)) if i not in indices]).files
+
+    save_calibrated(seen(), labelled.files, labelled=True)
+    assert seen().left_by_confidences(listing).files == but(0, 5)
+    for _ in range(2):
+        save_calibrated(seen(), bare.files, labelled=False)
+        assert seen().left_by_confidences(bare).files == bare.files
+        assert seen().left_by_calibration(listing).files == but(0, 5, 2, 3, 6)
+    save_calibrated(seen(), bare.files, labelled=True)
+    assert seen().left_by_confidences(listing).files == but(2, 3, 6)
+
+
+def test_no_image_at_all_is_not_all_of_them(tmp_path):
+    listing = list_folder(write_noisy_images(tmp_path / "data", 1)).pick([])
+    seen = Seen(tmp_path, None, np.arange(3, dtype=np.uint32), None, None)
+    assert len(seen.left_by_training(listing, known=True)) == 0
+    assert not seen.knows(listing)
 
 
 def test_an_array_of_something_else_is_no_record(tmp_path):

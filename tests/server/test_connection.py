@@ -339,6 +339,15 @@ async def lingering():
     return protocol, line
 
 
+async def refused_amid_its_body():
+    """A connection that goes on, answered before it has all of a request."""
+    protocol, line = opened()
+    protocol.data_received(POST + b"Content-Length: %d\r\n\r\n" % (2 * LINGER_BYTES))
+    await turns()
+    assert line.written.endswith(b"ok") and not line.closed
+    return protocol, line
+
+
 def test_a_whole_request_leaves_nothing_to_linger_for():
     async def scenario():
         protocol, line = opened(answer_and_close)
@@ -350,9 +359,10 @@ def test_a_whole_request_leaves_nothing_to_linger_for():
     assert line.closed and not line.ended and not timers
 
 
-def test_lingering_takes_so_many_bytes_and_no_more():
+@pytest.mark.parametrize("answered", [lingering, refused_amid_its_body])
+def test_what_is_left_of_a_body_is_read_for_so_many_bytes_and_no_more(answered):
     async def scenario():
-        protocol, line = await lingering()
+        protocol, line = await answered()
         for _ in range(LINGER_BYTES // len(LONG)):
             protocol.data_received(LONG)
         assert not line.closed
@@ -362,9 +372,10 @@ def test_lingering_takes_so_many_bytes_and_no_more():
     asyncio.run(scenario())
 
 
-def test_lingering_takes_so_long_and_no_longer():
+@pytest.mark.parametrize("answered", [lingering, refused_amid_its_body])
+def test_what_is_left_of_a_body_is_read_for_so_long_and_no_longer(answered):
     async def scenario():
-        protocol, line = await lingering()
+        protocol, line = await answered()
         protocol.data_received(b"x")  # it still sends: keep-alive's timer is none of its
         (timer,) = protocol.loop.timers
         assert timer.seconds == LINGER_SECONDS
@@ -393,39 +404,6 @@ def test_what_is_answered_during_a_drain_lingers_for_a_moment():
         await turns()
         assert line.ended and not line.closed
         assert DRAIN_LINGER_SECONDS in [timer.seconds for timer in protocol.loop.timers]
-
-    asyncio.run(scenario())
-
-
-async def refused_amid_its_body():
-    """A connection that goes on, answered before it has all of a request."""
-    protocol, line = opened()
-    protocol.data_received(POST + b"Content-Length: %d\r\n\r\n" % (2 * LINGER_BYTES))
-    await turns()
-    assert line.written.endswith(b"ok") and not line.closed
-    return protocol, line
-
-
-def test_what_is_left_of_a_body_is_read_for_so_long_and_no_longer():
-    async def scenario():
-        protocol, line = await refused_amid_its_body()
-        protocol.data_received(LONG)
-        (timer,) = protocol.loop.timers
-        assert timer.seconds == LINGER_SECONDS
-        timer.callback()
-        assert line.closed
-
-    asyncio.run(scenario())
-
-
-def test_of_what_is_left_of_a_body_so_many_bytes_are_read_and_no_more():
-    async def scenario():
-        protocol, line = await refused_amid_its_body()
-        for _ in range(LINGER_BYTES // len(LONG)):
-            protocol.data_received(LONG)
-        assert not line.closed
-        protocol.data_received(b"x")
-        assert line.closed
 
     asyncio.run(scenario())
 

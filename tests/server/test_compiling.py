@@ -37,6 +37,7 @@ from tests.model.networks import FAMILIES, images, tiny
 from tests.server.test_engine import FakeLoop, FakePromise
 
 CPU = torch.device("cpu")
+QUICKEST = ("resnet18-lite", "mobilenetv2")
 FULL_DEPTH = Rule((2.0, 2.0, 2.0, 0.0), 1, 4)
 
 
@@ -391,7 +392,10 @@ def test_rows_that_are_kept_outlast_the_next_batch(compiled, bundle, units):
     np.testing.assert_allclose(runner.run(2, kept).probabilities, expected.probabilities, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(
+    "architecture",
+    [a if a in QUICKEST else pytest.param(a, marks=pytest.mark.slow) for a in FAMILIES],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):

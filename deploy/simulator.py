@@ -198,10 +198,10 @@ class _Simulation:
         """Take a request to the engine, or refuse it if the loop comes to it too late."""
         behind, allowed = self._machine.now - read, arrival.deadline_seconds
         deadline = read + allowed - max(self._overhead.reserve_seconds, behind)
-        would_refuse = self._scheduler.would_refuse(deadline)
-        if would_refuse:
+        refused = is_hopeless(_NO_DEADLINE_NAMED, behind, 1e3 * allowed)
+        if not refused and (refused := self._scheduler.would_refuse(deadline)):
             self._scheduler.turn_away(self._machine.now)
-        if would_refuse or is_hopeless(_NO_DEADLINE_NAMED, behind, 1e3 * allowed):
+        if refused:
             yield Work(Needs.LOCK, self._overhead.refuse_seconds)
             return _Response(arrival, refused=True)
         yield Work(Needs.LOCK, self._overhead.begin_seconds)

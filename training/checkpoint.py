@@ -99,8 +99,8 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
         run.average.updates = state["average"]["updates"]
     run.epoch, run.step = state["epoch"], state.get("step", 0)
     run.names, run.history = state.get("names", []), state.get("history", [])
-    run.seconds = state.get("seconds", 0.0)
     sums, device = state.get("sums"), next(run.net.parameters()).device
+    run.seconds = state.get("seconds", 0.0)
     run.sums = None if sums is None else sums.to(device)
 
 

@@ -122,7 +122,7 @@ def make_report(m: Measured, dtype: torch.dtype) -> Report:
         measure=policy.measure,
         ensemble=policy.ensemble,
         calibration_images=policy.calibration_images,
-        shown_loss=SHOWN_LOSS,
+        shown_loss=m.shown.max_accuracy_loss,
         exits=evaluation.exit_results(m),
         operating_points=evaluation.point_results(m),
         path=evaluation.curve(m, record.path if record else ()),

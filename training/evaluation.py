@@ -99,8 +99,7 @@ class Report(Record):
     @property
     def point_shown(self) -> PointResult:
         """The operating point that sentences are about."""
-        allowed = [p for p in self.operating_points if p.max_accuracy_loss <= self.shown_loss]
-        return allowed[-1]
+        return next(p for p in self.operating_points if p.max_accuracy_loss == self.shown_loss)
 
     @property
     def covered(self) -> bool:

@@ -34,8 +34,8 @@ def render(report: Report, files: Sequence[str], trained: str | None) -> str:
         "If every image left at one exit; *alone*, answered without the exits before it. *Error* "
         "is the expected calibration error as trained, *served* the calibrated one, *leaving* that "
         "among the images that leave there at the operating point for a loss of at most "
-        f"{report.shown_loss:.0%}. *Only full* and *only here* count the images that only the full "
-        "network, or only this exit, gets right.",
+        f"{100 * report.shown_loss:g}%. *Only full* and *only here* count the images that only the "
+        "full network, or only this exit, gets right.",
         exit_table(report),
         "## Operating points",
         f"{guarantee(report)} Intervals are exact, two-sided, 90 %. Everything is measured in "

@@ -138,7 +138,7 @@ def class_shares(report: Report, most: int = 12) -> Figure:
     figure = Figure(figsize=(7, 0.24 * len(shown) + 1.2), layout="constrained")
     axes = figure.subplots()
     _stack(axes, [label for label, _ in shown], [share for _, share in shown])
-    axes.set_xlabel(f"share of each class, at a loss of at most {report.shown_loss:.0%}")
+    axes.set_xlabel(f"share of each class, at a loss of at most {100 * report.shown_loss:g}%")
     return figure
 
 

@@ -72,10 +72,8 @@ class Seen:
                 f"{self.path} does not say which images it was trained on; "
                 "no bound and no accuracy counts if any of these are among them"
             )
-        if self.trained is None:
-            return listing
-        left = self._without(listing, self.trained, "trained")
-        if len(left) == len(listing) and not known:
+        left = self._without(listing, "trained", self.trained)
+        if self.trained is not None and len(left) == len(listing) and not known:
             tqdm.write(
                 f"none of these images is known from the training of {self.path}; "
                 "one that was scaled or encoded anew since would not be"
@@ -88,8 +86,7 @@ class Seen:
         Raises:
             DataError: it comes from all of them.
         """
-        known = [d for d in (self.calibrated, self.fitted) if d is not None]
-        return self._without(listing, np.concatenate(known), "calibrated") if known else listing
+        return self._without(listing, "calibrated", self.calibrated, self.fitted)
 
     def left_by_confidences(self, listing: Listing) -> Listing:
         """The images of a listing that the bundle's confidences do not come from.
@@ -97,15 +94,18 @@ class Seen:
         Raises:
             DataError: they come from all of them.
         """
-        return listing if self.heard is None else self._without(listing, self.heard, "calibrated")
+        return self._without(listing, "calibrated", self.heard)
 
     @property
     def heard(self) -> np.ndarray | None:
         """Digests of the files that its confidences come from."""
         return self.calibrated if self.fitted is None else self.fitted
 
-    def _without(self, listing: Listing, digests: np.ndarray, done: str) -> Listing:
-        marks = _marks(listing, digests)
+    def _without(self, listing: Listing, done: str, *records: np.ndarray | None) -> Listing:
+        known = [digests for digests in records if digests is not None]
+        if not known:
+            return listing
+        marks = _marks(listing, np.concatenate(known))
         if len(listing) and marks.all():
             raise DataError(f"{self.path} was {done} on all of these images; take others")
         if marks.any():

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -59,8 +60,6 @@ class Settling:
         result: of every job.
         full: whether it refuses images before they are decoded.
     """
-
-    alive = True
 
     def __init__(self, result: Answer | OfframpError, full: bool = False) -> None:
         self._result = result
@@ -178,7 +177,7 @@ def _logging_to_nowhere(settings: Settings) -> Iterator[None]:
     """Lines are made as a server makes them, but nobody wants to read them."""
     root = logging.getLogger()
     before: tuple[Any, int] = root.handlers, root.level
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+    with Path(os.devnull).open("w") as nowhere:
         configure(settings.log_format, settings.log_level)
         cast(logging.StreamHandler[Any], root.handlers[0]).setStream(nowhere)
         try:

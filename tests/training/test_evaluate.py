@@ -68,6 +68,14 @@ def test_every_operating_point_has_its_accuracy_loss_cost_and_speed(report):
         assert p["loss_interval"][0] <= p["loss"] <= p["loss_interval"][1]
 
 
+def test_a_report_speaks_of_the_point_that_a_loss_of_one_percent_is_served_from(evaluated, report):
+    served = load_bundle(evaluated).policy.point_for(0.01).max_accuracy_loss
+    assert report["shown_loss"] == served
+    for point in report["operating_points"]:
+        other = report | {"shown_loss": point["max_accuracy_loss"]}
+        assert Report.model_validate(other).point_shown.model_dump(mode="json") == point
+
+
 def test_classes_are_shown_by_where_their_images_leave(report):
     assert list(report["class_shares"]) == list(CLASSES)
     point = next(p for p in report["operating_points"] if p["max_accuracy_loss"] == 0.01)

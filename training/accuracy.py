@@ -11,7 +11,7 @@ from model.preprocess import Preprocess
 from training.data import DataError, Images
 from training.distributed import Processes
 
-BATCH = 250
+BATCH = 1000
 """The most images at once."""
 
 

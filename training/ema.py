@@ -34,9 +34,9 @@ class Average:
         pairs = [(self.state[name], value) for name, value in net.state_dict().items()]
         moving = [(a, b) for a, b in pairs if a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in moving], [b for _, b in moving], 1 - decay)
-        for average, value in pairs:
-            if not average.is_floating_point():
-                average.copy_(value)
+        counters = [(a, b) for a, b in pairs if not a.is_floating_point()]
+        if counters:
+            torch._foreach_copy_([a for a, _ in counters], [b for _, b in counters])
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:

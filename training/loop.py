@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from training.accuracy import Accuracy, evaluate
+from training.augment import augment
+from training.captured import Gradients
 from training.checkpoint import save_checkpoint
 from training.data import Images
 from training.interrupt import Interrupted, Leaving, requests
@@ -17,7 +20,7 @@ from training.log import Bar, Entry, Scalars, write_log
 from training.run import Run, TrainingError
 from training.schedule import pace
 from training.seeds import generator_of
-from training.step import take_step
+from training.step import gradients_of, take_step
 from training.watch import Watch, check_weights
 from training.work import Work
 
@@ -44,13 +47,14 @@ def fit(run: Run, work: Work) -> Accuracy:
     done = run.epoch * per_epoch + run.step
     bar = Bar(recipe.epochs * per_epoch, done, processes.first)
     scalars = Scalars(work.folder, run.epoch) if processes.first else None
+    gradients = gradients_of(run, work)
     try:
         with requests() as request:
-            leaving = Leaving(request, processes, done)
+            leaving, saved = Leaving(request, processes, done), -math.inf
             while run.epoch < recipe.epochs:
-                entry = _epoch(run, work, bar, leaving)
+                entry = _epoch(run, work, gradients, bar, leaving)
                 run.end_epoch(entry)
-                save(run, work)
+                saved = _save_if_due(run, work, saved)
                 if scalars:
                     scalars.write(entry)
                 bar.epoch(entry, recipe.epochs)
@@ -67,7 +71,21 @@ def validate(run: Run, work: Work, images: Images) -> Accuracy:
     """Accuracy of the weights that the run would keep now."""
     with run.average.applied(run.net) if run.average else nullcontext():
         work.processes.align(run.net)
-        return evaluate(run.net, images, work.preprocess, work.processes, work.recipe.batch_size)
+        at_once = work.recipe.batch_size * work.steps_at_once
+        return evaluate(run.net, images, work.preprocess, work.processes, at_once)
+
+
+def _save_if_due(run: Run, work: Work, saved: float) -> float:
+    """Save at the end of an epoch, unless it was done a moment ago; returns when it was."""
+    now = time.monotonic()
+    due = run.epoch == work.recipe.epochs or now - saved >= work.save_seconds
+    if work.processes.any(due):
+        save(run, work)
+        return now
+    check_weights(run.student)
+    if work.processes.first:
+        write_log(run.history, work.folder)
+    return saved
 
 
 def save(run: Run, work: Work) -> None:
@@ -85,18 +103,18 @@ def save(run: Run, work: Work) -> None:
     work.processes.wait()
 
 
-def _epoch(run: Run, work: Work, bar: Bar, leaving: Leaving) -> Entry:
+def _epoch(run: Run, work: Work, gradients: Gradients, bar: Bar, leaving: Leaving) -> Entry:
     """Run the rest of the present epoch; returns its log entry."""
-    recipe, device, per_epoch = work.recipe, work.processes.device, work.steps_an_epoch
-    watch, began = Watch(device), time.perf_counter()
+    recipe, per_epoch = work.recipe, work.steps_an_epoch
+    watch, began = Watch(work.processes.device), time.perf_counter()
     earlier, first = run.seconds, run.step
     run.student.train()
-    for pixels, class_ids in _batches(run, work):
+    for pixels, target in _batches(run, work):
         step = run.epoch * per_epoch + run.step
         rate, momentum = pace(recipe, step, recipe.epochs * per_epoch)
         for group in run.optimizer.param_groups:
             group["lr"], group["momentum"] = rate, momentum
-        values = take_step(run, work, step, pixels.to(device), class_ids.to(device))
+        values = take_step(run, gradients, pixels, target)
         watch.note(step, values)
         run.sums = values if run.sums is None else run.sums + values
         run.step += 1
@@ -124,14 +142,34 @@ def _epoch(run: Run, work: Work, bar: Bar, leaving: Leaving) -> Entry:
 
 
 def _batches(run: Run, work: Work) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is left of the present epoch, this process's share of each batch."""
-    recipe = work.recipe
+    """What is left of the present epoch, augmented: this process's share of each batch.
+
+    Batches that are augmented together begin at the same steps, wherever a run was resumed.
+    """
+    recipe, at_once, device = work.recipe, work.steps_at_once, work.processes.device
     order = torch.randperm(
         len(work.training),
         generator=generator_of(torch.device("cpu"), recipe.seed, "order", run.epoch),
     )
-    whole = order.split(recipe.batch_size)[run.step : work.steps_an_epoch]
-    return work.training.batches([work.processes.share(b) for b in whole], draw=run.epoch)
+    whole = order.split(recipe.batch_size)[: work.steps_an_epoch]
+    shares = [work.processes.share(batch) for batch in whole]
+    done = run.step % at_once
+    starts = range(run.step - done, len(shares), at_once)
+    blocks = [torch.cat(shares[i : i + at_once]) for i in starts]
+    images = work.training.batches(blocks, draw=run.epoch)
+    for start, (pixels, class_ids) in zip(starts, images, strict=True):
+        steps = min(at_once, len(shares) - start)
+        step = run.epoch * len(shares) + start
+        generator = generator_of(device, recipe.seed, "augment", step, work.processes.rank)
+        pixels, target = augment(
+            pixels.to(device, non_blocking=True),
+            class_ids.to(device, non_blocking=True),
+            len(work.training.classes),
+            recipe,
+            generator,
+        )
+        yield from list(zip(pixels.chunk(steps), target.chunk(steps), strict=True))[done:]
+        done = 0
 
 
 def _leave_if_asked(run: Run, work: Work, leaving: Leaving, watch: Watch | None = None) -> None:

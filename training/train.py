@@ -18,6 +18,8 @@ from model.network import MultiExitNet
 from training import checkpoint, loop
 from training.accuracy import Accuracy
 from training.bundling import BUNDLE, Finished, write_bundle
+from training.captured import record_cuda
+from training.data import ImageSet
 from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
 from training.interrupt import Interrupted
@@ -31,6 +33,9 @@ from training.seen import TRAINED, load_digests
 from training.shapes import build_net, whole_backbone
 from training.teacher import Teacher, load_teacher
 from training.work import Work
+
+AT_ONCE = 4096
+"""Images that are augmented together where they live on a card."""
 
 
 def add_command(commands: Any) -> None:
@@ -156,6 +161,10 @@ def _prepare(
     if arguments.resume:
         checkpoint.resume(run, recipe, origin, out)
     forward = mine.wrapped(run.student)
+    if teacher and arguments.compile:
+        teacher.compile()
+    # Of small images on a card, steps are so short that each launch counts.
+    on_card = device.type == "cuda" and isinstance(data.training, ImageSet)
     return run, Work(
         recipe=recipe,
         training=data.training,
@@ -167,6 +176,8 @@ def _prepare(
         forward=torch.compile(forward) if arguments.compile else forward,
         class_weights=data.class_weights(recipe.class_weights, device),
         teacher=teacher,
+        record=record_cuda if on_card and mine.count == 1 else None,
+        steps_at_once=max(1, AT_ONCE // recipe.batch_size) if on_card else 1,
     )
 
 

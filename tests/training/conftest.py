@@ -56,7 +56,8 @@ def make_work(tmp_path):
     """Makes a fresh run with its work; recipe fields as keywords."""
 
     def make(folder=None, images=None, net=None, forward=None, **options):
-        others = {k: options.pop(k) for k in ("teacher", "after_step", "origin") if k in options}
+        given = ("teacher", "after_step", "origin", "record", "steps_at_once", "save_seconds")
+        others = {k: options.pop(k) for k in given if k in options}
         recipe = tiny_recipe(**options)
         run = start(net or tiny_net(recipe.seed), recipe, CPU.device)
         folder = folder or tmp_path / "run"
@@ -69,7 +70,7 @@ def make_work(tmp_path):
             folder=folder,
             processes=CPU,
             forward=forward or run.student,
-            **{"origin": {}, **others},
+            **{"origin": {}, "save_seconds": 0.0, **others},
         )
         return run, work
 

@@ -17,7 +17,7 @@ from training.losses import total
 from training.objective import objective
 from training.run import TrainingError
 from training.schedule import Pace, pace
-from training.step import take_step
+from training.step import gradients_of, take_step
 
 EVERYTHING = {
     "ema": 0.9,
@@ -32,6 +32,8 @@ EVERYTHING = {
     "schedule": "one-cycle",
     "accumulate": 2,
 }
+ON_A_CARD = {"steps_at_once": 2, "record": lambda work: work}
+"""As on a card, but that replaying is running again."""
 SILENT = {"seconds", "images_per_second"}
 """What a log says about the clock."""
 
@@ -46,6 +48,20 @@ def same(a, b):
 
 def told(history):
     return [{k: v for k, v in entry.items() if k not in SILENT} for entry in history]
+
+
+class Spy:
+    """Images that tell how many are asked for at once."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __len__(self):
+        return 24
+
+    def batches(self, indices):
+        self.seen.extend(len(batch) for batch in indices)
+        return image_set(24).batches(indices)
 
 
 def stop_at(step):
@@ -77,8 +93,17 @@ def test_another_seed_is_another_run(make_work, tmp_path):
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(0, EVERYTHING, marks=pytest.mark.slow),
         (4, EVERYTHING),
+        (1, EVERYTHING | ON_A_CARD),
+        pytest.param(0, ON_A_CARD, marks=pytest.mark.slow),
     ],
-    ids=["plainly", "after an epoch", "everything", "in the second epoch"],
+    ids=[
+        "plainly",
+        "after an epoch",
+        "everything",
+        "in the second epoch",
+        "captured",
+        "in a block",
+    ],
 )
 def test_a_resumed_run_equals_one_that_was_never_stopped(make_work, tmp_path, step, options):
     whole, work = make_work(tmp_path / "whole", **options)
@@ -251,6 +276,15 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(make_work, monkeypatch):
     assert (work.folder / CHECKPOINT).read_bytes() == before
 
 
+def test_a_checkpoint_that_was_just_written_is_not_replaced_before_the_end(make_work, monkeypatch):
+    saved = []
+    monkeypatch.setattr("training.loop.save_checkpoint", lambda run, *_: saved.append(run.epoch))
+    run, work = make_work(epochs=4, save_seconds=1000.0)
+    fit(run, work)
+    assert saved == [1, 4]
+    assert len(read_log(work.folder)) == 4
+
+
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_terms(make_work):
     run, work = make_work()
 
@@ -291,19 +325,17 @@ def test_whatever_is_broken_is_not_saved_over_what_was_whole(make_work, name):
 
 
 def test_no_more_images_are_validated_at_once_than_trained_on(make_work):
-    seen = []
-
-    class Spy:
-        def __len__(self):
-            return 24
-
-        def batches(self, indices):
-            seen.extend(len(batch) for batch in indices)
-            return image_set(24).batches(indices)
-
     run, work = make_work(batch_size=10)
-    validate(run, work, Spy())
-    assert seen == [10, 10, 4]
+    spy = Spy()
+    validate(run, work, spy)
+    assert spy.seen == [10, 10, 4]
+
+
+def test_images_augmented_together_are_validated_together(make_work):
+    run, work = make_work(batch_size=10, steps_at_once=2)
+    spy = Spy()
+    validate(run, work, spy)
+    assert spy.seen == [20, 4]
 
 
 def test_every_step_is_taken_at_the_schedules_pace(make_work):
@@ -347,7 +379,7 @@ def test_a_step_in_parts_is_the_step_in_one(make_work, parts):
     for accumulate in (1, parts):
         run, work = make_work(net=tiny_net(), accumulate=accumulate, **same_all)
         run.student.eval()
-        values = take_step(run, work, 0, images.pixels, images.class_ids)
+        values = take_step(run, gradients_of(run, work), images.pixels, images.class_ids)
         moved.append((values, weights(run)))
     (whole, expected), (summed, found) = moved
     torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-6)
@@ -361,7 +393,7 @@ def test_a_step_tells_the_terms_that_it_went_down(make_work):
     run.student.eval()
     outputs = run.student(PREPROCESS.normalise(images.pixels))
     expected = objective(work.recipe, outputs, images.class_ids)
-    values = take_step(run, work, 0, images.pixels, images.class_ids)
+    values = take_step(run, gradients_of(run, work), images.pixels, images.class_ids)
     assert run.names == list(expected)
     torch.testing.assert_close(values, torch.stack([t.detach() for t in expected.values()]))
 
@@ -372,7 +404,7 @@ def test_a_step_weighs_classes(make_work):
     for counts in (None, torch.tensor([1.0, 1.0, 1.0]), torch.tensor([5.0, 1.0, 1.0])):
         run, work = make_work(net=tiny_net())
         work = dataclasses.replace(work, class_weights=counts)
-        told.append(take_step(run, work, 0, images.pixels, images.class_ids))
+        told.append(take_step(run, gradients_of(run, work), images.pixels, images.class_ids))
     assert torch.equal(told[0], told[1]) and not torch.equal(told[0], told[2])
 
 

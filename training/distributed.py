@@ -94,7 +94,10 @@ def processes(device: str) -> Iterator[Processes]:
         return
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        # Told its card, a process need not guess it at the first barrier.
+        dist.init_process_group("nccl", device_id=place)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Processes(place, dist.get_rank(), count)
         # Leave together: DDP keeps gloo's threads past the group's end, and a process that left

@@ -33,10 +33,10 @@ class Average:
         self.updates += 1
         pairs = [(self.state[name], value) for name, value in net.state_dict().items()]
         moving = [(a, b) for a, b in pairs if a.is_floating_point()]
+        counting = [(a, b) for a, b in pairs if not a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in moving], [b for _, b in moving], 1 - decay)
-        counters = [(a, b) for a, b in pairs if not a.is_floating_point()]
-        if counters:
-            torch._foreach_copy_([a for a, _ in counters], [b for _, b in counters])
+        if counting:
+            torch._foreach_copy_([a for a, _ in counting], [b for _, b in counting])
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:

@@ -30,6 +30,7 @@ def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndar
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = carrier(dtype)  # eagerly, int8 is only simulated
     net = copy.deepcopy(bundle.net).to(device, dtype)
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = bundle.description.preprocess.size
     pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
     passes = []

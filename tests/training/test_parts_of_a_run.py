@@ -10,6 +10,7 @@ from torch import nn
 from model.bundle import save_bundle
 from model.network import build
 from tests.training.conftest import CPU, PREPROCESS, image_set, tiny_net, tiny_recipe
+from training.distributed import processes
 from training.ema import Average
 from training.loop import fit
 from training.pretrained import load_pretrained, load_trained
@@ -303,3 +304,21 @@ def test_weights_that_cannot_be_used_say_why(tmp_path, content, message):
 def test_missing_weights_are_said(tmp_path):
     with pytest.raises(TrainingError, match="cannot read"):
         load_pretrained(tiny_net(), tiny_net().backbone, tmp_path / "none.pth")
+
+
+def test_a_process_with_a_card_tells_the_others_by_it(monkeypatch):
+    started = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", started.append)
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: started.append((*a, k)))
+    for name, value in (("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda: None)
+    card = torch.device("cuda", 1)
+    with processes("auto") as mine:
+        assert (mine.device, mine.rank, mine.count) == (card, 1, 2)
+    assert started == [card, ("nccl", {"device_id": card})]

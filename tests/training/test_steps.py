@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.architectures import ARCHITECTURES
 from model.network import build
-from tests.training.conftest import CPU, tiny_recipe
+from tests.training.conftest import CPU, tiny_net, tiny_recipe
 from training.losses import total
 from training.objective import objective
 from training.run import TrainingError, check_kernels, start
+from training.student import Student
 
 
 def two_steps(net, distill_from="next"):
@@ -52,3 +54,24 @@ def test_every_shape_takes_two_steps_from_every_teacher(arguments, distill_from)
     net = build("resnet50", 3, width=8, **arguments)
     terms = two_steps(net, distill_from)
     assert len([t for t in terms if t.startswith("label")]) == net.exits
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # as torch itself does
+@pytest.mark.parametrize(
+    "options", [{}, {"equilibrium": True, "adapt": True, "next_deeper": True}], ids=["plain", "all"]
+)
+def test_a_compiled_student_is_one_graph_that_outlasts_validation(options):
+    torch._dynamo.reset()
+    student, counter = Student(tiny_net(), **options), CompileCounterWithBackend("aot_eager")
+    forward = torch.compile(student, backend=counter, fullgraph=True)
+    x = torch.randn(4, 3, 16, 16)
+    for _ in range(2):
+        student.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = forward(x)
+        sum(logits.float().sum() for logits in outputs.logits).backward()
+        with torch.inference_mode():
+            student.net.eval()(x)
+    assert counter.frame_count == 1
+    assert all(p.grad is not None for p in student.net.parameters())

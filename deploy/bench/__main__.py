@@ -1,4 +1,4 @@
-"""The command line: python -m deploy.bench stages, threads, loop or memory."""
+"""The command line: python -m deploy.bench stages, threads, loop, memory or loader."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.bench import loop, memory, stages, threads
+import torch
+
+from deploy.bench import loader, loop, memory, stages, threads
 from deploy.loadtest.samples import read_samples
+from model.architectures import ARCHITECTURES
 from model.bundle import BundleError, load_servable
 from model.cores import usable_cores
 from server.compiled import openvino
@@ -97,6 +100,22 @@ def _memory(arguments: argparse.Namespace) -> int:
     return 0 if flat and not failed else 1
 
 
+def _loader(arguments: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = loader.measure(
+        arguments.architecture,
+        arguments.width,
+        arguments.workers,
+        arguments.batch,
+        arguments.steps,
+        loader.authors_transform(),
+        device,
+    )
+    _write(arguments.json, [row.as_dict() for row in rows])
+    print(loader.table(rows))
+    return 0
+
+
 def _prepare_to_compile() -> None:
     warnings.filterwarnings("ignore")  # torch's own
     openvino()
@@ -178,6 +197,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--clients", type=_count, default=32, help="at the same time")
     one.add_argument("--most-mib", type=float, default=8.0, help="growth allowed in the last half")
     one.add_argument("--plot", type=Path, help="write the picture here (PNG)")
+
+    one = add("loader", _loader, "how fast the usual loop trains, with a data loader's workers")
+    one.add_argument(
+        "--architecture", choices=sorted(ARCHITECTURES), default="resnet18", help="what to train"
+    )
+    one.add_argument("--width", type=_count, default=64, help="channels of its first stage")
+    one.add_argument("--workers", type=_count, nargs="+", default=[4, 16], help="that augment")
+    one.add_argument("--batch", type=_count, default=128, help="images a step")
+    one.add_argument("--steps", type=_count, default=200, help="that are timed")
     return parser
 
 

@@ -1,9 +1,13 @@
 """The measuring commands at small scale; their figures are for quiet machines."""
 
 import json
+import sys
 
+import numpy as np
 import pytest
+import torch
 
+from deploy.bench import loader
 from deploy.bench.__main__ import main
 from deploy.bench.memory import MIB, Look, Memory
 from deploy.bench.stages import medians
@@ -179,3 +183,43 @@ def test_the_event_loop_is_measured_for_requests_of_every_sort(bundle_path, tmp_
     said = capsys.readouterr()
     assert "answered at exit 1" in said.out
     assert "request_id" not in said.out + said.err
+
+
+def plain(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def test_the_usual_loop_is_measured_beside_training_without_a_loader(monkeypatch):
+    monkeypatch.setattr(loader, "WARM_UP", 1)
+    seen = []
+
+    def noted(image):
+        seen.append(image.size)
+        return plain(image)
+
+    rows = loader.measure("resnet10", 8, [0], 4, 2, noted, torch.device("cpu"))
+    assert [r.workers for r in rows] == [0, None]
+    assert all(r.images_per_second > 0 for r in rows)
+    assert seen == [(32, 32)] * 12
+    assert "| no loader |" in loader.table(rows)
+
+
+def test_only_steps_after_the_warm_up_are_timed(monkeypatch):
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(loader.time, "perf_counter", lambda: next(clock))
+    net, cpu = loader.build("resnet10", loader.CLASSES, width=8).train(), torch.device("cpu")
+    before = net.head(1).fc.weight.clone()
+    batches = iter(loader.loader(loader.Noise(8, plain), 2, 0))
+    assert loader.train(net, batches, 1, 2, cpu) == 2.5
+    assert not torch.equal(net.head(1).fc.weight, before)
+
+
+def test_the_hole_of_an_image_is_a_square_that_its_border_may_cut():
+    black = [(loader.cutout(torch.ones(3, 32, 32))[0] == 0).sum().item() for _ in range(50)]
+    assert max(black) <= 16 * 16 and min(black) >= 8 * 8
+
+
+def test_without_torchvision_what_is_missing_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert main(["loader"]) == 2
+    assert capsys.readouterr().err == "error: this takes torchvision, which is not installed\n"

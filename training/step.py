@@ -65,6 +65,7 @@ def _terms(work: Work, pixels: Tensor, target: Tensor) -> Terms:
 
 def _without_exchange(forward: Callable[..., StudentOutputs]) -> AbstractContextManager[None]:
     """Gradients of all parts but the last stay in their process."""
-    if isinstance(forward, nn.parallel.DistributedDataParallel):
-        return forward.no_sync()
+    whole = getattr(forward, "_orig_mod", forward)  # what torch.compile hides
+    if isinstance(whole, nn.parallel.DistributedDataParallel):
+        return whole.no_sync()
     return nullcontext()

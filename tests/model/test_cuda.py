@@ -19,6 +19,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 @torch.inference_mode()
 def test_every_stage_agrees_with_the_cpu(architecture, dtype):
     reference, x = tiny(architecture), images(32, 4)

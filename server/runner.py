@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from server.costs import CostTable, batch_sizes
+from server.staging import Staging, card_staging
 from server.units import make_units
 
 WARM_UP_RUNS = 5
@@ -79,10 +80,18 @@ class Runner:
         bundle: a calibrated bundle.
         device: where it runs.
         dtype: its numerics.
+        staging: what a card's batches pass through, so that one thread runs them at a time.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        dtype: torch.dtype,
+        staging: Staging | None = None,
+    ) -> None:
         self.units = make_units(bundle, device, dtype)
+        self._staging = card_staging() if device.type == "cuda" else staging
         self._side = bundle.description.preprocess.size
         self._device = device
         self._eager: CostTable | None = None
@@ -108,7 +117,7 @@ class Runner:
             features, said, state = program(self._fill(program.buffers, inputs))
         else:
             features, said, state = self.units[stage - 1](*self._gather(inputs))
-        host = _to_host(said[:n]).numpy()
+        host = self._to_host(said[:n])
         rows = [Row(features, state, i, lasting=program is None) for i in range(n)]
         return StageOutput(host[:, 0].tolist(), host[:, 1:], rows)
 
@@ -215,9 +224,14 @@ class Runner:
         return buffers
 
     def _pixels(self, inputs: Sequence[np.ndarray | Row]) -> Tensor:
-        """Images on the host; page-locked for a card, so that it fetches them unwaited for."""
-        pixels = torch.from_numpy(np.stack(cast(Sequence[np.ndarray], inputs)))
-        return pixels.pin_memory() if self._device.type == "cuda" else pixels
+        """Images on the host; where a card fetches them, until it has given an answer."""
+        images = cast(Sequence[np.ndarray], inputs)
+        if self._staging:
+            return self._staging.images(images)
+        return torch.from_numpy(np.stack(images))
+
+    def _to_host(self, said: Tensor) -> np.ndarray:
+        return self._staging.said(said) if self._staging else said.clone().numpy()
 
 
 def _rows(inputs: Sequence[np.ndarray | Row]) -> list[Row]:
@@ -239,17 +253,18 @@ def _join(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 def _parts(rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
     """Slices that `cat` gathers on the device, with no index to be sent there."""
-    features = [r.features[r.index : r.index + 1] for r in rows]
-    return features, [r.passed[r.index : r.index + 1] for r in rows]
+    runs = list(_runs(rows))
+    features = [row.features[row.index : row.index + n] for row, n in runs]
+    return features, [row.passed[row.index : row.index + n] for row, n in runs]
 
 
-def _to_host(said: Tensor) -> Tensor:
-    """A copy on the host; waits for the device, this once a batch."""
-    if said.device.type != "cuda":
-        return said.clone()
-    host = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
-    host.copy_(said, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    done.synchronize()
-    return host
+def _runs(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
+    """Neighbours of one batch as one: the first of them, and how many there are."""
+    first, n = rows[0], 1
+    for row in rows[1:]:
+        if row.features is first.features and row.index == first.index + n:
+            n += 1
+        else:
+            yield first, n
+            first, n = row, 1
+    yield first, n

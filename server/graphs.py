@@ -1,7 +1,7 @@
 """A unit captured as one CUDA graph, over buffers that stay where they are.
 
-`CudaCapture` has not been run on a card yet. What stands around it is tested on CPU, with a capture
-that runs the unit again over the same buffers.
+What stands around `CudaCapture` is tested on CPU too, with a capture that runs the unit again over
+the same buffers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Captured:
     """
 
     def __init__(self, unit: nn.Module, buffers: Sequence[Tensor], capture: Capture) -> None:
+        self.unit = unit
         self.buffers = tuple(buffers)
         self._replay, self._outputs = capture(lambda: unit(*self.buffers))
 
@@ -50,17 +51,22 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # For all of them, since cuBLAS keeps 32 MiB for each stream that it has ever worked on.
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, work: Work) -> tuple[Replay, Sequence[Tensor]]:
-        """Warm up on a side stream, as torch asks for, then record."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        """Warm up on the same stream, as torch asks for, then record."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP_RUNS):
                 work()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Thread-local, since other threads may ask the card for its memory in the meantime.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(
+            graph, self._pool, self._stream, capture_error_mode="thread_local"
+        )
+        # The outer one goes back to the stream there was even if recording fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), recording:
             outputs = work()
         return graph.replay, outputs

@@ -10,14 +10,13 @@ import torch
 from model.bundle import Bundle, load_servable
 from model.numerics import name_of
 from model.policy import OperatingPoint, Policy
-from server.capturing import Capturing
+from server.capturing import card_capturing
 from server.compiled import openvino
 from server.compiling import Compiling, Use
 from server.costs import CostTable, batch_sizes
 from server.decode import Decoder
 from server.engine import Engine
 from server.errors import Draining, NotReady
-from server.graphs import CudaCapture
 from server.metrics import EngineMetrics, Metrics
 from server.numerics import choose_dtype
 from server.overload import Level, OverloadController
@@ -46,7 +45,7 @@ class Served:
         assert self.bundle.policy is not None
         self.policy: Policy = self.bundle.policy
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
-        self.device = _device(settings)
+        self.device = device_of(settings.device)
         on_cpu = self.device.type == "cpu"
         fewest, self.workers = (
             workers_at_once(settings.workers, settings.threads) if on_cpu else (1, 1)
@@ -54,6 +53,8 @@ class Served:
         self._http_seconds = HTTP_SECONDS if fewest < self.workers else 0.0
         if on_cpu:
             torch.set_num_threads(settings.threads)
+        else:
+            prepare_card()
         self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)
         self.metrics = _metrics(settings, self.bundle, self.device, self.dtype)
         self.decoder = Decoder(
@@ -110,7 +111,7 @@ class Served:
         if self.settings.compile == "off" or self.draining:
             return
         if self.device.type == "cuda":
-            capturing = Capturing(self.bundle, runner.units, self.dtype, self.device, CudaCapture())
+            capturing = card_capturing(self.bundle, runner.units, self.dtype, self.device)
             capturing.use_all(self.settings.max_batch, use, self.settings.compile == "require")
             return
         compiling = self._compiling = Compiling(
@@ -234,12 +235,22 @@ def ladder(policy: Policy, peace: OperatingPoint, settings: Settings) -> list[Le
     return levels
 
 
-def _device(settings: Settings) -> torch.device:
-    if settings.device == "auto":
+def device_of(asked: str) -> torch.device:
+    """Where the network runs, as the settings ask.
+
+    Raises:
+        ValueError: there is no card.
+    """
+    if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("DEVICE is cuda, but torch finds no CUDA card")
-    return torch.device(settings.device)
+    return torch.device(asked)
+
+
+def prepare_card() -> None:
+    """Have a card compute float32 as policies are certified in, not rounded to ten bits."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _need_compiler() -> None:

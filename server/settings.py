@@ -60,9 +60,10 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
-        description="numerics of the network; auto takes float16 on CUDA, and on CPU the "
-        "faster of float32 and, where the policy was certified in it, bfloat16; int8, for CPU, is "
-        "taken only if asked for, and only with a policy that was calibrated for it",
+        description="numerics of the network; auto takes float16 on CUDA, or bfloat16 where the "
+        "policy was certified in that one of the two, and on CPU the faster of float32 and, where "
+        "the policy was certified in it, bfloat16; int8, for CPU, is taken only if asked for, and "
+        "only with a policy that was calibrated for it",
     )
     compile: Literal["auto", "off", "require"] = Field(
         "auto",

@@ -58,6 +58,11 @@ class Unit(nn.Module):
         said = judge(logits, passed, self._calibration, self._measure)
         return features, torch.cat([said.confidence[:, None], said.probabilities], 1), said.state
 
+    def with_stage(self, stage: nn.Module) -> Unit:
+        """The same around another stage that is ready to run."""
+        unit = Unit(stage, self._calibration, self._measure, self._normalise, self._dtype)
+        return unit.train(self.training)
+
 
 def make_units(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> list[Unit]:
     """The units of a calibrated bundle, shallow to deep; its network stays as it is.

@@ -1,0 +1,103 @@
+"""Convolutions that a card computes in one with what follows them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from server.units import Unit
+
+Compute = Callable[[nn.Conv2d, Tensor, Tensor | None], Tensor]
+"""A convolution, its input and what is added to its output, if anything; ends with a ReLU."""
+
+
+class FusedConvolution(nn.Module):
+    """A convolution with its bias, a sum and a ReLU.
+
+    Args:
+        convolution: shared with the stage that it is of.
+        compute: all of it.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, compute: Compute) -> None:
+        super().__init__()
+        self.convolution = convolution
+        self._compute = compute
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """`other` is as large as the output."""
+        return self._compute(self.convolution, x, other)
+
+
+def by_cudnn(convolution: nn.Conv2d, x: Tensor, other: Tensor | None) -> Tensor:
+    """On a card; not every convolution can be computed so.
+
+    Raises:
+        RuntimeError: this one cannot.
+    """
+    c = convolution
+    how = (c.bias, c.stride, c.padding, c.dilation, c.groups)
+    if other is None:
+        return torch.cudnn_convolution_relu(x, c.weight, *how)  # type: ignore[arg-type]
+    return torch.cudnn_convolution_add_relu(x, c.weight, other, 1.0, *how)  # type: ignore[arg-type]
+
+
+def fuse(unit: Unit, compute: Compute = by_cudnn) -> Unit:
+    """A unit that gives the same with fewer operations; shares its weights.
+
+    Args:
+        unit: of a folded stage.
+        compute: a convolution with what follows it.
+    """
+    assert isinstance(unit.stage, fx.GraphModule)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(unit.stage.graph, {}))
+    stage = fx.GraphModule(unit.stage, graph)
+    for relu in [node for node in stage.graph.nodes if _is_relu(stage, node)]:
+        _fuse(stage, relu, compute)
+    stage.graph.eliminate_dead_code()
+    stage.recompile()
+    return unit.with_stage(stage)
+
+
+def _fuse(stage: fx.GraphModule, relu: fx.Node, compute: Compute) -> None:
+    """Have one node do what a ReLU's inputs and the ReLU do, if they can be one."""
+    before = relu.args[0]
+    if not isinstance(before, fx.Node) or len(before.users) > 1:
+        return
+    convolution, other = before, None
+    if before.target in (operator.add, operator.iadd, torch.add) and not before.kwargs:
+        for one, another in (before.args, before.args[::-1]):
+            if isinstance(one, fx.Node) and _convolution(stage, one):
+                convolution, other = one, another
+                break
+    module = _convolution(stage, convolution)
+    if module is None or (other is not None and not isinstance(other, fx.Node)):
+        return
+    name = f"fused_{relu.name}"
+    stage.add_submodule(name, FusedConvolution(module, compute))
+    inputs = (convolution.args[0],) if other is None else (convolution.args[0], other)
+    with stage.graph.inserting_before(relu):
+        relu.replace_all_uses_with(stage.graph.call_module(name, inputs))
+    stage.graph.erase_node(relu)
+
+
+def _convolution(stage: fx.GraphModule, node: fx.Node) -> nn.Conv2d | None:
+    """What a node calls, if it is a convolution that nobody else wants the output of."""
+    module = _called(stage, node)
+    if not isinstance(module, nn.Conv2d) or len(node.users) > 1:
+        return None
+    plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return module if plain else None
+
+
+def _is_relu(stage: fx.GraphModule, node: fx.Node) -> bool:
+    return node.target in (F.relu, torch.relu) or isinstance(_called(stage, node), nn.ReLU)
+
+
+def _called(stage: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return stage.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -1,4 +1,4 @@
-"""The command line: python -m deploy.bench stages, threads, loop, memory or loader."""
+"""The command line: python -m deploy.bench stages, threads, loop, memory, loader or engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 
-from deploy.bench import loader, loop, memory, stages, threads
+from deploy.bench import engine, loader, loop, memory, stages, threads
 from deploy.loadtest.samples import read_samples
 from model.architectures import ARCHITECTURES
-from model.bundle import BundleError, load_servable
+from model.bundle import Bundle, BundleError, load_servable
 from model.cores import usable_cores
 from server.compiled import openvino
+from server.numerics import choose_dtype
+from server.repository import device_of, prepare_card
 from server.settings import Settings
 
 HOURLY_RATE = 100
@@ -116,6 +119,30 @@ def _loader(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _engine(arguments: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="offramp-") as scratch:
+        bundle = _bundle(arguments, Path(scratch))
+        device = device_of(arguments.device)
+        if device.type == "cuda":
+            prepare_card()
+        torch.backends.cudnn.benchmark = arguments.autotune
+        dtype = choose_dtype(arguments.dtype, bundle, device)
+        largest = max(arguments.batches)
+        print(f"warming up for batches up to {largest}", file=sys.stderr, flush=True)
+        ready = engine.Ready(bundle, device, dtype, largest)
+        figures = list(engine.measure(ready, arguments.batches, arguments.seconds))
+    _write(arguments.json, {"on": engine.title(ready), "figures": [f.as_dict() for f in figures]})
+    print(f"{engine.title(ready)}\n\n{engine.table(figures)}")
+    return 0
+
+
+def _bundle(arguments: argparse.Namespace, folder: Path) -> Bundle:
+    if arguments.bundle:
+        return load_servable(arguments.bundle)
+    torch.manual_seed(0)
+    return engine.random_bundle(folder, arguments.architecture, arguments.width, arguments.classes)
+
+
 def _prepare_to_compile() -> None:
     warnings.filterwarnings("ignore")  # torch's own
     openvino()
@@ -206,6 +233,32 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--workers", type=_count, nargs="+", default=[4, 16], help="that augment")
     one.add_argument("--batch", type=_count, default=128, help="images a step")
     one.add_argument("--steps", type=_count, default=200, help="that are timed")
+
+    one = add("engine", _engine, "what the engine's runner makes of a device")
+    one.add_argument("--bundle", type=Path, help="what to run, in place of random weights")
+    one.add_argument("--architecture", default="resnet18", help="of a network with random weights")
+    one.add_argument("--width", type=_count, default=64, help="its first stage's channels")
+    one.add_argument("--classes", type=_count, default=100, help="how many it tells apart")
+    one.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
+    one.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="numerics, chosen as a server does",
+    )
+    one.add_argument(
+        "--batches",
+        type=_count,
+        nargs="+",
+        default=[8, 16, 32, 64, 128],
+        help="sizes that the device is saturated with",
+    )
+    one.add_argument("--seconds", type=float, default=0.6, help="length of each measurement")
+    one.add_argument(
+        "--autotune",
+        action="store_true",
+        help="have cuDNN try all its ways, which a server does not",
+    )
     return parser
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploy.bench.whole import Whole
 from model.bundle import Bundle
 from model.fold import Stage
 from model.numerics import name_of, suits_cpu
@@ -57,24 +58,6 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """The figures with their ratio."""
         return {**asdict(self), "ratio": self.ratio}
-
-
-class Whole(nn.Module):
-    """All units in one module, so that a compiler sees across their borders."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        super().__init__()
-        self.units = nn.ModuleList(units)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Every exit's judgement."""
-        inputs: tuple[Tensor, ...] = (pixels,)
-        judged = []
-        for unit in self.units:
-            features, said, state = unit(*inputs)
-            inputs = (features, state)
-            judged.append(said)
-        return tuple(judged)
 
 
 def measure(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.bench import loader
+from deploy.bench import engine, loader
 from deploy.bench.__main__ import main
 from deploy.bench.memory import MIB, Look, Memory
 from deploy.bench.stages import medians
@@ -22,6 +22,7 @@ from deploy.bench.threads import (
     setups,
     table,
 )
+from server.runner import Runner
 from tests.conftest import encode, noise
 
 
@@ -223,3 +224,73 @@ def test_without_torchvision_what_is_missing_is_one_sentence(monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "torchvision", None)
     assert main(["loader"]) == 2
     assert capsys.readouterr().err == "error: this takes torchvision, which is not installed\n"
+
+
+class Stopwatch:
+    """Passes that move their own clock, and what ran in which order."""
+
+    def __init__(self):
+        self.now, self.ran = 0.0, []
+
+    def taking(self, name, seconds):
+        def run():
+            self.now += seconds
+            self.ran.append(name)
+
+        return run
+
+    def clock(self):
+        return self.now
+
+
+def test_latencies_are_taken_in_turns():
+    watch = Stopwatch()
+    passes = {name: watch.taking(name, s) for name, s in (("a", 0.001), ("b", 0.002))}
+    taken = engine.milliseconds(passes, 0.3, watch.clock)
+    assert taken["a"] == pytest.approx([1.0] * 200)
+    assert taken["b"] == pytest.approx([2.0] * 200)
+    assert watch.ran == ["a", "b"] * (len(watch.ran) // 2)
+
+
+def test_rates_count_what_the_device_has_still_to_do():
+    watch = Stopwatch()
+    passes = {"lazy": watch.taking("lazy", 0.01)}
+    rates = engine.images_per_second(passes, 4, 0.3, watch.clock, watch.taking("finish", 0.1))
+    assert rates["lazy"] == pytest.approx(40 / 0.2, rel=0.15)
+
+
+def test_images_leave_by_shares_and_run_on_in_full_batches(bundle):
+    runner = Runner(bundle, torch.device("cpu"), torch.float32)
+    images = [np.asarray(noise(seed=i)) for i in range(8)]
+    leaving = engine.Leaving(runner, images, (0.5, 0.25, 0.25, 0.0))
+    for _ in range(60):
+        leaving()
+    assert leaving.ran[1] == 480
+    assert leaving.ran[2] == pytest.approx(240, rel=0.2)
+    assert leaving.ran[3] == pytest.approx(120, rel=0.3)
+    assert leaving.ran[4] == 0
+    assert all(n % 8 == 0 for n in leaving.ran.values())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_engine_is_measured_beside_the_eager_network(device, tmp_path, capsys):
+    out = tmp_path / "engine.json"
+    command = ["engine", "--device", device, "--architecture", "resnet10", "--width", "8"]
+    command += ["--classes", "10", "--batches", "2", "4", "--seconds", "0.05", "--json", str(out)]
+    assert main(command) == 0
+    seen = {(f["what"], f["batch"]): f for f in json.loads(out.read_text())["figures"]}
+    assert all(f["value"] > 0 for f in seen.values() if f["unit"] in ("ms", "images/s"))
+    assert bool(seen["graphs", 4]["value"]) == (device == "cuda")
+    assert seen["exit 1", 1]["value"] < seen["all exits", 1]["value"] <= seen["all exits", 1]["p99"]
+    fastest = max(seen["full depth", n]["value"] for n in (2, 4))
+    plain = max(seen["eager network", n]["value"] for n in (2, 4))
+    ratio = seen["full depth / eager network", None]["value"]
+    assert ratio == pytest.approx(fastest / plain)
+    assert "| staged / one graph" in capsys.readouterr().out
+
+
+def test_a_card_that_is_not_there_is_one_sentence(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    assert main(["engine", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "error: DEVICE is cuda, but torch finds no CUDA card\n"

@@ -167,7 +167,7 @@ def running(served, warm=True):
     thread.start()
     try:
         assert started.wait(10)
-        assert not warm or ready.wait(20)
+        assert not warm or ready.wait(60)
         port = server.servers[0].sockets[0].getsockname()[1]
         one = RunningServer(served, port)
         one.stop = lambda: setattr(server, "should_exit", True)

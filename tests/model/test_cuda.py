@@ -8,18 +8,30 @@ import torch
 from model.confidence import judge
 from model.network import ARCHITECTURES
 from model.policy import Calibration, Measure
+from server.repository import prepare_card
 from tests.conftest import PREPROCESS
-from tests.model.networks import images, tiny
+from tests.model.networks import images, quick_or_slow, tiny
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # What finds out whether anything waits for the card is a prototype, torch says.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 """Largest difference allowed in any logit, as a share of the largest."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def float32_is_not_rounded():
+    before = torch.backends.cudnn.allow_tf32
+    prepare_card()
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+@pytest.mark.parametrize("architecture", quick_or_slow(ARCHITECTURES))
 @torch.inference_mode()
 def test_every_stage_agrees_with_the_cpu(architecture, dtype):
     reference, x = tiny(architecture), images(32, 4)

@@ -1,6 +1,8 @@
 """Captured units: their buffers, where running a unit again stands for a CUDA graph."""
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,14 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.capturing import Capturing
+from server.capturing import Capturing, card_capturing
 from server.costs import batch_sizes
+from server.fusing import fuse
 from server.graphs import Captured, CudaCapture
 from server.runner import Runner
 
-CPU = torch.device("cpu")
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
 LARGEST = 4
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
+
+
+WITHIN = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
+"""How far a confidence on a card may be from the processor's, in float32."""
 
 
 def rerun(work):
@@ -33,14 +40,13 @@ def capturing(runner, bundle, capture, device=CPU, dtype=torch.float32):
     return Capturing(bundle, runner.units, dtype, device, capture)
 
 
-def captured_runner(bundle, capture=rerun, device=CPU, dtype=torch.float32):
+def with_all(runner, capturing):
     """A runner that runs nothing but captured units."""
-    runner = Runner(bundle, device, dtype)
 
     def use(stage, size, program, seconds):
         runner.use_program(stage, size, program, 1e-9 * size)
 
-    capturing(runner, bundle, capture, device, dtype).use_all(LARGEST, use, required=True)
+    capturing.use_all(LARGEST, use, required=True)
     return runner
 
 
@@ -51,7 +57,8 @@ def eager(bundle):
 
 @pytest.fixture(scope="module")
 def captured(bundle):
-    return captured_runner(bundle)
+    runner = Runner(bundle, CPU, torch.float32)
+    return with_all(runner, capturing(runner, bundle, rerun))
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +192,47 @@ def test_a_failed_or_wrong_capture_leaves_every_stage_eager_with_one_warning(
     assert said in warning
 
 
+def fused_runner(bundle, compute):
+    """Eager units, fused ones that compute so, and which of them were taken."""
+    runner, taken = Runner(bundle, CPU, torch.float32), []
+    faster = [fuse(unit, compute) for unit in runner.units]
+    capturing = Capturing(bundle, runner.units, torch.float32, CPU, rerun, faster)
+    capturing.use_all(2, lambda _, __, program, ___: taken.append(program.unit), required=True)
+    return runner.units, faster, taken
+
+
+def in_parts(convolution, x, other):
+    out = convolution(x)
+    return torch.relu(out if other is None else out + other)
+
+
+def no_engine(convolution, x, other):
+    raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+
+def wrong(convolution, x, other):
+    return in_parts(convolution, x, other) + 1
+
+
+def slow(convolution, x, other):
+    time.sleep(0.02)
+    return in_parts(convolution, x, other)
+
+
+@pytest.mark.parametrize("compute", [no_engine, wrong, slow])
+def test_stages_are_captured_as_they_are_where_fusing_fails_or_gains_nothing(bundle, compute):
+    units, _, taken = fused_runner(bundle, compute)
+    assert taken == units * 2
+
+
+def test_a_fused_stage_is_taken_where_it_is_faster(bundle):
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: time.sleep(0.02) if isinstance(module, torch.nn.ReLU) else None
+    ):
+        _, faster, taken = fused_runner(bundle, in_parts)
+    assert taken == faster * 2
+
+
 def test_a_failed_capture_ends_a_start_that_requires_it(bundle):
     with pytest.raises(RuntimeError, match="not permitted"):
         attempt(bundle, no_card, required=True)
@@ -195,7 +243,8 @@ def test_a_failed_capture_ends_a_start_that_requires_it(bundle):
 
 @pytest.fixture(scope="module")
 def on_card(bundle):
-    return captured_runner(bundle, CudaCapture(), torch.device("cuda"), torch.float16)
+    runner = Runner(bundle, CARD, torch.float16)
+    return with_all(runner, card_capturing(bundle, runner.units, torch.float16, CARD))
 
 
 @pytest.mark.gpu
@@ -208,6 +257,27 @@ def test_cuda_graphs_say_what_the_cpu_says(on_card, expected):
 
 
 @pytest.mark.gpu
+def test_cuda_graphs_are_replayed_by_another_thread_than_captured_them(on_card, expected):
+    with ThreadPoolExecutor(1) as engine:
+        said = engine.submit(on_card.run, 1, IMAGES[:3]).result().probabilities
+    np.testing.assert_allclose(said, expected[0][:3], atol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_server_on_a_card_answers_as_one_on_a_processor(serve, server, png, dtype):
+    asked = {"explain": "true", "max_accuracy_loss": 0}
+    expected = server.post(png, **asked).json()
+    with serve(device="cuda", compile="require", dtype=dtype) as on_card:
+        answer = on_card.post(png, **asked).json()
+        assert on_card.metric("gpu_memory_bytes", kind="allocated") > 0
+        assert not on_card.served.failed
+    assert answer["exit"] == expected["exit"] == 4
+    for seen, other in zip(answer["seen"], expected["seen"], strict=True):
+        assert seen["confidence"] == pytest.approx(other["confidence"], abs=WITHIN[dtype])
+
+
+@pytest.mark.gpu
 def test_replays_in_any_order_disturb_no_row_that_was_kept(on_card, expected):
     kept = [on_card.keep(on_card.run(1, IMAGES[i : i + n]).rows) for i, n in ((0, 1), (1, 4))]
     on_card.run(4, on_card.keep(on_card.run(3, on_card.keep(on_card.run(2, kept[1]).rows)).rows))
@@ -216,6 +286,7 @@ def test_replays_in_any_order_disturb_no_row_that_was_kept(on_card, expected):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, torch says
 def test_a_stage_batch_waits_for_the_card_once(on_card, monkeypatch):
     waits = []
     synchronise = torch.cuda.Event.synchronize
@@ -228,3 +299,26 @@ def test_a_stage_batch_waits_for_the_card_once(on_card, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_card_usable(bundle):
+    def no_graph(work):
+        def waits():
+            outputs = work()
+            if torch.cuda.is_current_stream_capturing():
+                outputs[1].cpu()
+            return outputs
+
+        return CudaCapture()(waits)
+
+    runner = Runner(bundle, CARD, torch.float16)
+    before = runner.run(1, IMAGES[:2]).confidences
+    used = []
+    capturing(runner, bundle, no_graph, CARD, torch.float16).use_all(
+        2, lambda *program: used.append(program), required=False
+    )
+    assert not used
+    assert not torch.cuda.is_current_stream_capturing()
+    with ThreadPoolExecutor(1) as engine:
+        assert engine.submit(runner.run, 1, IMAGES[:2]).result().confidences == before

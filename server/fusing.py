@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from server.units import Unit
+
+log = logging.getLogger("offramp")
 
 Compute = Callable[[nn.Conv2d, Tensor, Tensor | None], Tensor]
 """A convolution, its input and what is added to its output, if anything; ends with a ReLU."""
@@ -20,17 +23,25 @@ class FusedConvolution(nn.Module):
 
     Args:
         convolution: shared with the stage that it is of.
-        compute: all of it.
+        compute: all of it; where that fails once, it is computed in parts from then on.
     """
 
     def __init__(self, convolution: nn.Conv2d, compute: Compute) -> None:
         super().__init__()
         self.convolution = convolution
         self._compute = compute
+        self._fails = False
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """`other` is as large as the output."""
-        return self._compute(self.convolution, x, other)
+        if not self._fails:
+            try:
+                return self._compute(self.convolution, x, other)
+            except RuntimeError as error:
+                log.debug("%s is computed in parts: %s", self.convolution, error)
+                self._fails = True  # before a graph is captured, since units warm up first
+        out: Tensor = self.convolution(x)
+        return F.relu(out if other is None else out + other)
 
 
 def by_cudnn(convolution: nn.Conv2d, x: Tensor, other: Tensor | None) -> Tensor:

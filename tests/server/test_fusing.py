@@ -76,6 +76,24 @@ def test_a_fused_unit_says_what_the_unit_says(tmp_path, architecture):
 
 
 @torch.inference_mode()
+def test_a_convolution_that_the_card_cannot_fuse_is_tried_once_and_computed_in_parts(bundle):
+    tried = []
+
+    def some(convolution, x, other):
+        tried.append(convolution)
+        if convolution.in_channels == 3:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return by_parts(convolution, x, other)
+
+    unit = make_units(bundle, CPU, torch.float32)[0]
+    fused, (pixels,) = fuse(unit, some), example_inputs([unit], bundle, 3, CPU)[0]
+    for _ in range(3):
+        torch.testing.assert_close(fused(pixels)[1], unit(pixels)[1])
+    assert sum(c.in_channels == 3 for c in tried) == 1
+    assert len(tried) > 6
+
+
+@torch.inference_mode()
 def test_weights_are_shared(bundle):
     for unit in make_units(bundle, CPU, torch.float32):
         shared = {p.data_ptr() for p in unit.parameters()}

@@ -34,7 +34,7 @@ class Program(Protocol):
         """Run on these inputs; the outputs last until this thread's next call."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # frozen, making those of a batch takes as long as a stage
 class Row:
     """One image's features between two stages; only the runner looks inside."""
 
@@ -254,8 +254,8 @@ def _join(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 def _parts(rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
     """Slices that `cat` gathers on the device, with no index to be sent there."""
     runs = list(_runs(rows))
-    features = [row.features[row.index : row.index + n] for row, n in runs]
-    return features, [row.passed[row.index : row.index + n] for row, n in runs]
+    features = [row.features.narrow(0, row.index, n) for row, n in runs]
+    return features, [row.passed.narrow(0, row.index, n) for row, n in runs]
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:

@@ -35,7 +35,8 @@ class Staging:
         if len(self._images) < n or self._images.shape[1:] != shape:
             self._images = self._lock((n, *shape), torch.uint8)
         whole = self._images[:n]
-        np.stack(images, out=whole.numpy())
+        # As `np.stack`, which takes twice as long.
+        np.concatenate(images, out=whole.numpy().reshape(-1, *shape[1:]))
         return whole
 
     def said(self, said: Tensor) -> np.ndarray:

@@ -185,3 +185,20 @@ def test_the_default_bundle_is_served_in_every_numerics_that_its_policy_names():
     bundle = load_servable(ROOT / "model" / "default")
     for name in bundle.policy.dtypes:
         assert len(make_units(bundle, torch.device("cpu"), DTYPES[name])) == 4
+
+
+@pytest.mark.parametrize(
+    ("certified", "taken", "holds"),
+    [
+        ((), torch.float16, False),
+        (("float32", "bfloat16", "int8"), torch.bfloat16, True),
+        (("float32", "bfloat16", "float16"), torch.float16, True),
+    ],
+)
+def test_a_card_takes_half_precision_that_the_guarantee_holds_in_if_there_is_one(
+    bundle, caplog, certified, taken, holds
+):
+    policy = bundle.policy.model_copy(update={"dtypes": certified})
+    on_card = choose_dtype("auto", replace(bundle, policy=policy), torch.device("cuda"))
+    assert on_card is taken
+    assert ("guarantee does not hold" in caplog.text) != holds

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.bundle import REPORT, save_bundle
@@ -41,6 +42,8 @@ class Finished:
     test: Accuracy | None
     """Measured once, after the last epoch."""
     command: str
+    digests: np.ndarray
+    """Of the files that it was trained on."""
     device: torch.device
     unreadable: int = 0
     """Files that were skipped, by whichever process."""
@@ -67,7 +70,7 @@ def write_bundle(done: Finished, path: Path, name: str) -> None:
     write_report(done, path)
     given = [Path(p) for p in (done.pretrained, done.teacher) if p]
     bundles = [p for p in given if p.is_dir()]  # or the file of a plain backbone
-    for sentence in save_trained(path, done.data.training.files, bundles):
+    for sentence in save_trained(path, done.digests, bundles):
         print(sentence)
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from model.bundle import REPORT, Bundle
 from model.files import write_atomically
 from training.data import DataError, Listing
+from training.distributed import Processes
 from training.parts import listing_digest
 
 TRAINED = "training_files.npy"
@@ -126,16 +128,26 @@ def seen_by(bundle: Bundle) -> Seen:
     return Seen(bundle.path, folder, *records)
 
 
-def digests_of(files: Sequence[Path]) -> np.ndarray:
+def digests_of(files: Sequence[Path], show: bool = True) -> np.ndarray:
     """32 bits of each file's SHA-256: int64 `[files]`, -1 where it cannot be read.
 
     They are enough: beside a million of them, one image in four thousand is left out by chance.
+    With `show`, a terminal sees how far it is.
     """
     parts = (files[i : i + AT_ONCE] for i in range(0, len(files), AT_ONCE))
+    hide = None if show else True
     with ThreadPoolExecutor(4) as pool:
         found = chain.from_iterable(pool.map(_digest, part) for part in parts)
-        bar = tqdm(found, "knowing images again", len(files), leave=False, disable=None)
+        bar = tqdm(found, "knowing images again", len(files), leave=False, disable=hide)
         return np.fromiter(bar, np.int64, len(files))
+
+
+def shared_digests(files: Sequence[Path], mine: Processes) -> np.ndarray:
+    """As `digests_of`, each process reading its share; every process must come here."""
+    own = slice(mine.rank, None, mine.count)
+    found = torch.zeros(len(files), dtype=torch.int64)
+    found[own] = torch.from_numpy(digests_of(files[own], mine.first))
+    return mine.sum(found).numpy()
 
 
 def save_calibrated(seen: Seen, files: Sequence[Path], labelled: bool) -> None:
@@ -184,15 +196,14 @@ def hand_on(path: Path, out: Path) -> None:
             (out / REPORT / name).unlink(missing_ok=True)
 
 
-def save_trained(path: Path, files: Sequence[Path], parents: Sequence[Path]) -> Iterator[str]:
+def save_trained(path: Path, own: np.ndarray, parents: Sequence[Path]) -> Iterator[str]:
     """Record what a bundle was trained on; yields what cannot be told, for people.
 
     Args:
         path: its folder.
-        files: that it was trained on.
+        own: digests of the files that it was trained on, -1 where one cannot be read.
         parents: bundles that it started from or that taught it: what they saw, it has seen too.
     """
-    own = digests_of(files)
     if gone := np.count_nonzero(own < 0):
         yield f"{gone} of {len(own)} training images cannot be read, so would not be known again"
     everything = [own]

@@ -29,7 +29,7 @@ from training.pretrained import load_pretrained, load_trained
 from training.recipe import PLAIN, Recipe
 from training.room import check_disk
 from training.run import Run, start
-from training.seen import TRAINED, load_digests
+from training.seen import TRAINED, load_digests, shared_digests
 from training.shapes import build_net, whole_backbone
 from training.teacher import Teacher, load_teacher
 from training.work import Work
@@ -110,6 +110,7 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
     run, work = _prepare(arguments, preset, mine, data)
     announce(run.net, data, preset, mine)
     validation, test, unreadable = _fit(run, work, data)
+    digests = shared_digests(data.training.files, mine)
     if mine.first:
         done = Finished(
             run=run,
@@ -119,6 +120,7 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
             validation=validation,
             test=test,
             command=command_line(),
+            digests=digests,
             device=mine.device,
             unreadable=unreadable,
             processes=mine.count,

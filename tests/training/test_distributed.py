@@ -17,6 +17,8 @@ from tests.training.test_loop import told
 from training.accuracy import evaluate
 from training.checkpoint import CHECKPOINT
 from training.log import read_log
+from training.parts import find_parts
+from training.seen import TRAINED, digests_of, load_digests
 
 pytestmark = pytest.mark.slow  # each process imports torch anew
 
@@ -116,3 +118,6 @@ def test_torchrun_trains_one_bundle(folder, tmp_path):
     assert done.stdout.count("wrote ") == 1
     trained = load_bundle(tmp_path / "run/bundle").description.training
     assert trained["processes"] == 2 and trained["test_images"] == 12
+    files = find_parts(folder).training.files
+    recorded = load_digests(tmp_path / "run/bundle", TRAINED)
+    assert set(recorded.tolist()) == set(digests_of(files).tolist())

@@ -167,7 +167,9 @@ def test_training_records_its_images_and_those_that_its_parents_saw(tmp_path, ca
 
 
 def test_a_parent_that_says_nothing_is_told(single, tmp_path):
-    (told,) = save_trained(tmp_path, find_parts(single).training.files, [tmp_path / "parent"])
+    (told,) = save_trained(
+        tmp_path, digests_of(find_parts(single).training.files), [tmp_path / "parent"]
+    )
     assert told.endswith("does not say which images it was trained on; they are not known again")
     assert len(load_digests(tmp_path, TRAINED)) == len(find_parts(single).training)
 
@@ -175,7 +177,7 @@ def test_a_parent_that_says_nothing_is_told(single, tmp_path):
 def test_a_file_that_is_gone_is_told_and_not_recorded(single, tmp_path):
     files = find_parts(single).training.files
     files[0].unlink()
-    (told,) = save_trained(tmp_path, files, [])
+    (told,) = save_trained(tmp_path, digests_of(files), [])
     assert told.startswith("1 of 72 training images cannot be read")
     assert len(load_digests(tmp_path, TRAINED)) == 71
 

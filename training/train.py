@@ -18,7 +18,7 @@ from model.network import MultiExitNet
 from training import checkpoint, loop
 from training.accuracy import Accuracy
 from training.bundling import BUNDLE, Finished, write_bundle
-from training.captured import record_cuda
+from training.captured import Record, record_cuda
 from training.data import ImageSet
 from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
@@ -34,8 +34,8 @@ from training.shapes import build_net, whole_backbone
 from training.teacher import Teacher, load_teacher
 from training.work import Work
 
-AT_ONCE = 4096
-"""Images that are augmented together where they live on a card."""
+AT_ONCE = 2**22
+"""Pixels that are augmented together where images live on a card: 4,096 images of 32x32."""
 
 
 def add_command(commands: Any) -> None:
@@ -165,8 +165,7 @@ def _prepare(
     forward = mine.wrapped(run.student)
     if teacher and arguments.compile:
         teacher.compile()
-    # Of small images on a card, steps are so short that each launch counts.
-    on_card = device.type == "cuda" and isinstance(data.training, ImageSet)
+    record, steps_at_once = _short_steps(data, recipe, mine)
     return run, Work(
         recipe=recipe,
         training=data.training,
@@ -178,9 +177,20 @@ def _prepare(
         forward=torch.compile(forward) if arguments.compile else forward,
         class_weights=data.class_weights(recipe.class_weights, device),
         teacher=teacher,
-        record=record_cuda if on_card and mine.count == 1 else None,
-        steps_at_once=max(1, AT_ONCE // recipe.batch_size) if on_card else 1,
+        record=record,
+        steps_at_once=steps_at_once,
     )
+
+
+def _short_steps(data: Folder, recipe: Recipe, mine: Processes) -> tuple[Record | None, int]:
+    """How a step is captured, and how many have their images augmented together.
+
+    On a card steps over small images are so short that each launch counts.
+    """
+    if mine.device.type != "cuda" or not isinstance(data.training, ImageSet):
+        return None, 1
+    pixels = recipe.batch_size * data.preprocess.size**2
+    return record_cuda if mine.count == 1 else None, max(1, AT_ONCE // pixels)
 
 
 def _make_net(

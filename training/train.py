@@ -165,7 +165,7 @@ def _prepare(
     forward = mine.wrapped(run.student)
     if teacher and arguments.compile:
         teacher.compile()
-    record, steps_at_once = _short_steps(data, recipe, mine)
+    record, steps_at_once = short_steps(data, recipe, mine)
     return run, Work(
         recipe=recipe,
         training=data.training,
@@ -182,7 +182,7 @@ def _prepare(
     )
 
 
-def _short_steps(data: Folder, recipe: Recipe, mine: Processes) -> tuple[Record | None, int]:
+def short_steps(data: Folder, recipe: Recipe, mine: Processes) -> tuple[Record | None, int]:
     """How a step is captured, and how many have their images augmented together.
 
     On a card steps over small images are so short that each launch counts.

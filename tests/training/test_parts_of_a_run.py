@@ -10,15 +10,20 @@ from torch import nn
 from model.bundle import save_bundle
 from model.network import build
 from tests.training.conftest import CPU, PREPROCESS, image_set, tiny_net, tiny_recipe
-from training.distributed import processes
+from training.captured import record_cuda
+from training.data import Listing
+from training.distributed import Processes, processes
 from training.ema import Average
+from training.folder import Folder
 from training.loop import fit
 from training.pretrained import load_pretrained, load_trained
 from training.recipe import Recipe
 from training.run import TrainingError, start
 from training.schedule import pace
+from training.stream import Stream
 from training.student import Student
 from training.teacher import Teacher, load_teacher
+from training.train import short_steps
 
 
 def rates(recipe, steps=300):
@@ -322,3 +327,22 @@ def test_a_process_with_a_card_tells_the_others_by_it(monkeypatch):
     with processes("auto") as mine:
         assert (mine.device, mine.rank, mine.count) == (card, 1, 2)
     assert started == [card, ("nccl", {"device_id": card})]
+
+
+def on_a_card(size, images=None, count=1, **options):
+    training = image_set() if images is None else images
+    data = Folder(training, training, None, PREPROCESS.model_copy(update={"size": size}), "")
+    return short_steps(data, Recipe(**options), Processes(torch.device("cuda"), count=count))
+
+
+def test_steps_over_small_images_on_a_card_are_captured_and_augmented_in_blocks():
+    assert on_a_card(32, batch_size=128) == (record_cuda, 32)
+    assert on_a_card(224, batch_size=128) == (record_cuda, 1)
+    assert on_a_card(32, batch_size=128, count=2) == (None, 32)
+
+
+def test_steps_elsewhere_are_taken_one_by_one(tmp_path):
+    listing = Listing(("a",), (tmp_path / "a/1.png",), (0,))
+    assert on_a_card(32, Stream(listing, PREPROCESS)) == (None, 1)
+    data = Folder(image_set(), image_set(), None, PREPROCESS, "")
+    assert short_steps(data, Recipe(), CPU) == (None, 1)

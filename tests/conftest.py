@@ -182,11 +182,12 @@ def running(served, warm=True):
 
 @pytest.fixture(scope="session")
 def serve(bundle_path):
-    """Makes servers over the tiny bundle; settings as keywords."""
+    """Makes servers over the tiny bundle, on the processor; settings as keywords."""
 
     @contextmanager
     def make(warm=True, **settings):
-        chosen = {"bundle": bundle_path, "threads": 1, "max_batch": 8, "audit_rate": 0.0}
+        chosen = {"bundle": bundle_path, "device": "cpu", "threads": 1, "max_batch": 8}
+        chosen["audit_rate"] = 0.0
         with running(Served(Settings(**{**chosen, **settings})), warm) as server:
             yield server
 

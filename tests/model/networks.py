@@ -64,6 +64,17 @@ def exact(architecture, stem=32, **arguments):
     return copy.deepcopy(tiny(architecture, stem, **arguments)).double()
 
 
+def rounded(net, dtype):
+    """A copy that computes in float32 and rounds its weights and all between layers to `dtype`."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        for tensor in (t for t in net.state_dict().values() if t.is_floating_point()):
+            tensor.copy_(tensor.to(dtype))
+    for layer in (m for m in net.modules() if not list(m.children())):
+        layer.register_forward_hook(lambda layer, inputs, out: out.to(dtype).float())
+    return net
+
+
 def images(stem, count, seed=0):
     """Random normalised images `[count, 3, H, W]`."""
     shape = (count, 3, SIZES[stem], SIZES[stem])

@@ -1,4 +1,4 @@
-"""The same network on a CUDA card, in half precision, agrees with the CPU."""
+"""A network on a CUDA card agrees with the same on the CPU."""
 
 import copy
 
@@ -10,7 +10,7 @@ from model.network import ARCHITECTURES
 from model.policy import Calibration, Measure
 from server.repository import prepare_card
 from tests.conftest import PREPROCESS
-from tests.model.networks import images, quick_or_slow, tiny
+from tests.model.networks import exact, images, quick_or_slow, rounded, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,8 +18,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
-"""Largest difference allowed in any logit, as a share of the largest."""
+ROUNDING = 3.0
+"""How far a card may be from the exact network, as a multiple of what rounding alone does. That
+differs from network to network: deep ones with random weights amplify it up to a hundredfold. It
+was half to one and a half times as much where the same numbers were rounded at other places."""
+FLOAT32 = 1e-3
+"""As a share; it rounds too finely for what it does to be told from how sums are ordered."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,18 +34,25 @@ def float32_is_not_rounded():
     torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("architecture", quick_or_slow(ARCHITECTURES))
 @torch.inference_mode()
-def test_every_stage_agrees_with_the_cpu(architecture, dtype):
-    reference, x = tiny(architecture), images(32, 4)
-    net = copy.deepcopy(reference).to("cuda", dtype).to(memory_format=torch.channels_last)
+def test_every_stage_agrees_with_the_exact_network(architecture, dtype):
+    x = images(32, 4)
+    expected = exact(architecture)(x.double())
+    alike = rounded(tiny(architecture), dtype)(x.to(dtype).float())
+    net = copy.deepcopy(tiny(architecture)).to("cuda", dtype).to(memory_format=torch.channels_last)
     features = x.to("cuda", dtype).contiguous(memory_format=torch.channels_last)
-    for k, expected in enumerate(reference(x), start=1):
+    for k, (true, off) in enumerate(zip(expected, alike, strict=True), start=1):
         features, logits = net.run_stage(k, features)
         assert logits.dtype == features.dtype == dtype
-        difference = (logits.cpu().float() - expected).abs().max()
-        assert difference <= TOLERANCE[dtype] * expected.abs().max()
+        allowed = FLOAT32 if dtype is torch.float32 else ROUNDING * share_off(off, true)
+        assert share_off(logits.cpu(), true) <= allowed
+
+
+def share_off(logits, expected):
+    """Root mean square of the difference, as a share of what is expected."""
+    return ((logits.double() - expected).norm() / expected.norm()).item()
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from tests.training.synced_run import fresh, step_of
 from tests.training.test_augment import images, strengths
 from tests.training.test_loop import told
 from training import operations as do
+from training import train as training_command
 from training.__main__ import main
 from training.accuracy import evaluate
 from training.augment import augment
@@ -49,6 +50,21 @@ EVERYTHING = [
 CLOSE = 1e-2
 """Largest difference allowed between card and CPU, as a share of the largest value: convolutions
 in fp32 round to TF32 there."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_are_not_tried_out():
+    """cuDNN would try every way of each new shape, which takes longer than all steps of these runs
+    together; tests in processes of their own let it."""
+    settle = training_command._settle
+
+    def settle_for_any(deterministic):
+        settle(deterministic)
+        torch.backends.cudnn.benchmark = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_command, "_settle", settle_for_any)
+        yield
 
 
 @pytest.fixture(scope="module")

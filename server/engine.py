@@ -86,6 +86,20 @@ class Engine:
         for worker in self._workers:
             worker.start()
 
+    def prepare(self, work: Callable[[], object]) -> None:
+        """Have a worker do what belongs to its thread before jobs are sent, and wait for it."""
+        done = threading.Event()
+
+        def do() -> None:
+            try:
+                work()
+            finally:
+                done.set()
+
+        self.call(do)
+        while not done.wait(BEAT_SECONDS) and all(w.is_alive() for w in self._workers):
+            pass  # a worker that ended over it, or before, is found dead by /livez
+
     def stop(self) -> None:
         """End the workers once every job sent so far is settled, and wait for them."""
         self._inbox.put(None)

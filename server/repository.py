@@ -103,6 +103,9 @@ class Served:
 
         self._use_programs(runner, use)
         engine.start()
+        if self.device.type == "cuda":
+            # cuDNN plans every shape anew in each thread: the first request would wait for it.
+            engine.prepare(lambda: runner.warm_up(batch_sizes(max_batch)))
         self._engine = engine
         engine.call(lambda: self._say_ready(costs))  # after the programs handed over before
 

@@ -6,7 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from functools import partial
+from itertools import repeat
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -34,15 +36,14 @@ class Program(Protocol):
         """Run on these inputs; the outputs last until this thread's next call."""
 
 
-@dataclass(slots=True, eq=False)  # frozen, making those of a batch takes as long as a stage
-class Row:
+class Row(NamedTuple):  # which is made in less time than a dataclass
     """One image's features between two stages; only the runner looks inside."""
 
     features: Tensor
     """The whole batch that the row came out of, `[N, C, H, W]`."""
     passed: Tensor
     """What the exit said to the next one, `[N, classes]` for the same batch."""
-    index: int
+    place: int
     lasting: bool = True
     """Whether the batch stays as it is when another is run; `keep` makes a row last."""
 
@@ -94,6 +95,9 @@ class Runner:
         self._staging = card_staging() if device.type == "cuda" else staging
         self._side = bundle.description.preprocess.size
         self._device = device
+        self._plans_anew = device.type == "cuda"
+        """Whether a shape that a thread has not run before makes libraries plan: on a card, tens of
+        milliseconds for each convolution, so that nothing runs eagerly that need not."""
         self._eager: CostTable | None = None
         self._programs: dict[tuple[int, int], tuple[Program, float]] = {}
         self._plans: dict[tuple[int, int], tuple[Program | None, int]] = {}
@@ -117,8 +121,8 @@ class Runner:
             features, said, state = program(self._fill(program.buffers, inputs))
         else:
             features, said, state = self.units[stage - 1](*self._gather(inputs))
-        host = self._to_host(said[:n])
-        rows = [Row(features, state, i, lasting=program is None) for i in range(n)]
+        host = self._to_host(_slice(said, 0, n))
+        rows = _rows_of(features, state, n, lasting=program is None)
         return StageOutput(host[:, 0].tolist(), host[:, 1:], rows)
 
     @torch.inference_mode()
@@ -131,7 +135,7 @@ class Runner:
         if not rows or (rows[0].lasting and len(rows) == len(rows[0].features)):
             return list(rows)
         features, passed = _join(rows)
-        return [Row(features, passed, i) for i in range(len(rows))]
+        return _rows_of(features, passed, len(rows))
 
     def warm_up(
         self, sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
@@ -181,10 +185,10 @@ class Runner:
         return min(self._ways(stage, n), key=lambda way: way[0])
 
     def _ways(self, stage: int, n: int) -> Iterator[tuple[float, Program | None, int]]:
-        yield self._eager.seconds(stage, n) if self._eager else float("inf"), None, n
-        for (k, size), (program, seconds) in self._programs.items():
-            if k == stage and size >= n:
-                yield seconds, program, size
+        fitting = [(s, p, z) for (k, z), (p, s) in self._programs.items() if k == stage and z >= n]
+        if not (self._plans_anew and fitting):
+            yield self._eager.seconds(stage, n) if self._eager else float("inf"), None, n
+        yield from fitting
 
     def _timed(
         self, stage: int, inputs: Sequence[np.ndarray | Row], clock: Callable[[], float]
@@ -202,7 +206,7 @@ class Runner:
         if not rows:
             return [self._pixels(inputs).to(self._device, non_blocking=True)]
         whole = rows[0]
-        together = all(r.features is whole.features and r.index == i for i, r in enumerate(rows))
+        together = all(r.features is whole.features and r.place == i for i, r in enumerate(rows))
         if together and len(rows) == len(whole.features):
             return [whole.features, whole.passed]
         return list(_join(rows))
@@ -214,7 +218,7 @@ class Runner:
 
         What is beyond it stays from an earlier batch: no row's answer depends on another row.
         """
-        fitting = [buffer[: len(inputs)] for buffer in buffers]
+        fitting = [_slice(buffer, 0, len(inputs)) for buffer in buffers]
         rows = _rows(inputs)
         if rows:
             for parts, buffer in zip(_parts(rows), fitting, strict=True):
@@ -234,16 +238,24 @@ class Runner:
         return self._staging.said(said) if self._staging else said.clone().numpy()
 
 
-def _rows(inputs: Sequence[np.ndarray | Row]) -> list[Row]:
+def _rows_of(features: Tensor, passed: Tensor, n: int, lasting: bool = True) -> list[Row]:
+    """The first of a batch, made without a call into Python for each."""
+    fields = zip(repeat(features), repeat(passed), range(n), repeat(lasting), strict=False)
+    return list(map(partial(tuple.__new__, Row), fields))
+
+
+def _rows(inputs: Sequence[np.ndarray | Row]) -> Sequence[Row]:
     """The rows of a batch; none where it is of images.
 
     Raises:
         TypeError: it is of neither alone, and what is missing would be answered by a neighbour.
     """
-    rows = [row for row in inputs if isinstance(row, Row)]
-    if rows and len(rows) < len(inputs):
+    kinds = set(map(type, inputs))
+    if Row not in kinds:
+        return ()
+    if len(kinds) > 1:
         raise TypeError("a batch is of rows alone or of images alone")
-    return rows
+    return cast(Sequence[Row], inputs)
 
 
 def _join(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
@@ -254,15 +266,20 @@ def _join(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 def _parts(rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
     """Slices that `cat` gathers on the device, with no index to be sent there."""
     runs = list(_runs(rows))
-    features = [row.features.narrow(0, row.index, n) for row, n in runs]
-    return features, [row.passed.narrow(0, row.index, n) for row, n in runs]
+    features = [_slice(row.features, row.place, n) for row, n in runs]
+    return features, [_slice(row.passed, row.place, n) for row, n in runs]
+
+
+def _slice(batch: Tensor, start: int, n: int) -> Tensor:
+    """Some rows; a view of all would only take the host's time."""
+    return batch if len(batch) == n else batch.narrow(0, start, n)
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
     """Neighbours of one batch as one: the first of them, and how many there are."""
     first, n = rows[0], 1
     for row in rows[1:]:
-        if row.features is first.features and row.index == first.index + n:
+        if row.features is first.features and row.place == first.place + n:
             n += 1
         else:
             yield first, n

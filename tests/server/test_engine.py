@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -548,6 +549,25 @@ def test_real_workers_call_messages_in_the_order_sent():
         world.engine.call(functools.partial(called.append, number))
     world.engine.stop()
     assert called == list(range(30_000))
+
+
+def test_a_worker_is_prepared_in_its_thread_before_its_jobs():
+    world, names = World(), []
+    world.engine.start()
+    world.engine.prepare(lambda: names.append(threading.current_thread().name))
+    assert names == ["engine-0"]
+    ticket = world.submit(0.9)
+    world.engine.stop()
+    assert answer(ticket).exit == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_cannot_be_prepared_is_found_dead_and_not_waited_for():
+    world = World()
+    world.engine.start()
+    for _ in range(2):
+        world.engine.prepare(lambda: 1 / 0)
+    assert not world.engine.alive
 
 
 @pytest.mark.parametrize("http_seconds", [0.0, 1.0])

@@ -15,6 +15,7 @@ from server.costs import batch_sizes
 from server.fusing import fuse
 from server.graphs import Captured, CudaCapture
 from server.runner import Runner
+from server.units import make_units
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 LARGEST = 4
@@ -227,6 +228,22 @@ def test_a_fused_stage_is_taken_where_it_is_faster(bundle):
     ):
         _, faster, taken = fused_runner(bundle, in_parts)
     assert taken == faster * 2
+
+
+@pytest.mark.parametrize(("device", "eagerly"), [("cpu", True), ("cuda", False)])
+def test_a_card_runs_nothing_eagerly_that_a_graph_can_run(bundle, monkeypatch, device, eagerly):
+    monkeypatch.setattr("server.runner.card_staging", lambda: None)
+    monkeypatch.setattr(
+        "server.runner.make_units", lambda *some: make_units(bundle, CPU, *some[2:])
+    )
+    runner = Runner(bundle, torch.device(device), torch.float32)
+    monkeypatch.setattr(runner, "_device", CPU)
+    runner.warm_up((1, 2, 4))
+    program = object()
+    runner.use_program(1, 4, program, 1e9)
+    assert runner._plan(1, 3) == ((None, 3) if eagerly else (program, 4))
+    assert runner._plan(2, 3) == (None, 3)
+    assert runner._plan(1, 5) == (None, 5)
 
 
 def test_a_failed_capture_ends_a_start_that_requires_it(bundle):

@@ -294,6 +294,7 @@ def _saturating(ready: Ready, n: int) -> dict[str, Pass]:
     if ready.device.type == "cuda":
         pixels = pixels.pin_memory()
     x = preprocess.normalise(pixels.to(ready.device), ready.dtype)
+    stages = [_repeated(ready, k, n) for k in range(1, runner.exits + 1)]
 
     def eager_with_copies() -> None:
         sent = pixels.to(ready.device, non_blocking=True)
@@ -301,6 +302,7 @@ def _saturating(ready: Ready, n: int) -> dict[str, Pass]:
 
     return {
         "full depth": lambda: full_depth(runner, images),
+        "full depth, replays only": lambda: _use([stage() for stage in stages]),
         "with exits": Leaving(runner, images, shares_of(ready.bundle)),
         "eager network": lambda: _use(net(x)),
         "eager network with copies": eager_with_copies,

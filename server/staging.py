@@ -28,6 +28,7 @@ class Staging:
         self._wait = wait
         self._images = torch.empty(0)
         self._said = torch.empty(0)
+        self._places = torch.empty(0)
 
     def images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Images as one batch, which stays until the next one."""
@@ -37,6 +38,14 @@ class Staging:
         whole = self._images[:n]
         # As `np.stack`, which takes twice as long.
         np.concatenate(images, out=whole.numpy().reshape(-1, *shape[1:]))
+        return whole
+
+    def places(self, places: Sequence[int]) -> Tensor:
+        """Which rows of a batch go on, until another batch has been waited for."""
+        if len(self._places) < len(places):
+            self._places = self._lock((len(places),), torch.int64)
+        whole = self._places[: len(places)]
+        whole.numpy()[:] = places
         return whole
 
     def said(self, said: Tensor) -> np.ndarray:

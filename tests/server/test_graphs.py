@@ -15,6 +15,7 @@ from server.costs import batch_sizes
 from server.fusing import fuse
 from server.graphs import Captured, CudaCapture
 from server.runner import Runner
+from server.staging import Staging
 from server.units import make_units
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
@@ -58,7 +59,8 @@ def eager(bundle):
 
 @pytest.fixture(scope="module")
 def captured(bundle):
-    runner = Runner(bundle, CPU, torch.float32)
+    staging = Staging(lambda shape, dtype: torch.empty(shape, dtype=dtype), lambda: None)
+    runner = Runner(bundle, CPU, torch.float32, staging)
     return with_all(runner, capturing(runner, bundle, rerun))
 
 
@@ -138,6 +140,21 @@ def test_rows_last_once_kept_and_only_then(captured):
     assert torch.equal(kept[0].features, features)
     assert not torch.equal(output.rows[0].features, features)
     assert kept[0].features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("few", [0, 8])
+def test_rows_between_others_are_picked_as_they_are(captured, monkeypatch, few):
+    monkeypatch.setattr("server.runner.FEW_SLICES", few)
+    output = captured.run(1, IMAGES[:4])
+    there = [
+        (row.features[row.place].clone(), row.passed[row.place].clone()) for row in output.rows
+    ]
+    kept = captured.keep(output.rows[::3])
+    assert kept[0].features.is_contiguous(memory_format=torch.channels_last)
+    assert len(kept[0].features) == len(kept) == 2
+    for row, (features, passed) in zip(kept, there[::3], strict=True):
+        assert torch.equal(row.features[row.place], features)
+        assert torch.equal(row.passed[row.place], passed)
 
 
 def test_numbers_that_are_none_do_not_spread_from_padding(captured, expected):
@@ -302,13 +319,14 @@ def test_replays_in_any_order_disturb_no_row_that_was_kept(on_card, expected):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, torch says
 def test_a_stage_batch_waits_for_the_card_once(on_card, monkeypatch):
     waits = []
+    monkeypatch.setattr("server.runner.FEW_SLICES", 1)
     synchronise = torch.cuda.Event.synchronize
     monkeypatch.setattr(
         torch.cuda.Event, "synchronize", lambda e: (waits.append(e), synchronise(e))[1]
     )
     torch.cuda.set_sync_debug_mode("error")  # any other way of waiting fails
     try:
-        on_card.keep(on_card.run(1, IMAGES[:3]).rows)
+        on_card.keep(on_card.run(1, IMAGES[:3]).rows[::2])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1

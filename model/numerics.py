@@ -40,3 +40,8 @@ def likely_dtypes(device_type: str) -> tuple[torch.dtype, ...]:
     if device_type == "cuda":
         return (torch.float16,)
     return tuple(dtype for dtype in (torch.float32, torch.bfloat16) if suits_cpu(dtype))
+
+
+def keep_float32_whole() -> None:
+    """Have a card compute float32 as processors do, not rounded to ten bits."""
+    torch.backends.cudnn.allow_tf32 = False

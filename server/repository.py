@@ -8,7 +8,7 @@ import os
 import torch
 
 from model.bundle import Bundle, load_servable
-from model.numerics import name_of
+from model.numerics import keep_float32_whole, name_of
 from model.policy import OperatingPoint, Policy
 from server.capturing import card_capturing
 from server.compiled import openvino
@@ -54,7 +54,7 @@ class Served:
         if on_cpu:
             torch.set_num_threads(settings.threads)
         else:
-            prepare_card()
+            keep_float32_whole()
         self.dtype = choose_dtype(settings.dtype, self.bundle, self.device)
         self.metrics = _metrics(settings, self.bundle, self.device, self.dtype)
         self.decoder = Decoder(
@@ -249,11 +249,6 @@ def device_of(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("DEVICE is cuda, but torch finds no CUDA card")
     return torch.device(asked)
-
-
-def prepare_card() -> None:
-    """Have a card compute float32 as policies are certified in, not rounded to ten bits."""
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def _need_compiler() -> None:

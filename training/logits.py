@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from model.bundle import Bundle
 from model.files import write_atomically
-from model.numerics import carrier
+from model.numerics import carrier, keep_float32_whole
 from model.quantisation import Ranges, quantised_stages
 from training.data import DataError, ImageSet
 
@@ -68,6 +68,14 @@ def cached_logits(
     return logits
 
 
+def serving_device() -> torch.device:
+    """Where a server on this machine would run, computing as there."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    keep_float32_whole()
+    return torch.device("cuda")
+
+
 @torch.inference_mode()
 def compute_logits(
     bundle: Bundle,
@@ -76,7 +84,7 @@ def compute_logits(
     ranges: Ranges | None = None,
 ) -> Tensor:
     """Run every stage on every image. Arguments, result and errors as for `cached_logits`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = serving_device()
     kept = carrier(dtype)
     net = _network(bundle, dtype, ranges).to(device, kept)
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

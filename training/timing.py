@@ -13,6 +13,7 @@ from model.bundle import Bundle
 from model.confidence import judge
 from model.numerics import carrier
 from model.policy import Calibration, Measure
+from training.logits import serving_device
 
 WARM_UP = 5
 REPETITIONS = 40
@@ -27,7 +28,7 @@ def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndar
     The median of repeated eager passes over one batch, each stage with its confidence, as a server
     needs them before it may go on.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = serving_device()
     dtype = carrier(dtype)  # eagerly, int8 is only simulated
     net = copy.deepcopy(bundle.net).to(device, dtype)
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

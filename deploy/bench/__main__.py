@@ -20,9 +20,10 @@ from deploy.loadtest.samples import read_samples
 from model.architectures import ARCHITECTURES
 from model.bundle import Bundle, BundleError, load_servable
 from model.cores import usable_cores
+from model.numerics import keep_float32_whole
 from server.compiled import openvino
 from server.numerics import choose_dtype
-from server.repository import device_of, prepare_card
+from server.repository import device_of
 from server.settings import Settings
 
 HOURLY_RATE = 100
@@ -124,7 +125,7 @@ def _engine(arguments: argparse.Namespace) -> int:
         bundle = _bundle(arguments, Path(scratch))
         device = device_of(arguments.device)
         if device.type == "cuda":
-            prepare_card()
+            keep_float32_whole()
         torch.backends.cudnn.benchmark = arguments.autotune
         dtype = choose_dtype(arguments.dtype, bundle, device)
         largest = max(arguments.batches)

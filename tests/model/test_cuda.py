@@ -7,8 +7,8 @@ import torch
 
 from model.confidence import judge
 from model.network import ARCHITECTURES
+from model.numerics import keep_float32_whole
 from model.policy import Calibration, Measure
-from server.repository import prepare_card
 from tests.conftest import PREPROCESS
 from tests.model.networks import exact, images, quick_or_slow, rounded, tiny
 
@@ -29,7 +29,7 @@ FLOAT32 = 1e-3
 @pytest.fixture(autouse=True, scope="module")
 def float32_is_not_rounded():
     before = torch.backends.cudnn.allow_tf32
-    prepare_card()
+    keep_float32_whole()
     yield
     torch.backends.cudnn.allow_tf32 = before
 

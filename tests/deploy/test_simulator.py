@@ -5,7 +5,6 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.simulator import Arrival, Overhead, simulate
@@ -15,6 +14,7 @@ from server.costs import CostTable
 from server.gate import EACH_TURN
 from server.overload import Level, OverloadController
 from server.scheduler import Scheduler
+from tests.examples import examples
 
 STAGE_SECONDS = 0.001
 RULE = Rule((0.8, 0.0), 1, 2)
@@ -156,8 +156,9 @@ loads = st.lists(
 ).map(lambda load: sorted(load, key=lambda a: a.time))
 
 
-@settings(max_examples=300, deadline=None)
-@given(
+@examples(
+    100,
+    1000,
     load=loads,
     overhead=st.builds(
         Overhead, costs, costs, costs, costs, costs, costs, st.sampled_from([1, 2, math.inf])

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.policy import Reason, Rule
@@ -20,6 +19,7 @@ from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
 from server.runner import Row, StageOutput
 from server.scheduler import QUIET_SECONDS, Scheduler
+from tests.examples import examples
 
 STAGES = 3
 RULE = Rule((0.8, 0.8, 0.0), 1, STAGES)
@@ -417,8 +417,7 @@ def test_no_audit_runs_once_draining_began():
     assert [stage for stage, _, _ in world.runner.ran] == [1]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 0.03), st.booleans()), max_size=20))
+@examples(20, 200, events=st.lists(st.tuples(st.floats(0, 0.03), st.booleans()), max_size=20))
 def test_audits_keep_their_distance_from_live_jobs_and_delay_none(events):
     world = World(audit_rate=1.0)
     live = -math.inf
@@ -472,8 +471,13 @@ def fails(times):
     return lambda images: next(left, None) is not None
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(EVENTS, max_size=30), st.sampled_from([0.0, 1.0]), st.integers(1, 3))
+@examples(
+    100,
+    1000,
+    events=st.lists(EVENTS, max_size=30),
+    audit_rate=st.sampled_from([0.0, 1.0]),
+    workers=st.integers(1, 3),
+)
 def test_no_job_is_lost_or_answered_twice(events, audit_rate, workers):
     world, tickets, cancelled = World(audit_rate, workers), [], set()
     for event in events:

@@ -4,15 +4,21 @@ import contextlib
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from deploy.simulator import Arrival, simulate
 from model.policy import Reason, Rule
 from server.costs import CostTable
 from server.overload import Level, OverloadController
 from server.scheduler import QUIET_SECONDS, Job, JobState, Refused, Scheduler, TooLate
+from tests.examples import examples
 
 STAGES = 4
 RULE = Rule((0.8, 0.8, 0.8, 0.0), 1, STAGES)
@@ -79,11 +85,12 @@ def test_a_job_that_cannot_be_in_time_is_refused_with_the_time_to_drain():
     assert refused.value.retry_after_seconds >= 80 / 8 * 3e-3
 
 
-@given(
+@examples(
+    100,
+    300,
     waiting=st.lists(st.sampled_from([0.01, 0.02, 0.03, math.inf]), max_size=60),
     deadlines=st.lists(st.floats(0.001, 0.05), min_size=2, max_size=2),
 )
-@settings(max_examples=300, deadline=None)
 def test_what_would_be_refused_is_refused_if_it_is_brought(waiting, deadlines):
     scheduler = make_scheduler()
     for deadline in waiting:
@@ -263,8 +270,7 @@ loads = st.lists(
 ).map(lambda load: sorted(load, key=lambda a: a.time))
 
 
-@settings(max_examples=1000, deadline=None)
-@given(load=loads, max_batch=st.sampled_from([1, 3, 8]))
+@examples(200, 1000, load=loads, max_batch=st.sampled_from([1, 3, 8]))
 def test_every_job_is_settled_exactly_once_and_none_is_late(load, max_batch):
     outcomes = simulate(make_scheduler(max_batch=max_batch), load, RULE)
     assert sorted(id(o.arrival) for o in outcomes) == sorted(id(a) for a in load)
@@ -396,5 +402,6 @@ class AnyHistory(RuleBasedStateMachine):
         assert set(self.live) == set(self.settled), "a job was lost"
 
 
-TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_no_history_loses_a_job(count):
+    run_state_machine_as_test(AnyHistory, settings=settings(max_examples=count, deadline=None))

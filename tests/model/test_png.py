@@ -113,7 +113,7 @@ class Counted(bytes):
     "data",
     [
         assemble(raw(600, 500), 600, 500),
-        assemble(b"\x00" * 300_000, cut=1),
+        assemble(b"", before=[chunk(b"IDAT", b"\x00") * 300_000]),
         assemble(zlib.compress(bytes(9)) + bytes(500_000), 1, 1),
     ],
     ids=["large", "of many chunks", "of too many bytes"],

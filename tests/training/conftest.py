@@ -51,28 +51,32 @@ def tiny_recipe(**changes):
     return Recipe(**{**small, **changes})
 
 
+def tiny_work(folder, images=None, net=None, forward=None, **options):
+    """A fresh run with its work; recipe fields as keywords."""
+    given = ("teacher", "after_step", "origin", "record", "steps_at_once", "save_seconds")
+    others = {k: options.pop(k) for k in given if k in options}
+    recipe = tiny_recipe(**options)
+    run = start(net or tiny_net(recipe.seed), recipe, CPU.device)
+    folder.mkdir(exist_ok=True)
+    work = Work(
+        recipe=recipe,
+        training=images or image_set(),
+        validation=image_set(24),
+        preprocess=PREPROCESS,
+        folder=folder,
+        processes=CPU,
+        forward=forward or run.student,
+        **{"origin": {}, "save_seconds": 0.0, **others},
+    )
+    return run, work
+
+
 @pytest.fixture
 def make_work(tmp_path):
-    """Makes a fresh run with its work; recipe fields as keywords."""
+    """Makes a fresh run with its work, in a folder of the test's."""
 
-    def make(folder=None, images=None, net=None, forward=None, **options):
-        given = ("teacher", "after_step", "origin", "record", "steps_at_once", "save_seconds")
-        others = {k: options.pop(k) for k in given if k in options}
-        recipe = tiny_recipe(**options)
-        run = start(net or tiny_net(recipe.seed), recipe, CPU.device)
-        folder = folder or tmp_path / "run"
-        folder.mkdir(exist_ok=True)
-        work = Work(
-            recipe=recipe,
-            training=images or image_set(),
-            validation=image_set(24),
-            preprocess=PREPROCESS,
-            folder=folder,
-            processes=CPU,
-            forward=forward or run.student,
-            **{"origin": {}, "save_seconds": 0.0, **others},
-        )
-        return run, work
+    def make(folder=None, *arguments, **options):
+        return tiny_work(folder or tmp_path / "run", *arguments, **options)
 
     return make
 

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 
 import pytest
 import torch
 
-from tests.training.conftest import PREPROCESS, image_set, tiny_net
+from tests.training.conftest import PREPROCESS, image_set, tiny_net, tiny_work
 from training.checkpoint import CHECKPOINT, resume
 from training.interrupt import Interrupted
 from training.log import LOG, read_log
@@ -34,6 +35,7 @@ EVERYTHING = {
 }
 ON_A_CARD = {"steps_at_once": 2, "record": lambda work: work}
 """As on a card, but that replaying is running again."""
+ORIGIN = {"files": "a"}
 SILENT = {"seconds", "images_per_second"}
 """What a log says about the clock."""
 
@@ -66,6 +68,26 @@ class Spy:
 
 def stop_at(step):
     return lambda done: signal.raise_signal(signal.SIGINT) if done == step else None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The checkpoint of a run that ended."""
+    run, work = tiny_work(tmp_path_factory.mktemp("finished"), origin=ORIGIN)
+    fit(run, work)
+    return work.folder / CHECKPOINT
+
+
+@pytest.fixture
+def after_another(finished, make_work):
+    """Makes a fresh run where another ended; recipe fields as keywords."""
+
+    def make(origin=ORIGIN, **options):
+        run, work = make_work(origin=origin, **options)
+        shutil.copy(finished, work.folder / CHECKPOINT)
+        return run, work
+
+    return make
 
 
 def test_a_run_repeats_itself_bit_for_bit(make_work, tmp_path):
@@ -170,16 +192,14 @@ def test_a_finished_run_resumes_to_what_it_was(make_work):
     assert same(weights(run), weights(again))
 
 
-def test_a_checkpoint_belongs_to_its_recipe(make_work):
-    fit(*make_work(origin={"files": "a"}))
-    other, work = make_work(learning_rate=0.2, origin={"files": "a"})
+def test_a_checkpoint_belongs_to_its_recipe(after_another):
+    other, work = after_another(learning_rate=0.2)
     with pytest.raises(TrainingError, match=r"learning_rate 0\.1 and not 0\.2"):
         resume(other, work.recipe, work.origin, work.folder)
 
 
-def test_a_checkpoint_belongs_to_its_data(make_work):
-    fit(*make_work(origin={"files": "a"}))
-    other, work = make_work(origin={"files": "b"})
+def test_a_checkpoint_belongs_to_its_data(after_another):
+    other, work = after_another(origin={"files": "b"})
     with pytest.raises(TrainingError, match="files 'a' and not 'b'"):
         resume(other, work.recipe, work.origin, work.folder)
 
@@ -218,9 +238,8 @@ def test_a_broken_checkpoint_is_said(make_work, content):
     [{"recipe": [1]}, {"origin": None}, {"epoch": "a"}, {"history": 3}, {"step": 0.5}, None],
     ids=str,
 )
-def test_a_checkpoint_of_something_else_is_said(make_work, change):
-    fit(*make_work())
-    run, work = make_work()
+def test_a_checkpoint_of_something_else_is_said(after_another, change):
+    run, work = after_another()
     file = work.folder / CHECKPOINT
     state = torch.load(file, weights_only=True)
     torch.save([1, 2] if change is None else {**state, **change}, file)
@@ -236,9 +255,8 @@ def test_a_checkpoint_of_another_program_is_said(make_work):
 
 
 @pytest.mark.parametrize("part", ["net", "adapters", "optimizer"])
-def test_a_damaged_checkpoint_is_said(make_work, part):
-    fit(*make_work())
-    run, work = make_work()
+def test_a_damaged_checkpoint_is_said(after_another, part):
+    run, work = after_another()
     file = work.folder / CHECKPOINT
     state = torch.load(file, weights_only=True)
     state[part].popitem()
@@ -260,9 +278,8 @@ def test_a_resumed_epoch_took_the_time_of_both_its_parts(make_work):
     assert resumed.history[0]["images_per_second"] > 16 / 60 and resumed.history[1]["seconds"] < 60
 
 
-def test_a_crash_while_saving_leaves_the_old_checkpoint(make_work, monkeypatch):
-    run, work = make_work()
-    fit(run, work)
+def test_a_crash_while_saving_leaves_the_old_checkpoint(after_another, monkeypatch):
+    run, work = after_another()
     before = (work.folder / CHECKPOINT).read_bytes()
 
     def half(state, file):
@@ -270,9 +287,8 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(make_work, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", half)
-    again, work = make_work()
     with pytest.raises(OSError, match="no space"):
-        fit(again, work)
+        fit(run, work)
     assert (work.folder / CHECKPOINT).read_bytes() == before
 
 

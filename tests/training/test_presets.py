@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from model.bundle import load_bundle
@@ -34,6 +35,18 @@ from training.shapes import build_net
 
 MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
 TINY = ["--architecture", "resnet10", "--width", "8", "--size", "16", "--batch-size", "16"]
+
+
+@pytest.fixture
+def drawn():
+    """For a test of what is drawn, which takes longer than a tiny network's training."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Elsewhere curves are left out of their picture."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("training.curves.training_curves", lambda runs: Figure())
 
 
 def parse(words):
@@ -166,7 +179,7 @@ def test_every_ablation_trains(folder, tmp_path):
     assert main(["report", *runs, "--out", str(tmp_path / "report")]) == 0
 
 
-def test_the_report_shows_runs_side_by_side(folder, tmp_path, capsys):
+def test_the_report_shows_runs_side_by_side(drawn, folder, tmp_path, capsys):
     for name, words in {"whole": ["--feature-weight", 0.1], "alone": ["--method", "plain"]}.items():
         out = tmp_path / name
         assert train("--data", folder, "--out", out, *TINY, "--epochs", 1, *words) == 0
@@ -337,6 +350,7 @@ def test_a_run_goes_on_from_the_whole_of_a_bundle(folder, tmp_path):
         torch.testing.assert_close(second.get_parameter(name), weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_classes_are_weighed_where_that_is_asked_for(folder, tmp_path):
     for file in list((folder / "train/dark").iterdir())[:8]:
         file.unlink()
@@ -398,7 +412,7 @@ def test_a_class_called_train_is_trained_calibrated_tested(tmp_path):
     assert listing_to_test(data, known).files == parts.test.files
 
 
-@pytest.mark.parametrize("storage", ["memory", "disk"])
+@pytest.mark.parametrize("storage", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_every_unreadable_file_is_told_once(folder, tmp_path, capsys, storage):
     parts = find_parts(folder)
     spoiled = [parts.training.files[0], parts.held_out.files[0], parts.test.files[0]]

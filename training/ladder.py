@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import numpy as np
 
@@ -106,6 +107,7 @@ def _rejects(method: Method, delta: float, losses: int, gains: int, n: int, boun
             return risk.binomial_p_value(losses, n, bound) <= delta
 
 
+@lru_cache(maxsize=256)
 def images_needed(method: Method, delta: float, bound: float) -> int:
     """The fewest test images that certify `bound` for a policy that never loses one."""
     if method is Method.EXPECTATION:

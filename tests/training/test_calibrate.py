@@ -31,6 +31,7 @@ from training.outcomes import outcomes_of
 from training.reliability import calibration_error, exit_errors
 from training.resample import _shows_more
 from training.risk import paired_p_value
+from training.search import PRICES
 from training.seen import TRAINED, digests_of, save_digests
 from training.timing import stage_seconds
 
@@ -51,8 +52,9 @@ def bundle(trained, tmp_path):
 
 
 @pytest.fixture
-def command(bundle, images, capsys):
-    """Runs `calibrate` on the bundle; its exit status and what it said."""
+def command(bundle, images, capsys, monkeypatch):
+    """Runs `calibrate` on the bundle, with a coarse search; its exit status and what it said."""
+    monkeypatch.setattr("training.search.PRICES", PRICES[::6])
 
     def run(*options, data=images, command="calibrate"):
         status = main([command, str(bundle), "--data", str(data), *map(str, options)])

@@ -226,6 +226,7 @@ def prometheus(serve, cifar, eager_path, tmp_path_factory):
         yield one
 
 
+@pytest.mark.slow
 def test_every_panel_has_data(prometheus):
     missing = {q.id: concrete(q.values[0]) for q in QUERIES}
 
@@ -237,6 +238,7 @@ def test_every_panel_has_data(prometheus):
     wait_until(all_seen)
 
 
+@pytest.mark.slow
 def test_every_rule_is_loaded_and_evaluates(prometheus):
     groups = prometheus.get("rules")["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
@@ -252,6 +254,7 @@ def all_healthy(prometheus):
     return all(rule["health"] == "ok" for group in groups for rule in group["rules"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("alert", "job"),
     [
@@ -270,6 +273,7 @@ def test_a_faulty_server_fires_its_alert_and_the_good_one_does_not(prometheus, a
         assert (alert, "offramp") not in prometheus.firing()
 
 
+@pytest.mark.slow
 def test_a_firing_alert_links_to_its_runbook(prometheus):
     wait_until(lambda: prometheus.firing())
     for alert in prometheus.get("alerts")["alerts"]:

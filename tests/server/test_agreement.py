@@ -37,12 +37,19 @@ def offline(bundle, images, dtype):
     return list(zip(*said, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answers_agree_with_the_offline_evaluation_exit_by_exit(cifar, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "every"),
+    [
+        ("float32", 5),
+        pytest.param("float32", 1, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_answers_agree_with_the_offline_evaluation_exit_by_exit(cifar, dtype, every):
     if not suits_cpu(DTYPES[dtype]):
         pytest.skip(f"this processor has no {dtype}")
     bundle = load_bundle(DEFAULT)
-    images = [data for _, data in cifar]
+    images = [data for _, data in cifar[::every]]
     losses = [BOUNDS[i % len(BOUNDS)] for i in range(len(images))]
     rules = [bundle.policy.rule(bundle.policy.point_for(loss)) for loss in losses]
     expected = offline(bundle, images, DTYPES[dtype])

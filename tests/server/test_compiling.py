@@ -165,6 +165,7 @@ def test_the_command_without_a_compiler_is_one_sentence_and_status_2(no_compiler
     assert capsys.readouterr().err.startswith("error: OpenVINO cannot be imported")
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_one_warning(bundle, units, tmp_path, caplog):
     chosen = Settings(bundle=tmp_path / "gone", cache_dir=tmp_path, max_batch=1)
     compiling = Compiling(chosen, bundle, units, torch.float32)
@@ -251,7 +252,9 @@ class FakeProgram:
         return self.unit(*tensors)
 
 
-@pytest.mark.parametrize("swap_after", range(7))
+@pytest.mark.parametrize(
+    "swap_after", [pytest.param(n, marks=[] if n in (0, 3) else pytest.mark.slow) for n in range(7)]
+)
 def test_no_answer_is_lost_or_changed_when_programs_come_between_two_batches(bundle, swap_after):
     images = list(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8))
     never, swapping = Swapping(bundle), Swapping(bundle)
@@ -275,7 +278,7 @@ class Asking(threading.Thread):
         self.enough = threading.Event()
 
     def run(self):
-        while not self.enough.wait(0.05):  # the compiler needs the cores too
+        while not self.enough.wait(0.1):  # the compiler needs the cores too
             response = self.server.post(self.image, explain="true", max_accuracy_loss=0.0)
             self.answers.append((response.status_code, response.json()))
 
@@ -362,7 +365,7 @@ def test_a_signal_is_heard_after_another_thread_frees_a_unit(compiled):
     assert heard == [signal.SIGUSR1]
 
 
-@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+@pytest.mark.parametrize("damage", ["cut", pytest.param("overwritten", marks=pytest.mark.slow)])
 def test_a_damaged_program_is_compiled_anew(compiled, bundle, bundle_path, units, caplog, damage):
     cache, _ = compiled
     (file,) = cache.rglob("stage4-batch1.bin")

@@ -105,7 +105,11 @@ def test_a_process_serves_until_its_notice_is_over_and_a_drain_answers_what_was_
 
 
 @pytest.mark.parametrize(
-    ("end", "number"), [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], ids=["one", "group"]
+    ("end", "number"),
+    [
+        pytest.param(os.kill, signal.SIGTERM, id="one", marks=pytest.mark.slow),
+        pytest.param(os.killpg, signal.SIGINT, id="group"),
+    ],
 )
 def test_a_drain_while_required_programs_are_compiled_is_quiet(bundle_path, tmp_path, end, number):
     flags = ("--port", "0", "--log-format", "json", "--max-batch", "64")

@@ -56,8 +56,15 @@ def certify(path, bound, method):
     return lambda images: Certifier(images, DELTA, method).certified(tally(images, path), bound)
 
 
-@pytest.mark.parametrize("bound", [0.01, 0.03])
-@pytest.mark.parametrize("method", [Method.PAIRED, Method.BINOMIAL, Method.HOEFFDING_BENTKUS])
+@pytest.mark.parametrize("bound", [0.01, pytest.param(0.03, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method.PAIRED,
+        pytest.param(Method.BINOMIAL, marks=pytest.mark.slow),
+        pytest.param(Method.HOEFFDING_BENTKUS, marks=pytest.mark.slow),
+    ],
+)
 def test_certified_points_break_their_bound_at_most_delta_of_the_time(
     population, path, bound, method
 ):

@@ -31,7 +31,7 @@ def spent_and_lost(outcomes, path, costs=COSTS):
 
 
 @pytest.mark.parametrize("exits", [2, 3, 4])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_no_image_leaves_later_further_down_a_path(seed, exits):
     outcomes = judged(100, seed, exits=exits)
     path = fill(nested_path(outcomes, COSTS[-exits:]), outcomes.confidence)
@@ -57,7 +57,9 @@ def brute_force(outcomes, costs, price):
     return min(values[everyone, outcomes.taken(v) - 1].mean() for v in vectors)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=pytest.mark.slow if n > 1 else []) for n in range(5)]
+)
 def test_the_search_comes_within_three_percent_of_brute_force(seed):
     outcomes, costs = judged(16, seed, exits=4), COSTS
     path = nested_path(outcomes, costs)
@@ -82,7 +84,7 @@ def test_filling_a_path_keeps_its_steps_and_makes_them_small(outcomes, path):
     assert abs(filled_gap) < abs(gap)
 
 
-@pytest.mark.parametrize("exits", [2, 3, 4])
+@pytest.mark.parametrize("exits", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4])
 def test_a_filled_path_lets_few_images_leave_early_before_it_lets_more(exits):
     outcomes = judged(1500, exits=exits)
     path = fill(nested_path(outcomes, COSTS[-exits:]), outcomes.confidence)

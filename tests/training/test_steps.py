@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.architectures import ARCHITECTURES
 from model.network import build
+from tests.model.networks import quick_or_slow
 from tests.training.conftest import CPU, tiny_net, tiny_recipe
 from training.losses import total
 from training.objective import objective
@@ -29,7 +29,7 @@ def two_steps(net, distill_from="next"):
     return terms
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", quick_or_slow(ARCHITECTURES))
 def test_every_architecture_takes_two_steps_with_every_term(name):
     torch.manual_seed(0)
     terms = two_steps(build(name, 3, width=16 if name.endswith("lite") else 8))
@@ -48,7 +48,10 @@ def test_a_network_too_narrow_for_the_processor_is_refused():
     [{"exits": "blocks"}, {"head": "compact"}, {"attention": False}, {"keep": [2, 4]}],
     ids=str,
 )
-@pytest.mark.parametrize("distill_from", ["deepest", "next", "ensemble"])
+@pytest.mark.parametrize(
+    "distill_from",
+    ["next", *(pytest.param(n, marks=pytest.mark.slow) for n in ("deepest", "ensemble"))],
+)
 def test_every_shape_takes_two_steps_from_every_teacher(arguments, distill_from):
     torch.manual_seed(0)
     net = build("resnet50", 3, width=8, **arguments)
@@ -62,6 +65,8 @@ def test_every_shape_takes_two_steps_from_every_teacher(arguments, distill_from)
     "options", [{}, {"equilibrium": True, "adapt": True, "next_deeper": True}], ids=["plain", "all"]
 )
 def test_a_compiled_student_is_one_graph_that_outlasts_validation(options):
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds to import
+
     torch._dynamo.reset()
     student, counter = Student(tiny_net(), **options), CompileCounterWithBackend("aot_eager")
     forward = torch.compile(student, backend=counter, fullgraph=True)

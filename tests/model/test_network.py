@@ -136,7 +136,12 @@ def test_weights_of_another_shape_are_refused():
         build_from(tiny("resnet10").state_dict(), "resnet10", CLASSES, width=16)
 
 
-BY_FAMILY = pytest.mark.parametrize("architecture", FAMILIES)
+LATER = ("resnext50-32x4d", "wide-resnet16-4", "pyramidnet101-240", "se-resnet18")
+"""Variants of the residual blocks that the others have; the slow tests try them too."""
+BY_FAMILY = pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=pytest.mark.slow if a in LATER else []) for a in FAMILIES],
+)
 
 
 @BY_FAMILY
@@ -208,7 +213,7 @@ def test_a_backbone_cut_short_loads_the_whole_pretrained_one(architecture):
     assert all(torch.equal(v, state[k]) for k, v in cut.state_dict().items())
 
 
-@pytest.mark.parametrize("size", [17, 40, 75])
+@pytest.mark.parametrize("size", [17, 75, pytest.param(40, marks=pytest.mark.slow)])
 @BY_FAMILY
 @torch.inference_mode()
 def test_images_need_not_be_of_the_size_that_the_stem_is_for(architecture, size):

@@ -8,6 +8,8 @@ from model.fold import fold_stages
 from model.quantisation import observe, quantise, quantised_stages
 from tests.model.networks import FAMILIES, images, tiny
 
+QUICK = ("resnet18-lite", "se-resnet18", "mobilenetv2")
+
 
 class OneConvolution(nn.Module):
     """A stage of two channels in and two out."""
@@ -43,7 +45,10 @@ def test_weights_are_rounded_by_channel_and_activations_by_tensor():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(
+    "architecture",
+    [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in FAMILIES],
+)
 def test_a_network_in_eight_bits_says_nearly_what_it_says_in_full(architecture):
     stages = fold_stages(tiny(architecture))
     x = images(32, 16, seed=1)

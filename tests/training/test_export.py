@@ -32,7 +32,7 @@ def export(bundle_path, out, *options):
     return main(["export", str(bundle_path), "--out", str(out), *map(str, options)])
 
 
-@pytest.mark.parametrize("exit", [1, 2, 4])
+@pytest.mark.parametrize("exit", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_a_cut_bundle_serves_alone_what_that_exit_said(bundle_path, net, tmp_path, exit, capsys):
     assert export(bundle_path, tmp_path / "cut", "--exit", exit) == 0
     small = load_servable(tmp_path / "cut")

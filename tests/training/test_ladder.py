@@ -102,7 +102,9 @@ def at_the_edge(n, bound, gains):
     return Outcomes(np.ones((n, 2)), right.astype(int), right, right.astype(float))
 
 
-@pytest.mark.parametrize("method", [Method.PAIRED, Method.BINOMIAL])
+@pytest.mark.parametrize(
+    "method", [Method.PAIRED, pytest.param(Method.BINOMIAL, marks=pytest.mark.slow)]
+)
 def test_coverage_at_the_edge_is_delta_itself_and_no_more(method):
     """A bound that were off by much would fail here, on either side."""
     bound = 0.02

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Capturing:
         device: the card.
         capture: records a unit's work.
         faster: by stage, what gives the same and may be faster; the eager units do if it does not.
+        clock: tells which is.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Capturing:
         device: torch.device,
         capture: Capture,
         faster: Sequence[Unit] = (),
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._bundle = bundle
         self._units = units
@@ -49,6 +52,7 @@ class Capturing:
         self._device = device
         self._capture = capture
         self._faster = list(faster)
+        self._clock = clock
 
     def use_all(self, max_batch: int, use: Use, required: bool) -> None:
         """Capture every unit for every batch size and hand all over, or none.
@@ -103,7 +107,7 @@ class Capturing:
                 f"stage {k + 1}, captured for batches of {len(inputs[0])}, differs from the eager "
                 f"one by {off:.1e}"
             )
-        return captured, share_of_eager(captured, eager, inputs)
+        return captured, share_of_eager(captured, eager, inputs, self._clock)
 
     def _examples(self, size: int) -> list[tuple[Tensor, ...]]:
         return example_inputs(self._units, self._bundle, size, self._device)

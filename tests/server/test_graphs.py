@@ -210,11 +210,25 @@ def test_a_failed_or_wrong_capture_leaves_every_stage_eager_with_one_warning(
     assert said in warning
 
 
-def fused_runner(bundle, compute):
+class Clock:
+    """Goes a little further each time that it is read, and by a second wherever it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1e-6
+        return self.now
+
+    def tick(self):
+        self.now += 1
+
+
+def fused_runner(bundle, compute, clock=time.perf_counter):
     """Eager units, fused ones that compute so, and which of them were taken."""
     runner, taken = Runner(bundle, CPU, torch.float32), []
     faster = [fuse(unit, compute) for unit in runner.units]
-    capturing = Capturing(bundle, runner.units, torch.float32, CPU, rerun, faster)
+    capturing = Capturing(bundle, runner.units, torch.float32, CPU, rerun, faster, clock)
     capturing.use_all(2, lambda _, __, program, ___: taken.append(program.unit), required=True)
     return runner.units, faster, taken
 
@@ -224,26 +238,31 @@ def in_parts(convolution, x, other):
     return torch.relu(out if other is None else out + other)
 
 
-def wrong(convolution, x, other):
-    return in_parts(convolution, x, other) + 1
+def test_stages_are_captured_as_they_are_where_fusing_fails(bundle):
+    def wrong(convolution, x, other):
+        return in_parts(convolution, x, other) + 1
+
+    units, _, taken = fused_runner(bundle, wrong)
+    assert taken == units * 2
 
 
-def slow(convolution, x, other):
-    time.sleep(0.02)
-    return in_parts(convolution, x, other)
+def test_stages_are_captured_as_they_are_where_fusing_gains_nothing(bundle):
+    clock = Clock()
 
+    def slow(convolution, x, other):
+        clock.tick()
+        return in_parts(convolution, x, other)
 
-@pytest.mark.parametrize("compute", [wrong, slow])
-def test_stages_are_captured_as_they_are_where_fusing_fails_or_gains_nothing(bundle, compute):
-    units, _, taken = fused_runner(bundle, compute)
+    units, _, taken = fused_runner(bundle, slow, clock)
     assert taken == units * 2
 
 
 def test_a_fused_stage_is_taken_where_it_is_faster(bundle):
+    clock = Clock()
     with torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: time.sleep(0.02) if isinstance(module, torch.nn.ReLU) else None
+        lambda module, _: clock.tick() if isinstance(module, torch.nn.ReLU) else None
     ):
-        _, faster, taken = fused_runner(bundle, in_parts)
+        _, faster, taken = fused_runner(bundle, in_parts, clock)
     assert taken == faster * 2
 
 

@@ -65,10 +65,15 @@ class Parameters(BaseModel):
 
 def invalid(errors: Sequence[Any]) -> InvalidParameter:
     """What is said of a request that FastAPI found invalid, from the first of its errors."""
-    where, fault = errors[0]["loc"], errors[0]["msg"]
+    where = errors[0]["loc"]
     if where == ("body",) or errors[0]["type"] == "json_invalid":
         return InvalidParameter("the body must be a JSON object, and Content-Type say so")
-    return InvalidParameter.of(where[1:], fault)
+    return InvalidParameter.of(where[1:], _fault(errors[0]))
+
+
+def _fault(error: Any) -> str:
+    """What is wrong with a parameter, in words that a client knows."""
+    return "there is no such parameter" if error["type"] == "extra_forbidden" else error["msg"]
 
 
 def parameters_from(query: bytes) -> Parameters:
@@ -86,7 +91,7 @@ def _parse(query: bytes) -> Parameters:
         return Parameters.model_validate(named)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise InvalidParameter.of(first["loc"], first["msg"]) from None
+        raise InvalidParameter.of(first["loc"], _fault(first)) from None
 
 
 _remembered = lru_cache(maxsize=1024)(_parse)

@@ -94,6 +94,12 @@ def test_a_bad_parameter_is_named(server, png, name, value):
     assert name in response.json()["error"]
 
 
+def test_a_parameter_that_does_not_exist_is_said_to(server, png):
+    for path in ("/classify", "/classify/batch"):
+        response = server.client.post(f"{path}?treshold=0.5", files={"file": png})
+        assert response.json()["error"] == "treshold: there is no such parameter"
+
+
 def test_exits_that_leave_none_to_answer_are_refused(server, png):
     check_error(server.post(png, min_exit=3, max_exit=2), 422, "invalid_parameter")
 

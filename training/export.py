@@ -68,6 +68,7 @@ def _export(arguments: argparse.Namespace) -> None:
     small = load_bundle(arguments.out)
     sizes = [(b.path / WEIGHTS).stat().st_size for b in (bundle, small)]
     print(comparison(bundle, small.description.exits[-1], arguments.exit, sizes))
+    print(f"wrote {arguments.out}")
 
 
 def cut(bundle: Bundle, exit: int) -> MultiExitNet:

@@ -41,6 +41,7 @@ def test_a_cut_bundle_serves_alone_what_that_exit_said(bundle_path, net, tmp_pat
         assert torch.equal(small.net(images(5))[0], net(images(5))[exit - 1])
     said = capsys.readouterr().out
     assert all(name in said for name in ("weights, MB", "parameters, M", "MACs, M"))
+    assert said.endswith(f"wrote {tmp_path / 'cut'}\n")
 
 
 def test_cutting_drops_the_other_heads_and_the_deeper_stages(bundle_path, tmp_path):

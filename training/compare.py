@@ -30,7 +30,7 @@ def compare_measures(bundle: Bundle, logits: Tensor, class_ids: Tensor, options:
     macs = relative_macs(bundle)
     lines = ["measure       ensemble   full accuracy   mean MACs at a loss of 0.5, 1, 2 points"]
     variants = [(m, e) for m in Measure for e in (False, True)]
-    for measure, ensemble in tqdm(variants, "comparing", leave=False):
+    for measure, ensemble in tqdm(variants, "comparing", leave=False, disable=None):
         variant = replace(options, measure=measure, ensemble=ensemble)
         accuracy, costs = _cross_validate(logits, class_ids, macs, variant)
         shown = "  ".join(f"{c:6.1%}" for c in costs)

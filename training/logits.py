@@ -89,7 +89,9 @@ def compute_logits(
     net = _network(bundle, dtype, ranges).to(device, kept)
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = []
-    for pixels in tqdm(images.pixels.split(BATCH), "running the network", leave=False):
+    for pixels in tqdm(
+        images.pixels.split(BATCH), "running the network", leave=False, disable=None
+    ):
         x = bundle.description.preprocess.normalise(pixels.to(device), kept)
         parts.append(torch.stack(net(x), dim=1).float().cpu())
     logits = torch.cat(parts)

@@ -146,7 +146,9 @@ def resample(
     """
     macs = relative_macs(bundle)
     losses, costs, beyond = [], [], []
-    for seed, (part, rest) in enumerate(tqdm(drawn, "calibrating again", leave=False)):
+    for seed, (part, rest) in enumerate(
+        tqdm(drawn, "calibrating again", leave=False, disable=None)
+    ):
         result = calibrate(bundle, logits[part], class_ids[part], replace(options, seed=seed))
         policy = result.policy
         fresh = outcomes_of(logits[rest], class_ids[rest], policy.calibrations, policy.measure)

@@ -41,7 +41,7 @@ def nested_path(outcomes: Outcomes, costs: np.ndarray) -> list[tuple[float, ...]
     path = [tuple(thresholds.tolist())]
     if outcomes.exits == 1:
         return path
-    for price in tqdm(PRICES, "searching", leave=False):
+    for price in tqdm(PRICES, "searching", leave=False, disable=None):
         values = costs + price * loss
         starts = (thresholds, np.full_like(thresholds, NEVER))
         ends = [_descend(outcomes.confidence, order, values, start) for start in starts]

@@ -35,7 +35,7 @@ def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndar
     size = bundle.description.preprocess.size
     pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
     passes = []
-    for _ in tqdm(range(WARM_UP + REPETITIONS), "timing stages", leave=False):
+    for _ in tqdm(range(WARM_UP + REPETITIONS), "timing stages", leave=False, disable=None):
         x, passed = bundle.description.preprocess.normalise(pixels, dtype), None
         times = []
         for k in range(1, net.exits + 1):

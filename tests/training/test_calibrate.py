@@ -70,6 +70,7 @@ def test_calibrating_makes_a_bundle_servable_and_says_what_it_did(command, bundl
     policy = load_servable(bundle).policy
     assert [p.max_accuracy_loss for p in policy.operating_points] == list(LOSSES)
     assert (policy.calibration_images, policy.delta) == (480, 0.1)
+    assert "it/s" not in said  # bars are for terminals
     assert policy.dtypes == tuple(map(name_of, likely_dtypes("cpu")))
     assert "480 images: thresholds chosen on 120, certified on 360" in said
     assert (

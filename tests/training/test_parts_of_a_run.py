@@ -10,6 +10,7 @@ from torch import nn
 from model.bundle import save_bundle
 from model.network import build
 from tests.training.conftest import CPU, PREPROCESS, image_set, tiny_net, tiny_recipe
+from training import train
 from training.captured import record_cuda
 from training.data import Listing
 from training.distributed import Processes, processes
@@ -195,6 +196,16 @@ def save(path, net, classes=("dark", "light", "middle"), **arguments):
         training={},
     )
     return path
+
+
+def test_only_a_processor_without_bf16_is_said_to_be_slow_in_it(monkeypatch, capsys):
+    def said(precision, device="cpu", has=False):
+        monkeypatch.setattr(train, "suits_cpu", lambda dtype: has)
+        train.warn_of_detour(precision, Processes(torch.device(device)))
+        return capsys.readouterr().err
+
+    assert "--precision fp32 is faster" in said("bf16")
+    assert said("bf16", has=True) == said("fp32") == said("bf16", device="cuda") == ""
 
 
 def test_a_teacher_answers_with_its_deepest_exit(tmp_path):

@@ -107,8 +107,7 @@ PRESETS = {
         Shape(head="paper", attention=False),
     ),
     "best": Preset(
-        "the modern levers that helped others most; what it reaches here is in "
-        "training/RESULTS.md once it has been measured",
+        "the modern levers that helped others most",
         Recipe(
             epochs=200,
             schedule=ONE_CYCLE,

@@ -15,6 +15,9 @@ from training.plots import DPI, PUBLISHED, colours
 
 __all__ = ["DPI", "accuracy_over_cost", "training_curves"]
 
+APART = 20
+"""Times that one kind of loss may exceed another on an axis that begins at zero."""
+
 
 def training_curves(runs: Mapping[str, Sequence[Entry]]) -> Figure:
     """One row for each run: validation accuracy of every exit, then loss terms by kind.
@@ -63,7 +66,11 @@ def _losses(axes: Axes, history: Sequence[Entry]) -> None:
         axes.plot(epochs, values, label=name, **style)
     axes.set(xlabel="epoch", ylabel="loss, weighted")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
+    highest = [max(values, default=0.0) for values in series.values()]
+    if max(highest, default=0.0) > APART * min(highest, default=0.0) > 0:
+        axes.set_yscale("log")  # else the small ones lie on the axis, as labels do beside a teacher
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from training.evaluation import CurvePoint, Report
+from training.evaluation import CurvePoint, PointResult, Report
 
 PUBLISHED = {
     "BoostNet (2023)": [(25, 70.0), (52, 74.2), (74, 75.9), (100, 76.5)],
@@ -20,6 +21,9 @@ PUBLISHED = {
 """CIFAR-100 accuracy in % by mean MACs in millions, as published or reproduced by others."""
 
 DPI = 120
+
+NEAR = 1.1
+"""Two labels abreast meet where the compute of their operating points differs by less than this."""
 
 
 def draw_all(report: Report, published: bool, folder: Path) -> list[str]:
@@ -60,11 +64,7 @@ def accuracy_over_cost(report: Report, published: bool) -> Figure:
         color="tab:blue",
         label="Offramp, operating points (points of accuracy lost at most)",
     )
-    for p in report.operating_points:
-        if p.mean_macs < 1:
-            where = (p.mean_macs * full, 100 * p.accuracy)
-            name = f"≤ {100 * p.max_accuracy_loss:g}"
-            axes.annotate(name, where, (-4, 5), textcoords="offset points", ha="right", fontsize=7)
+    _name_points(axes, [p for p in report.operating_points if p.mean_macs < 1], full)
     static = [(e.macs / 1e6, 100 * e.accuracy) for e in report.exits]
     axes.plot(*zip(*static, strict=True), "s:", color="tab:orange", label="every image at one exit")
     for (name, points), marker in zip(PUBLISHED.items() if published else (), "^v", strict=False):
@@ -85,6 +85,24 @@ def accuracy_over_cost(report: Report, published: bool) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     return figure
+
+
+def _name_points(axes: Axes, points: Sequence[PointResult], full: float) -> None:
+    """Write each bound above the curve; where it would meet the last, higher or below the curve."""
+    cheaper, below = 0.0, False
+    for p in sorted(points, key=lambda p: p.mean_macs):
+        apart = p.mean_macs / cheaper if cheaper else math.inf
+        high = NEAR <= apart < NEAR**1.5 and not below
+        below = apart < NEAR and not below
+        cheaper = p.mean_macs
+        axes.annotate(
+            f"≤ {100 * p.max_accuracy_loss:g}",
+            (p.mean_macs * full, 100 * p.accuracy),
+            (5, -11) if below else (-4, 12 if high else 5),
+            textcoords="offset points",
+            ha="left" if below else "right",
+            fontsize=7,
+        )
 
 
 def _curve(axes: Axes, points: Sequence[CurvePoint], full: float, **style: Any) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -150,6 +152,26 @@ def test_names_with_dollars_are_drawn_as_they_are(report, tmp_path):
     curves.accuracy_over_cost({name: [(1, 50), (2, 60)]}, "tests", False).savefig(
         tmp_path / "cost.png"
     )
+
+
+def test_bounds_of_near_operating_points_can_be_read():
+    report = Report.model_validate_json(Path("model/default/report/report.json").read_text())
+    figure = plots.accuracy_over_cost(report, True)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 7
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+@pytest.mark.parametrize(("teacher", "scale"), [(3.0, "linear"), (100.0, "log")])
+def test_small_losses_are_seen_beside_large_ones(teacher, scale):
+    entry = {
+        "epoch": 1,
+        "validation_accuracy": [0.5],
+        "loss": {"label/1": 1.0, "teacher/1": teacher},
+    }
+    figure = curves.training_curves({"": [entry]})
+    assert figure.axes[1].get_yscale() == scale
 
 
 def test_a_bundle_without_a_policy_is_not_evaluated(tmp_path, capsys):

@@ -52,7 +52,7 @@ class Finished:
     pretrained: str | None = None
 
 
-def write_bundle(done: Finished, path: Path, name: str) -> None:
+def write_bundle(done: Finished, path: Path, name: str, version: str) -> None:
     """Save the weights that the recipe keeps, with their provenance and report."""
     run, kept = done.run, done.run.average
     with kept.applied(run.net) if kept else nullcontext():
@@ -60,7 +60,7 @@ def write_bundle(done: Finished, path: Path, name: str) -> None:
             path,
             run.net,
             name=name,
-            version="1",
+            version=version,
             architecture=done.preset.shape.architecture,
             arguments=done.arguments,
             classes=done.data.training.classes,

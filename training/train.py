@@ -57,7 +57,8 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--preset", choices=sorted(PRESETS), default="fast", help="what to start from"
     )
-    command.add_argument("--name", default="default", help="the bundle's name")
+    command.add_argument("--name", help="the bundle's name (default: that of the folder --out)")
+    command.add_argument("--bundle-version", default="1", help="the bundle's version")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     command.add_argument("--teacher", type=Path, help="a trained bundle that teaches too")
     command.add_argument(
@@ -129,7 +130,8 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
             teacher=arguments.teacher and str(arguments.teacher),
             pretrained=arguments.pretrained and str(arguments.pretrained),
         )
-        write_bundle(done, arguments.out / BUNDLE, arguments.name)
+        name = arguments.name or arguments.out.resolve().name
+        write_bundle(done, arguments.out / BUNDLE, name, arguments.bundle_version)
         print(f"wrote {arguments.out / BUNDLE}")
 
 

@@ -390,6 +390,7 @@ def test_a_single_folder_of_six_images_a_class_becomes_a_bundle(tmp_path, capsys
     assert train("--data", data, "--out", tmp_path / "run", *TINY, *words) == 0
     bundle = load_bundle(tmp_path / "run/bundle")
     facts = bundle.description.training
+    assert (bundle.description.name, bundle.description.version) == ("run", "1")
     assert facts["training_images"] == 15 and "test_accuracy" not in facts
     with pytest.raises(DataError, match="too few images a class for any to be left to test on"):
         listing_to_test(data, seen_by(bundle))
@@ -419,11 +420,13 @@ def test_every_unreadable_file_is_told_once(folder, tmp_path, capsys, storage):
     for file in spoiled:
         file.write_bytes(b"broken")
     words = ["--storage", storage, "--epochs", 1, "--out", tmp_path / "run"]
+    words += ["--name", "mine", "--bundle-version", "7"]
     assert train("--data", folder, *TINY, *words) == 0
     error = capsys.readouterr().err
     assert all(error.count(str(file)) == 1 for file in spoiled)
-    facts = load_bundle(tmp_path / "run/bundle").description.training
-    assert facts["unreadable_files"] == 3
+    described = load_bundle(tmp_path / "run/bundle").description
+    assert described.training["unreadable_files"] == 3
+    assert (described.name, described.version) == ("mine", "7")
 
 
 def test_unreadable_files_are_told_of_a_run_that_was_stopped(folder, tmp_path, capsys, monkeypatch):

@@ -14,6 +14,8 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 
 import numpy as np
 
@@ -87,18 +89,25 @@ class Engine:
             worker.start()
 
     def prepare(self, work: Callable[[], object]) -> None:
-        """Have a worker do what belongs to its thread before jobs are sent, and wait for it."""
-        done = threading.Event()
+        """Have a worker do what belongs to its thread before jobs are sent, and wait for it.
+
+        Raises:
+            Exception: what the work raised, so that a start fails by it and not a worker.
+            RuntimeError: a worker has ended.
+        """
+        done: Future[object] = Future()
 
         def do() -> None:
             try:
-                work()
-            finally:
-                done.set()
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
 
         self.call(do)
-        while not done.wait(BEAT_SECONDS) and all(w.is_alive() for w in self._workers):
-            pass  # a worker that ended over it, or before, is found dead by /livez
+        while not wait_for([done], BEAT_SECONDS).done:
+            if not all(worker.is_alive() for worker in self._workers):
+                raise RuntimeError("a worker ended before it was prepared")
+        done.result()
 
     def stop(self) -> None:
         """End the workers once every job sent so far is settled, and wait for them."""

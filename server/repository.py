@@ -103,7 +103,7 @@ class Served:
 
         self._use_programs(runner, use)
         engine.start()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.draining:
             # cuDNN plans every shape anew in each thread: the first request would wait for it.
             engine.prepare(lambda: runner.warm_up(batch_sizes(max_batch)))
         self._engine = engine

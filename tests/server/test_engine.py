@@ -565,13 +565,22 @@ def test_a_worker_is_prepared_in_its_thread_before_its_jobs():
     assert answer(ticket).exit == 1
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_worker_that_cannot_be_prepared_is_found_dead_and_not_waited_for():
+def test_what_a_worker_cannot_prepare_is_raised_where_it_was_asked_for():
     world = World()
     world.engine.start()
-    for _ in range(2):
+    with pytest.raises(ZeroDivisionError):
         world.engine.prepare(lambda: 1 / 0)
-    assert not world.engine.alive
+    assert world.engine.alive
+    world.engine.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_has_ended_is_not_waited_for():
+    world = World()
+    world.engine.start()
+    world.engine.call(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="ended"):
+        world.engine.prepare(lambda: None)
 
 
 @pytest.mark.parametrize("http_seconds", [0.0, 1.0])

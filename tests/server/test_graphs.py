@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from server.capturing import Capturing, card_capturing
 from server.costs import batch_sizes
+from server.engine import Engine
 from server.fusing import fuse
 from server.graphs import Captured, CudaCapture
+from server.repository import Served
 from server.runner import Runner
+from server.settings import Settings
 from server.staging import Staging
 from server.units import make_units
 
@@ -280,6 +283,22 @@ def test_a_card_runs_nothing_eagerly_that_a_graph_can_run(bundle, monkeypatch, d
     assert runner._plan(1, 3) == ((None, 3) if eagerly else (program, 4))
     assert runner._plan(2, 3) == (None, 3)
     assert runner._plan(1, 5) == (None, 5)
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_start_on_a_card_prepares_its_worker_unless_told_to_end(
+    bundle_path, monkeypatch, draining
+):
+    prepared = []
+    monkeypatch.setattr(
+        "server.repository.Runner", lambda bundle, _, dtype: Runner(bundle, CPU, dtype)
+    )
+    monkeypatch.setattr(Engine, "prepare", lambda engine, work: prepared.append(work()))
+    served = Served(Settings(bundle=bundle_path, device="cpu", compile="off", max_batch=2))
+    served.device, served.draining = CARD, draining
+    served.warm_up()
+    served.close()
+    assert [list(seconds[1]) for seconds in prepared] == ([] if draining else [[1, 2]])
 
 
 def test_a_failed_capture_ends_a_start_that_requires_it(bundle):

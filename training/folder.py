@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from model.cores import usable_cores
 from model.image import ImageError, read_header
 from model.preprocess import Preprocess
-from training.data import MAX_PIXELS, DataError, Images, ImageSet, Listing, load
+from training.data import MAX_PIXELS, DataError, Images, ImageSet, Listing, load, name_digest
 from training.distributed import Processes
 from training.normalisation import normalisation
 from training.parts import find_parts
@@ -109,6 +110,7 @@ def open_folder(
     training = images(parts.training, whole, in_memory)
     validation = images(parts.held_out, cropped, in_memory)
     test = None if parts.test is None else images(parts.test, cropped, memory=False)
+    _check_alike(training, processes)
     _check_classes(training)
     _check_any(validation, "held-out")
     if test is not None:
@@ -154,6 +156,13 @@ def _on_device(images: ImageSet, device: torch.device) -> ImageSet:
         return images
     free, _ = torch.cuda.mem_get_info(device)
     return images.to(device) if fits_in_memory(images.pixels.numel(), free) else images
+
+
+def _check_alike(images: Images, processes: Processes) -> None:
+    """Or processes would take other steps of one run, and in the end wait for each other."""
+    digest = hashlib.sha256(b"".join(map(name_digest, images.files))).hexdigest()
+    if len(processes.gather([digest])) > 1:
+        raise DataError("processes do not all have the same training images to read")
 
 
 def _check_classes(images: Images) -> None:

@@ -238,6 +238,27 @@ def test_images_stream_in_all_processes_where_one_has_no_room(folder):
     assert isinstance(opened.training, Stream) and isinstance(opened.validation, Stream)
 
 
+@pytest.mark.parametrize("storage", [Storage.MEMORY, Storage.DISK])
+def test_processes_that_have_other_images_to_train_on_do_not_begin(folder, storage):
+    class Pair(Processes):
+        """This one beside one that came before."""
+
+        def gather(self, lines):
+            told.extend(lines)
+            return super().gather(told)
+
+    told, pair = [], Pair(torch.device("cpu"))
+    for _ in range(2):
+        open_folder(folder, 16, 1.0, tiny_recipe(), pair, storage)
+    file = find_parts(folder).training.files[0]
+    if storage is Storage.MEMORY:
+        file.write_bytes(b"broken")
+    else:
+        file.unlink()
+    with pytest.raises(DataError, match="the same training images"):
+        open_folder(folder, 16, 1.0, tiny_recipe(), pair, storage)
+
+
 def test_a_class_is_looked_for_among_its_own_files_alone(folder):
     listing = list_folder(folder / "train")
     for file in (folder / "train/light").iterdir():

@@ -8,10 +8,11 @@ import pytest
 from model.bundle import REPORT, load_bundle
 from tests.conftest import ROOT
 from tests.training.bundles import write_noisy_images
-from tests.training.conftest import write_images
+from tests.training.conftest import CPU, write_images
 from training.__main__ import main
 from training.calibrate import calibration_listing
 from training.data import DataError, list_folder
+from training.distributed import Processes
 from training.evaluate import test_listing as listing_to_test
 from training.parts import find_parts
 from training.seen import (
@@ -26,6 +27,7 @@ from training.seen import (
     save_digests,
     save_trained,
     seen_by,
+    shared_digests,
 )
 
 TINY = ["--architecture", "resnet10", "--width", "8", "--size", "16", "--batch-size", "16"]
@@ -164,6 +166,21 @@ def test_training_records_its_images_and_those_that_its_parents_saw(tmp_path, ca
     both = np.union1d(on_first, sorted_digests(find_parts(second).training))
     np.testing.assert_array_equal(load_digests(tmp_path / "b/bundle", TRAINED), both)
     assert "does not say" not in capsys.readouterr().out
+
+
+def test_processes_read_their_shares_of_the_files_alone(single):
+    class Part(Processes):
+        """One of two whose sum is taken below."""
+
+        def sum(self, values):
+            return values
+
+    files = find_parts(single).training.files
+    files[1].unlink()
+    first, second = (shared_digests(files, Part(CPU.device, rank, 2)) for rank in (0, 1))
+    assert not first[1::2].any() and not second[::2].any()
+    assert second[1] == -1
+    assert np.array_equal(first + second, digests_of(files))
 
 
 def test_a_parent_that_says_nothing_is_told(single, tmp_path):

@@ -66,13 +66,14 @@ def contrast(pixels: Tensor, strength: Tensor) -> Tensor:
 
 def sharpness(pixels: Tensor, strength: Tensor) -> Tensor:
     """Scale the distance from the smoothed image by 1 + `strength`; borders stay."""
-    x = pixels.permute(0, 3, 1, 2).float()
+    x = pixels.float()
     # No convolution: a card would round it to TF32, and look for its fastest kernel at every size.
-    inner = x[:, :, 1:-1, 1:-1]
-    sums = F.avg_pool2d(x, 3, stride=1, divisor_override=1) + 4 * inner
+    # No pooling: on a CPU it takes two to five times as long as these sums.
+    rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+    sums = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     smooth = x.clone()
-    smooth[:, :, 1:-1, 1:-1] = (sums / 13 + 0.5).floor()
-    return _blended(pixels, smooth.permute(0, 2, 3, 1), strength)
+    smooth[:, 1:-1, 1:-1] = ((sums + 4 * x[:, 1:-1, 1:-1]) / 13 + 0.5).floor()
+    return _blended(pixels, smooth, strength)
 
 
 def posterize(pixels: Tensor, strength: Tensor) -> Tensor:

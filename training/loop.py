@@ -29,7 +29,7 @@ CHECK_EVERY = 50
 
 
 def fit(run: Run, work: Work) -> Accuracy:
-    """Train to the recipe's last epoch, with a checkpoint and a log entry after each.
+    """Train to the recipe's last epoch, with a log entry after each and a checkpoint if due.
 
     Returns:
         Validation accuracy after the last epoch.

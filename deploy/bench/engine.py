@@ -35,7 +35,7 @@ ROUNDS = 3
 WARM_UP_RUNS = 10
 SIDE = 32
 SHARES = (0.52, 0.23, 0.25, 0.0)
-"""Of the default bundle's images, that leave at each exit where a point may be lost."""
+"""Of images that leave at each exit of the first default bundle, where a point may be lost."""
 GOALS = {"exit 1": "< 0.15", "all exits": "< 0.4", "staged / one graph": "<= 1.08"}
 """For a single image, on an H200."""
 SPEED_UP_GOAL = ">= 3"

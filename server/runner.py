@@ -143,7 +143,7 @@ class Runner:
     def warm_up(
         self, sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
     ) -> Seconds:
-        """Run every stage eagerly at every batch size.
+        """Run every stage at every batch size; eagerly, where no program has come yet.
 
         Returns:
             Median seconds.

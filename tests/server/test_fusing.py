@@ -5,14 +5,14 @@ import operator
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from model.bundle import load_bundle, save_bundle, save_policy
 from model.network import build
-from model.policy import Calibration, Policy
+from model.policy import Calibration, Measure, Policy
 from server.fusing import FusedConvolution, fuse
-from server.units import example_inputs, make_units
+from server.units import Unit, example_inputs, make_units
 from tests.conftest import PREPROCESS, point
 
 CPU = torch.device("cpu")
@@ -91,6 +91,27 @@ def test_a_convolution_that_the_card_cannot_fuse_is_tried_once_and_computed_in_p
         torch.testing.assert_close(fused(pixels)[1], unit(pixels)[1])
     assert sum(c.in_channels == 3 for c in tried) == 1
     assert len(tried) > 6
+
+
+class Wanted(nn.Module):
+    """What comes before a ReLU is wanted as it is too: a convolution's output, or its sum."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.what = what
+
+    def forward(self, x):
+        out = self.convolution(x)
+        summed = out if self.what == "alone" else out + x
+        return out if self.what == "summand" else summed, F.relu(summed).mean((2, 3))
+
+
+@pytest.mark.parametrize("what", ["alone", "sum", "summand"])
+def test_nothing_is_computed_twice_for_being_wanted_before_its_relu_too(what):
+    stage = fx.symbolic_trace(Wanted(what))
+    unit = Unit(stage, Calibration(temperature=1.0), Measure.MARGIN, None, torch.float32)
+    assert calls(fuse(unit, by_parts).stage, FusedConvolution) == 0
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 from tests.training.conftest import PREPROCESS, image_set, tiny_net, tiny_work
 from training.checkpoint import CHECKPOINT, resume
 from training.interrupt import Interrupted
-from training.log import LOG, read_log
+from training.log import LOG, Bar, read_log
 from training.loop import fit, validate
 from training.losses import total
 from training.objective import objective
@@ -293,12 +293,13 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(after_another, monkeypat
 
 
 def test_a_checkpoint_that_was_just_written_is_not_replaced_before_the_end(make_work, monkeypatch):
-    saved = []
+    saved, logged = [], []
     monkeypatch.setattr("training.loop.save_checkpoint", lambda run, *_: saved.append(run.epoch))
     run, work = make_work(epochs=4, save_seconds=1000.0)
+    monkeypatch.setattr(Bar, "epoch", lambda *_: logged.append(len(read_log(work.folder))))
     fit(run, work)
     assert saved == [1, 4]
-    assert len(read_log(work.folder)) == 4
+    assert logged == [1, 2, 3, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_terms(make_work):
@@ -328,15 +329,17 @@ def test_weights_that_the_last_step_broke_are_not_saved(make_work):
     assert saved["epoch"] == 1 and saved["net"]["heads.1.fc.weight"].isfinite().all()
 
 
+@pytest.mark.parametrize("save_seconds", [0.0, 1000.0])
 @pytest.mark.parametrize("name", ["adapters.0.bias", "net.backbone.bn1.running_var"])
-def test_whatever_is_broken_is_not_saved_over_what_was_whole(make_work, name):
+def test_whatever_is_broken_is_not_saved_over_what_was_whole(make_work, name, save_seconds):
     def poison(step):
         if step == 5:
             run.student.state_dict()[name][0] = math.inf
 
-    run, work = make_work(after_step=poison)
+    run, work = make_work(after_step=poison, epochs=3, save_seconds=save_seconds)
     with pytest.raises(TrainingError, match="weights are not finite"):
         fit(run, work)
+    assert run.epoch == 2
     assert torch.load(work.folder / CHECKPOINT, weights_only=True)["epoch"] == 1
 
 

@@ -102,6 +102,7 @@ class Engine:
                 done.set_result(work())
             except Exception as error:
                 done.set_exception(error)
+            self._beat = self._clock()  # it may have taken longer than a beat
 
         self.call(do)
         while not wait_for([done], BEAT_SECONDS).done:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 from model.image import ImageError, decode
 from model.preprocess import Preprocess
+
+T = TypeVar("T")
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 100_000_000
@@ -186,7 +189,7 @@ def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet
     files: list[Path] = []
     unreadable: list[str] = []
     with ThreadPoolExecutor(threads) as pool:
-        results = pool.map(read, listing.files)
+        results = _in_order(pool, read, listing.files, 2 * threads)
         bar = tqdm(results, "reading", len(listing), unit="image", leave=False, disable=None)
         for file, class_id, result in zip(listing.files, listing.class_ids, bar, strict=True):
             if isinstance(result, str):
@@ -204,3 +207,16 @@ def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet
         tuple(files),
         tuple(unreadable),
     )
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Path], T], files: Iterable[Path], ahead: int
+) -> Iterator[T]:
+    """As `pool.map`, but with few results at a time that nobody has taken yet."""
+    waiting: deque[Future[T]] = deque()
+    for file in files:
+        waiting.append(pool.submit(work, file))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

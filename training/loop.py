@@ -71,7 +71,7 @@ def validate(run: Run, work: Work, images: Images) -> Accuracy:
     """Accuracy of the weights that the run would keep now."""
     with run.average.applied(run.net) if run.average else nullcontext():
         work.processes.align(run.net)
-        at_once = work.recipe.batch_size * work.steps_at_once
+        at_once = work.recipe.batch_size * work.steps_at_once // work.recipe.accumulate
         return evaluate(run.net, images, work.preprocess, work.processes, at_once)
 
 

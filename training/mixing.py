@@ -15,7 +15,7 @@ def mix(
     cutmix: float,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Blend or paste images of a batch in pairs (Zhang 2018, Yun 2019).
+    """Blend or paste images that are augmented together in pairs (Zhang 2018, Yun 2019).
 
     Each image draws for itself whether it is blended, pasted into, or left, with its share of the
     result uniform in 0..1, which is both papers' choice on CIFAR.

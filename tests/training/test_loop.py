@@ -350,6 +350,13 @@ def test_no_more_images_are_validated_at_once_than_trained_on(make_work):
     assert spy.seen == [10, 10, 4]
 
 
+def test_no_more_are_validated_at_once_than_a_part_of_a_batch(make_work):
+    run, work = make_work(batch_size=10, accumulate=2)
+    spy = Spy()
+    validate(run, work, spy)
+    assert spy.seen == [5, 5, 5, 5, 4]
+
+
 def test_images_augmented_together_are_validated_together(make_work):
     run, work = make_work(batch_size=10, steps_at_once=2)
     spy = Spy()

@@ -126,6 +126,13 @@ class MultiExitNet(nn.Module):
         """Normalised images `[N, 3, H, W]` to the logits of every exit, shallow to deep."""
         return self.outputs(x).logits
 
+    def deepest(self, x: Tensor) -> Tensor:
+        """Normalised images `[N, 3, H, W]` to the last exit's logits alone, without other heads."""
+        for k in range(1, self.exits + 1):
+            x = self.features(k, x)
+        logits: Tensor = self.head(self.exits)(x)
+        return logits
+
     def outputs(self, x: Tensor) -> Outputs:
         """Like `forward`, with the pooled features that distillation compares."""
         out = Outputs([], [])

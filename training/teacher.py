@@ -31,11 +31,11 @@ class Teacher:
         self.net = net.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.preprocess = preprocess
         self.digest = digest
-        self.forward: Callable[[Tensor], Tensor] = self._deepest
+        self._deepest: Callable[[Tensor], Tensor] = self.net.deepest
 
     def compile(self) -> None:
         """Compile what it runs."""
-        self.forward = torch.compile(self._deepest)
+        self._deepest = torch.compile(self.net.deepest)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -44,14 +44,7 @@ class Teacher:
         size = self.preprocess.size
         if x.shape[-1] != size:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-        return self.forward(x)
-
-    def _deepest(self, x: Tensor) -> Tensor:
-        """Without the heads before it."""
-        for k in range(1, self.net.exits + 1):
-            x = self.net.features(k, x)
-        logits: Tensor = self.net.head(self.net.exits)(x)
-        return logits
+        return self._deepest(x)
 
 
 def load_teacher(path: Path, classes: Sequence[str], device: torch.device) -> Teacher:

@@ -105,7 +105,6 @@ def _memory(arguments: argparse.Namespace) -> int:
 
 
 def _loader(arguments: argparse.Namespace) -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = loader.measure(
         arguments.architecture,
         arguments.width,
@@ -113,7 +112,7 @@ def _loader(arguments: argparse.Namespace) -> int:
         arguments.batch,
         arguments.steps,
         loader.authors_transform(),
-        device,
+        device_of("auto"),
     )
     _write(arguments.json, [row.as_dict() for row in rows])
     print(loader.table(rows))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deploy.bench.whole import Whole
 from model.bundle import Bundle, load_servable, save_bundle, save_policy
-from model.network import MultiExitNet, build
+from model.network import build
 from model.numerics import name_of
 from model.policy import NEVER, Calibration, OperatingPoint, Policy
 from model.preprocess import Preprocess
@@ -118,6 +118,11 @@ class Ready:
         """Random ones on the host, as a decoder gives them."""
         side = self.bundle.description.preprocess.size
         return list(np.random.default_rng(n).integers(0, 256, (n, side, side, 3), np.uint8))
+
+    def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Images as one batch on the host, where a card can fetch them without being waited for."""
+        batch = torch.from_numpy(np.stack(images))
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
 
 def random_bundle(folder: Path, architecture: str, width: int, classes: int) -> Bundle:
@@ -221,9 +226,7 @@ def _passes(ready: Ready, n: int) -> dict[str, Pass]:
     runner, images = ready.runner, ready.images(n)
     stages = [_repeated(ready, k, n) for k in range(1, runner.exits + 1)]
     whole = _whole(ready, n)
-    pixels = torch.from_numpy(np.stack(images))
-    if ready.device.type == "cuda":
-        pixels = pixels.pin_memory()
+    pixels = ready.pixels(images)
 
     def replays() -> None:
         said = [stage()[1] for stage in stages]
@@ -290,9 +293,7 @@ def _saturating(ready: Ready, n: int) -> dict[str, Pass]:
     runner, images = ready.runner, ready.images(n)
     net = plain_network(ready)
     preprocess = ready.bundle.description.preprocess
-    pixels = torch.from_numpy(np.stack(images))
-    if ready.device.type == "cuda":
-        pixels = pixels.pin_memory()
+    pixels = ready.pixels(images)
     x = preprocess.normalise(pixels.to(ready.device), ready.dtype)
     stages = [_repeated(ready, k, n) for k in range(1, runner.exits + 1)]
 
@@ -309,24 +310,10 @@ def _saturating(ready: Ready, n: int) -> dict[str, Pass]:
     }
 
 
-class Plain(nn.Module):
-    """The backbone and its last head alone, as a peer has them."""
-
-    def __init__(self, net: MultiExitNet) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images to logits."""
-        for k in range(1, self.net.exits + 1):
-            x = self.net.features(k, x)
-        return self.net.head(self.net.exits)(x)
-
-
-def plain_network(ready: Ready) -> Plain:
-    """A copy of the bundle's, in the same numerics and channels last."""
-    net = load_servable(ready.bundle.path).net
-    return Plain(net).to(ready.device, ready.dtype).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+def plain_network(ready: Ready) -> Callable[[Tensor], Tensor]:
+    """The backbone and its last head, as a peer has them: in the same numerics, channels last."""
+    net = load_servable(ready.bundle.path).net.to(ready.device, ready.dtype)
+    return net.to(memory_format=torch.channels_last).eval().deepest  # type: ignore[call-overload]
 
 
 def _repeated(ready: Ready, stage: int, n: int) -> Callable[[], Sequence[Tensor]]:

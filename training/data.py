@@ -189,7 +189,7 @@ def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet
     files: list[Path] = []
     unreadable: list[str] = []
     with ThreadPoolExecutor(threads) as pool:
-        results = _in_order(pool, read, listing.files, 2 * threads)
+        results = in_order(pool, read, listing.files, 2 * threads)
         bar = tqdm(results, "reading", len(listing), unit="image", leave=False, disable=None)
         for file, class_id, result in zip(listing.files, listing.class_ids, bar, strict=True):
             if isinstance(result, str):
@@ -209,10 +209,10 @@ def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet
     )
 
 
-def _in_order(
+def in_order(
     pool: ThreadPoolExecutor, work: Callable[[Path], T], files: Iterable[Path], ahead: int
 ) -> Iterator[T]:
-    """As `pool.map`, but with few results at a time that nobody has taken yet."""
+    """As `pool.map`, but with at most `ahead` results that nobody has taken yet."""
     waiting: deque[Future[T]] = deque()
     for file in files:
         waiting.append(pool.submit(work, file))

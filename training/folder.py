@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,10 +13,10 @@ from torch import Tensor
 from model.cores import usable_cores
 from model.image import ImageError, read_header
 from model.preprocess import Preprocess
-from training.data import MAX_PIXELS, DataError, Images, ImageSet, Listing, load, name_digest
+from training.data import MAX_PIXELS, DataError, Images, ImageSet, Listing, load
 from training.distributed import Processes
 from training.normalisation import normalisation
-from training.parts import find_parts
+from training.parts import find_parts, names_digest
 from training.recipe import Recipe
 from training.room import available_memory, check_memory, fits_in_memory, images_bytes
 from training.stream import Stream
@@ -160,8 +159,7 @@ def _on_device(images: ImageSet, device: torch.device) -> ImageSet:
 
 def _check_alike(images: Images, processes: Processes) -> None:
     """Or processes would take other steps of one run, and in the end wait for each other."""
-    digest = hashlib.sha256(b"".join(map(name_digest, images.files))).hexdigest()
-    if len(processes.gather([digest])) > 1:
+    if len(processes.gather([names_digest(images.files)])) > 1:
         raise DataError("processes do not all have the same training images to read")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
             raise DataError(f"{root}/test has other classes than {root}/train")
     if per_class is not None:
         training = fewer(training, per_class)
-    return Parts(training, held_out, test or None, listing_digest(listing))
+    return Parts(training, held_out, test or None, names_digest(listing.files))
 
 
 def fewer(listing: Listing, per_class: int) -> Listing:
@@ -98,7 +99,7 @@ def fewer(listing: Listing, per_class: int) -> Listing:
     return listing.pick(sorted(chosen))
 
 
-def listing_digest(listing: Listing) -> str:
+def names_digest(files: Iterable[Path]) -> str:
     """SHA-256 of all files' `CLASS/FILENAME`."""
-    names = "\n".join(f"{f.parent.name}/{f.name}" for f in listing.files)
+    names = "\n".join(f"{f.parent.name}/{f.name}" for f in files)
     return hashlib.sha256(names.encode()).hexdigest()

@@ -7,7 +7,6 @@ import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -17,15 +16,15 @@ from tqdm import tqdm
 
 from model.bundle import REPORT, Bundle
 from model.files import write_atomically
-from training.data import DataError, Listing
+from training.data import DataError, Listing, in_order
 from training.distributed import Processes
-from training.parts import listing_digest
+from training.parts import names_digest
 
 TRAINED = "training_files.npy"
 CALIBRATED = "calibration_files.npy"
 FITTED = "confidence_files.npy"
 """Within a bundle's report: the sorted digests of files."""
-AT_ONCE = 4096
+AHEAD = 4096
 """Files that wait to be read; a million of them would take gigabytes."""
 KNOWN_SHARE = 0.1
 """Of a folder that was trained on, at least; others may hold a few of the same images by chance."""
@@ -38,7 +37,7 @@ class Seen:
     path: Path
     """The bundle's folder."""
     folder: str | None
-    """`listing_digest` of the folder that it was trained on a part of."""
+    """`names_digest` of the folder that it was trained on a part of."""
     trained: np.ndarray | None
     """Digests of the files that it was trained on."""
     calibrated: np.ndarray | None
@@ -57,7 +56,7 @@ class Seen:
 
     def names(self, listing: Listing) -> bool:
         """Whether these are, by their names, the files that the bundle was trained on a part of."""
-        return listing_digest(listing) == self.folder
+        return names_digest(listing.files) == self.folder
 
     def left_by_training(self, listing: Listing, known: bool) -> Listing:
         """The images of a listing that the bundle was not trained on, saying how many it was.
@@ -134,10 +133,9 @@ def digests_of(files: Sequence[Path], show: bool = True) -> np.ndarray:
     They are enough: beside a million of them, one image in four thousand is left out by chance.
     With `show`, a terminal sees how far it is.
     """
-    parts = (files[i : i + AT_ONCE] for i in range(0, len(files), AT_ONCE))
     hide = None if show else True
     with ThreadPoolExecutor(4) as pool:
-        found = chain.from_iterable(pool.map(_digest, part) for part in parts)
+        found = in_order(pool, _digest, files, AHEAD)
         bar = tqdm(found, "knowing images again", len(files), leave=False, disable=hide)
         return np.fromiter(bar, np.int64, len(files))
 

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         return simulated(said, machine, arguments.kind, rate, length)
 
     enough = arguments.in_time
-    with tqdm(desc="simulations", leave=False) as bar:
+    with tqdm(desc="simulations", leave=False, disable=None) as bar:
         bent = capacity(lambda r: load(r)["in_time_share"] >= enough, bar.update)
         whole = capacity(
             lambda r: (x := load(r))["in_time_share"] - x["degraded_share"] >= enough, bar.update

@@ -24,7 +24,6 @@ from model.numerics import DTYPES, carrier
 from server.compiled import (
     PRECISIONS,
     core,
-    is_features,
     openvino,
     options_for,
     write_compiled,
@@ -32,7 +31,7 @@ from server.compiled import (
 from server.costs import batch_sizes
 from server.programs import Programs
 from server.settings import Settings
-from server.units import Unit, example_inputs, make_units
+from server.units import Unit, example_inputs, is_features, make_units
 
 READY = "ready"
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from model.numerics import carrier
 
@@ -25,13 +24,13 @@ class CompiledUnit:
 
     Features cross its borders channels last and in its own numerics, which is how both torch and
     OpenVINO have them in memory, so that nothing is converted on the way. Inputs and outputs stay
-    where OpenVINO put them: making a tensor known to it anew takes longer than copying an image's
-    features.
+    where OpenVINO put them: making an array known to it anew takes longer than copying an image's
+    features, and copies of its outputs would be made only to be copied again.
 
     Args:
         file: as `write_compiled` wrote it.
         dtype: what it computes in, as it was compiled for.
-        workers: how many threads may call it at the same time without waiting for each other.
+        workers: how many threads may run it at the same time without waiting for each other.
         threads: inside one operation of each.
 
     Raises:
@@ -53,37 +52,33 @@ class CompiledUnit:
         self._own = threading.local()
 
     @property
-    def buffers(self) -> Sequence[Tensor]:
-        """The inputs of the thread that asks, `[N, C, H, W]` where they are features."""
+    def buffers(self) -> Sequence[np.ndarray]:
+        """The inputs of the thread that asks, as `server.host.array_of` has them."""
         if not hasattr(self._own, "request"):
             self._prepare_thread()
-        buffers: list[Tensor] = self._own.buffers
+        buffers: list[np.ndarray] = self._own.buffers
         return buffers
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The unit's outputs, which this thread's next call of the unit overwrites.
-
-        Args:
-            tensors: of the shapes that it was compiled for; its buffers are taken as they are.
+    def run(self) -> Sequence[np.ndarray]:
+        """Run on this thread's buffers; its next run of the unit overwrites the outputs.
 
         Raises:
             RuntimeError: the unit failed.
         """
-        for buffer, tensor in zip(self.buffers, tensors, strict=True):
-            if tensor is not buffer:
-                buffer.copy_(tensor)
-        self._own.request.infer()
-        outputs: list[Tensor] = self._own.outputs
+        self._own.request.infer(share_outputs=True)
+        outputs: list[np.ndarray] = self._own.outputs
         return outputs
 
     def _prepare_thread(self) -> None:
         own, request = self._own, self._network.create_infer_request()
-        own.inputs = [request.get_input_tensor(i) for i in range(len(self._network.inputs))]
-        own.given = [request.get_output_tensor(i) for i in range(len(self._network.outputs))]
-        own.buffers = [_borrow(tensor) for tensor in own.inputs]
-        own.outputs = [_borrow(tensor) for tensor in own.given]
+        own.buffers = [
+            _borrow(request.get_input_tensor(i)) for i in range(len(self._network.inputs))
+        ]
+        own.outputs = [
+            _borrow(request.get_output_tensor(i)) for i in range(len(self._network.outputs))
+        ]
         for buffer in own.buffers:
-            buffer.zero_()  # what a batch leaves free is computed too: no chance numbers
+            buffer.fill(0)  # what a batch leaves free is computed too: no chance numbers
         own.request = request
 
 
@@ -128,11 +123,6 @@ def write_compiled(network: Any, file: Path) -> None:
     file.write_bytes(data + hashlib.sha256(data).digest())
 
 
-def is_features(tensor: Tensor) -> bool:
-    """Whether a unit's input or output is `[N, C, H, W]`, or the same channels last."""
-    return tensor.is_floating_point() and tensor.ndim == 4
-
-
 def _read(file: Path) -> np.ndarray:
     """What `write_compiled` was given; mapped, so that weights are not in memory twice over."""
     if file.stat().st_size <= DIGEST_BYTES:
@@ -144,10 +134,8 @@ def _read(file: Path) -> np.ndarray:
     return data
 
 
-def _borrow(given: Any) -> Tensor:
-    """One of OpenVINO's tensors as torch's, in the same memory; features `[N, C, H, W]`."""
-    if given.element_type == openvino().Type.bf16:
-        tensor = torch.from_numpy(given.data.view(np.uint16)).view(torch.bfloat16)
-    else:
-        tensor = torch.from_numpy(given.data)
-    return tensor.permute(0, 3, 1, 2) if is_features(tensor) else tensor
+def _borrow(tensor: Any) -> np.ndarray:
+    """One of OpenVINO's tensors as an array in the same memory, which lives as long; bfloat16 as
+    uint16."""
+    array: np.ndarray = tensor.data
+    return array.view(np.uint16) if tensor.element_type == openvino().Type.bf16 else array

@@ -17,8 +17,8 @@ from model.bundle import Bundle
 from model.numerics import name_of
 from server.compile import READY, order
 from server.compiled import CompiledUnit, openvino
+from server.memory import Program
 from server.programs import Programs, disagreement, share_of_eager
-from server.runner import Program
 from server.settings import Settings
 from server.units import Unit, example_inputs
 

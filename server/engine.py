@@ -25,7 +25,7 @@ from server.inbox import Inbox
 from server.metrics import EngineMetrics
 from server.overload import OverloadController
 from server.promise import Loop, Promise
-from server.runner import Row, StageOutput, StageRunner
+from server.runner import StageOutput, StageRunner
 from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
 from server.threads import name_thread
 from server.tickets import Answer, Outbox, Seen, Ticket
@@ -285,7 +285,6 @@ class Engine:
         output, began, ended = computed
         tickets: list[Ticket] = [job.payload for job in batch.jobs]
         for i, ticket in enumerate(tickets):
-            ticket.inputs = output.rows[i]
             ticket.probabilities = output.probabilities[i]
             ticket.confidence = output.confidences[i]
             ticket.compute_seconds += ended - began
@@ -293,24 +292,23 @@ class Engine:
             self._settle_audit(batch)
         else:
             self._metrics.ran(batch.stage, len(tickets), ended - began)
-            for job in batch.jobs:
-                self._show(batch.stage, job, ended)
+            class_ids = output.probabilities.argmax(axis=1).tolist()
+            for job, class_id in zip(batch.jobs, class_ids, strict=True):
+                self._show(batch.stage, job, class_id, ended)
             said = output.confidences
             for job, reason in self.scheduler.settle(batch, said, ended - began, ended):
                 self._answer(job, reason)
-        self._let_go(batch)
+        self._let_go(batch, output)
 
-    def _let_go(self, batch: Batch) -> None:
+    def _let_go(self, batch: Batch, output: StageOutput) -> None:
         """Free the features of the jobs that have left; those that go on keep only their own."""
-        staying: list[Ticket] = []
+        staying = [i for i, job in enumerate(batch.jobs) if not job.done]
+        kept = self._runner.keep(output, staying)
+        for place, row in zip(staying, kept, strict=True):
+            batch.jobs[place].payload.inputs = row
         for job in batch.jobs:
             if job.done:
                 job.payload.release()
-            else:
-                staying.append(job.payload)
-        kept = self._runner.keep([t.inputs for t in staying if isinstance(t.inputs, Row)])
-        for ticket, row in zip(staying, kept, strict=True):
-            ticket.inputs = row
 
     def _fail(self, batch: Batch) -> None:
         with self._lock:
@@ -346,11 +344,9 @@ class Engine:
         if ticket.job is not None and self.scheduler.cancel(ticket.job):
             ticket.release()
 
-    def _show(self, exit: int, job: Job, now: float) -> None:
+    def _show(self, exit: int, job: Job, class_id: int, now: float) -> None:
         ticket: Ticket = job.payload
-        assert ticket.probabilities is not None
         self._metrics.saw(exit, ticket.confidence)
-        class_id = int(ticket.probabilities.argmax())
         milliseconds = 1e3 * (now - job.arrived)
         computing = 1e3 * ticket.compute_seconds
         seen = Seen(exit, class_id, ticket.confidence, milliseconds, computing)

@@ -24,7 +24,7 @@ class Captured:
 
     Args:
         unit: takes the buffers.
-        buffers: its inputs, channels last; whoever fills them saves a copy.
+        buffers: its inputs, channels last.
         capture: how its work is recorded.
     """
 
@@ -33,11 +33,8 @@ class Captured:
         self.buffers = tuple(buffers)
         self._replay, self._outputs = capture(lambda: unit(*self.buffers))
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run on these inputs; the outputs last until the next call."""
-        for buffer, tensor in zip(self.buffers, tensors, strict=True):
-            if tensor is not buffer:
-                buffer.copy_(tensor)
+    def run(self) -> Sequence[Tensor]:
+        """Run on what the buffers hold; the outputs last until the next run."""
         self._replay()
         return self._outputs
 

@@ -15,13 +15,16 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import model
 from model.bundle import Bundle
 from model.files import PARTIAL
-from server.runner import WARM_UP_RUNS, Program
+from server.host import array_of, tensor_of
+from server.memory import Program
+from server.runner import WARM_UP_RUNS
 from server.units import Unit
 
 log = logging.getLogger("offramp")
@@ -109,6 +112,16 @@ class Programs:
         return len(safe)
 
 
+def outputs_of(program: Program, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a program gives for a unit's inputs, as the unit would; until this thread's next run."""
+    for buffer, tensor in zip(program.buffers, inputs, strict=True):
+        if isinstance(buffer, Tensor):
+            buffer.copy_(tensor)
+        else:
+            np.copyto(buffer, array_of(tensor))
+    return [x if isinstance(x, Tensor) else tensor_of(x) for x in program.run()]
+
+
 @torch.inference_mode()
 def disagreement(
     program: Program, unit: Unit, inputs: Sequence[Tensor], dtype: torch.dtype
@@ -122,7 +135,7 @@ def disagreement(
         dtype: their numerics, which say how far is too far.
     """
     _, expected, _ = unit(*inputs)
-    _, said, _ = program(inputs)
+    _, said, _ = outputs_of(program, inputs)
     off = float((said - expected).abs().max())
     return None if off <= TOLERANCE[dtype] else off  # NaN is too far
 
@@ -150,7 +163,7 @@ def share_of_eager(
     shares = []
     for _ in range(WARM_UP_RUNS):
         began = clock()
-        program(inputs)[1].cpu()  # a card has finished only then
+        outputs_of(program, inputs)[1].cpu()  # a card has finished only then
         between = clock()
         unit(*inputs)[1].cpu()
         shares.append((between - began) / (clock() - between))

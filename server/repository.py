@@ -17,10 +17,11 @@ from server.costs import CostTable, batch_sizes
 from server.decode import Decoder
 from server.engine import Engine
 from server.errors import Draining, NotReady
+from server.memory import Program
 from server.metrics import EngineMetrics, Metrics
 from server.numerics import choose_dtype
 from server.overload import Level, OverloadController
-from server.runner import Program, Runner
+from server.runner import Runner
 from server.scheduler import Scheduler
 from server.settings import Settings, workers_at_once
 from server.tracing import tracer_from
@@ -149,8 +150,9 @@ class Served:
             return
         full = 1e3 * sum(costs.seconds(k, 1) for k in range(1, costs.stages + 1))
         log.info(
-            "ready: %s on %s in %s, one image takes %.1f ms to the first exit, %.1f to the last",
+            "ready: %s %s on %s in %s, one image takes %.1f ms to the first exit, %.1f to the last",
             self.bundle.description.name,
+            self.bundle.description.version,
             self.device.type,
             name_of(self.dtype),
             1e3 * costs.seconds(1, 1),

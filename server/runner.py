@@ -6,48 +6,23 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
-from typing import NamedTuple, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from model.bundle import Bundle
+from server.card import CardMemory
 from server.costs import CostTable, batch_sizes
-from server.staging import Staging, card_staging
+from server.host import HostMemory
+from server.memory import Memory, Program
+from server.rows import Inputs, Row
 from server.units import make_units
 
 WARM_UP_RUNS = 5
-FEW_SLICES = 8
-"""Up to so many, rows are sooner picked out of a card's batch slice by slice than by place."""
 
 Seconds = dict[int, dict[int, float]]
 """By stage, then by batch size."""
-
-
-class Program(Protocol):
-    """A unit compiled for one batch size."""
-
-    @property
-    def buffers(self) -> Sequence[Tensor]:
-        """Its inputs in the thread that asks; whoever fills them saves a copy."""
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Run on these inputs; the outputs last until this thread's next call."""
-
-
-class Row(NamedTuple):  # which is made in less time than a dataclass
-    """One image's features between two stages; only the runner looks inside."""
-
-    features: Tensor
-    """The whole batch that the row came out of, `[N, C, H, W]`."""
-    passed: Tensor
-    """What the exit said to the next one, `[N, classes]` for the same batch."""
-    place: int
-    lasting: bool = True
-    """Whether the batch stays as it is when another is run; `keep` makes a row last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +32,13 @@ class StageOutput:
     confidences: list[float]
     """Calibrated, 0..1."""
     probabilities: np.ndarray
-    """Calibrated, float32 `[N, classes]`."""
-    rows: list[Row]
-    """What the next stage takes."""
+    """Calibrated, float32 `[n, classes]`."""
+    features: Any = None
+    """For the next stage, as the device's memory has them."""
+    passed: Any = None
+    """What the next exit wants to know."""
+    lasts: bool = True
+    """Whether these two stay as they are when another batch is run."""
 
 
 class StageRunner(Protocol):
@@ -68,9 +47,9 @@ class StageRunner(Protocol):
     @property
     def exits(self) -> int: ...
 
-    def run(self, stage: int, inputs: Sequence[np.ndarray | Row]) -> StageOutput: ...
+    def run(self, stage: int, inputs: Inputs) -> StageOutput: ...
 
-    def keep(self, rows: Sequence[Row]) -> list[Row]: ...
+    def keep(self, output: StageOutput, places: Sequence[int]) -> list[Row]: ...
 
 
 class Runner:
@@ -83,7 +62,7 @@ class Runner:
         bundle: a calibrated bundle.
         device: where it runs.
         dtype: its numerics.
-        staging: what a card's batches pass through, so that one thread runs them at a time.
+        memory: the device's.
     """
 
     def __init__(
@@ -91,15 +70,11 @@ class Runner:
         bundle: Bundle,
         device: torch.device,
         dtype: torch.dtype,
-        staging: Staging | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.units = make_units(bundle, device, dtype)
-        self._staging = card_staging() if device.type == "cuda" else staging
+        self._memory = memory or memory_of(device)
         self._side = bundle.description.preprocess.size
-        self._device = device
-        self._plans_anew = device.type == "cuda"
-        """Whether a shape that a thread has not run before makes libraries plan: on a card, tens of
-        milliseconds for each convolution, so that nothing runs eagerly that need not."""
         self._eager: CostTable | None = None
         self._programs: dict[tuple[int, int], tuple[Program, float]] = {}
         self._plans: dict[tuple[int, int], tuple[Program | None, int]] = {}
@@ -109,36 +84,34 @@ class Runner:
         """How many stages there are."""
         return len(self.units)
 
-    @torch.inference_mode()
-    def run(self, stage: int, inputs: Sequence[np.ndarray | Row]) -> StageOutput:
+    def run(self, stage: int, inputs: Inputs) -> StageOutput:
         """Run one stage on a batch, with a single device synchronisation.
 
         Args:
             stage: 1..exits.
-            inputs: for stage 1 uint8 pixels `[H, W, 3]`, else the rows that the stage before gave.
+            inputs: for stage 1 uint8 pixels `[H, W, 3]`, else rows that were kept of the stage
+                before.
         """
-        n = len(inputs)
-        program, _ = self._plan(stage, n)
+        program, _ = self._plan(stage, len(inputs))
         if program:
-            features, said, state = program(self._fill(program.buffers, inputs))
+            features, said, passed = self._memory.run(program, inputs)
         else:
-            features, said, state = self.units[stage - 1](*self._gather(inputs))
-        host = self._to_host(_slice(said, 0, n))
-        rows = _rows_of(features, state, n, lasting=program is None)
-        return StageOutput(host[:, 0].tolist(), host[:, 1:], rows)
+            features, said, passed = self._memory.run_eagerly(self.units[stage - 1], inputs)
+        return StageOutput(said[:, 0].tolist(), said[:, 1:], features, passed, program is None)
 
-    @torch.inference_mode()
-    def keep(self, rows: Sequence[Row]) -> list[Row]:
-        """The same rows in a batch of their own, so that the one they came from is freed.
+    def keep(self, output: StageOutput, places: Sequence[int]) -> list[Row]:
+        """The rows that go on to the next stage, in a batch of their own.
 
         Args:
-            rows: of one batch, before another is run.
+            output: of the batch that ran last.
+            places: which of its rows, in order.
         """
-        if not rows or (rows[0].lasting and len(rows) == len(rows[0].features)):
-            return list(rows)
-        scattered = self._staging and sum(1 for _ in _runs(rows)) > FEW_SLICES
-        features, passed = self._pick(rows) if scattered else _join(rows)
-        return _rows_of(features, passed, len(rows))
+        if not places:
+            return []
+        features, passed = output.features, output.passed
+        if not output.lasts or len(places) < len(features):
+            features, passed = self._memory.copy(features, passed, places)
+        return [Row(features, passed, place) for place in range(len(places))]
 
     def warm_up(
         self, sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
@@ -150,12 +123,10 @@ class Runner:
         """
         seconds: Seconds = {k: {} for k in range(1, self.exits + 1)}
         for size in sizes:
-            inputs: list[np.ndarray | Row] = [
-                np.zeros((self._side, self._side, 3), np.uint8)
-            ] * size
+            inputs: Inputs = [np.zeros((self._side, self._side, 3), np.uint8)] * size
             for stage in seconds:
                 output, seconds[stage][size] = self._timed(stage, inputs, clock)
-                inputs = list(output.rows)
+                inputs = self.keep(output, range(size))
         self._eager = CostTable(seconds)
         return seconds
 
@@ -189,12 +160,12 @@ class Runner:
 
     def _ways(self, stage: int, n: int) -> Iterator[tuple[float, Program | None, int]]:
         fitting = [(s, p, z) for (k, z), (p, s) in self._programs.items() if k == stage and z >= n]
-        if not (self._plans_anew and fitting):
+        if not (self._memory.plans_anew and fitting):
             yield self._eager.seconds(stage, n) if self._eager else float("inf"), None, n
         yield from fitting
 
     def _timed(
-        self, stage: int, inputs: Sequence[np.ndarray | Row], clock: Callable[[], float]
+        self, stage: int, inputs: Inputs, clock: Callable[[], float]
     ) -> tuple[StageOutput, float]:
         output = self.run(stage, inputs)
         taken = []
@@ -204,96 +175,7 @@ class Runner:
             taken.append(clock() - began)
         return output, statistics.median(taken)
 
-    def _gather(self, inputs: Sequence[np.ndarray | Row]) -> Sequence[Tensor]:
-        rows = _rows(inputs)
-        if not rows:
-            return [self._pixels(inputs).to(self._device, non_blocking=True)]
-        whole = rows[0]
-        together = all(r.features is whole.features and r.place == i for i, r in enumerate(rows))
-        if together and len(rows) == len(whole.features):
-            return [whole.features, whole.passed]
-        return list(_join(rows))
 
-    def _pick(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Those of one batch by their places, which takes a host less time than many slices."""
-        assert self._staging
-        places = self._staging.places([row.place for row in rows])
-        places = places.to(self._device, non_blocking=True)
-        features, passed = rows[0].features, rows[0].passed
-        by_pixel = features.permute(0, 2, 3, 1).index_select(0, places)
-        return by_pixel.permute(0, 3, 1, 2), passed.index_select(0, places)
-
-    def _fill(
-        self, buffers: Sequence[Tensor], inputs: Sequence[np.ndarray | Row]
-    ) -> Sequence[Tensor]:
-        """Put a batch into buffers with room for it.
-
-        What is beyond it stays from an earlier batch: no row's answer depends on another row.
-        """
-        fitting = [_slice(buffer, 0, len(inputs)) for buffer in buffers]
-        rows = _rows(inputs)
-        if rows:
-            for parts, buffer in zip(_parts(rows), fitting, strict=True):
-                torch.cat(parts, out=buffer)
-        else:
-            fitting[0].copy_(self._pixels(inputs), non_blocking=True)
-        return buffers
-
-    def _pixels(self, inputs: Sequence[np.ndarray | Row]) -> Tensor:
-        """Images on the host; where a card fetches them, until it has given an answer."""
-        images = cast(Sequence[np.ndarray], inputs)
-        if self._staging:
-            return self._staging.images(images)
-        return torch.from_numpy(np.stack(images))
-
-    def _to_host(self, said: Tensor) -> np.ndarray:
-        return self._staging.said(said) if self._staging else said.clone().numpy()
-
-
-def _rows_of(features: Tensor, passed: Tensor, n: int, lasting: bool = True) -> list[Row]:
-    """The first of a batch, made without a call into Python for each."""
-    fields = zip(repeat(features), repeat(passed), range(n), repeat(lasting), strict=False)
-    return list(map(partial(tuple.__new__, Row), fields))
-
-
-def _rows(inputs: Sequence[np.ndarray | Row]) -> Sequence[Row]:
-    """The rows of a batch; none where it is of images.
-
-    Raises:
-        TypeError: it is of neither alone, and what is missing would be answered by a neighbour.
-    """
-    kinds = set(map(type, inputs))
-    if Row not in kinds:
-        return ()
-    if len(kinds) > 1:
-        raise TypeError("a batch is of rows alone or of images alone")
-    return cast(Sequence[Row], inputs)
-
-
-def _join(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    features, passed = map(torch.cat, _parts(rows))
-    return features.contiguous(memory_format=torch.channels_last), passed
-
-
-def _parts(rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
-    """Slices that `cat` gathers on the device, with no index to be sent there."""
-    runs = list(_runs(rows))
-    features = [_slice(row.features, row.place, n) for row, n in runs]
-    return features, [_slice(row.passed, row.place, n) for row, n in runs]
-
-
-def _slice(batch: Tensor, start: int, n: int) -> Tensor:
-    """Some rows; a view of all would only take the host's time."""
-    return batch if batch.size(0) == n else batch.narrow(0, start, n)
-
-
-def _runs(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
-    """Neighbours of one batch as one: the first of them, and how many there are."""
-    first, n = rows[0], 1
-    for row in rows[1:]:
-        if row.features is first.features and row.place == first.place + n:
-            n += 1
-        else:
-            yield first, n
-            first, n = row, 1
-    yield first, n
+def memory_of(device: torch.device) -> Memory:
+    """What moves rows on this device."""
+    return CardMemory(device) if device.type == "cuda" else HostMemory()

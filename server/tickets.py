@@ -11,7 +11,7 @@ import numpy as np
 from model.policy import Reason
 from server.errors import OfframpError
 from server.promise import Loop, Promise
-from server.runner import Row
+from server.rows import Row
 from server.scheduler import Job
 
 log = logging.getLogger("offramp.engine")

@@ -100,3 +100,8 @@ def example_inputs(
             features, _, state = unit(*inputs[-1])
             inputs.append((features, state))
     return [tuple(t.clone() for t in row) for row in inputs]
+
+
+def is_features(tensor: Tensor) -> bool:
+    """Whether a unit's input or output is `[N, C, H, W]`, or the same channels last."""
+    return tensor.is_floating_point() and tensor.ndim == 4

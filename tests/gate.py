@@ -26,8 +26,8 @@ class Gate:
         assert self._allowed.acquire(timeout=20)
         return self._runner.run(stage, inputs)
 
-    def keep(self, rows):
-        return self._runner.keep(rows)
+    def keep(self, output, places):
+        return self._runner.keep(output, places)
 
     def let_through(self, batches=1):
         self._allowed.release(batches)

@@ -27,7 +27,9 @@ from model.table import markdown_table
 from server.capturing import card_capturing
 from server.costs import batch_sizes
 from server.graphs import Captured, CudaCapture
-from server.runner import Program, Row, Runner
+from server.memory import Program
+from server.rows import Inputs, Row
+from server.runner import Runner
 from server.units import example_inputs
 
 LATENCY_BATCHES = (1, 8)
@@ -245,10 +247,10 @@ def _passes(ready: Ready, n: int) -> dict[str, Pass]:
 
 def full_depth(runner: Runner, images: Sequence[np.ndarray]) -> None:
     """All stages as the engine runs them, where nobody leaves."""
-    inputs: Sequence[np.ndarray | Row] = images
+    inputs: Inputs = images
     for stage in range(1, runner.exits + 1):
-        rows = runner.run(stage, inputs).rows
-        inputs = runner.keep(rows) if stage < runner.exits else ()
+        output = runner.run(stage, inputs)
+        inputs = runner.keep(output, range(len(images))) if stage < runner.exits else ()
 
 
 class Leaving:
@@ -280,12 +282,13 @@ class Leaving:
                 self._waiting[stage] = waiting[len(self._images) :]
                 self._run(stage, waiting[: len(self._images)])
 
-    def _run(self, stage: int, inputs: Sequence[np.ndarray | Row]) -> None:
-        rows = self._runner.run(stage, inputs).rows
-        self.ran[stage] += len(rows)
+    def _run(self, stage: int, inputs: Inputs) -> None:
+        output = self._runner.run(stage, inputs)
+        self.ran[stage] += len(inputs)
         if stage < self._runner.exits:
-            staying = [r for r in rows if self._chance.random() < self._stays[stage - 1]]
-            self._waiting[stage + 1] += self._runner.keep(staying)
+            stays = self._stays[stage - 1]
+            staying = [i for i in range(len(inputs)) if self._chance.random() < stays]
+            self._waiting[stage + 1] += self._runner.keep(output, staying)
 
 
 def _saturating(ready: Ready, n: int) -> dict[str, Pass]:
@@ -316,11 +319,11 @@ def plain_network(ready: Ready) -> Callable[[Tensor], Tensor]:
     return net.to(memory_format=torch.channels_last).eval().deepest  # type: ignore[call-overload]
 
 
-def _repeated(ready: Ready, stage: int, n: int) -> Callable[[], Sequence[Tensor]]:
+def _repeated(ready: Ready, stage: int, n: int) -> Callable[[], Sequence[Any]]:
     """A stage over inputs that stay where they are."""
     program = ready.programs.get((stage, n))
     if program:
-        return lambda: program(program.buffers)
+        return program.run
     unit = ready.unit(stage, n)
     inputs = example_inputs(ready.runner.units, ready.bundle, n, ready.device)[stage - 1]
     return lambda: unit(*inputs)
@@ -337,7 +340,7 @@ def _whole(ready: Ready, n: int) -> Callable[[Tensor], Sequence[Tensor]]:
 
     def run(pixels: Tensor) -> Sequence[Tensor]:
         buffer.copy_(pixels, non_blocking=True)
-        return captured([buffer])
+        return captured.run()
 
     return run
 

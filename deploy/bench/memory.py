@@ -116,7 +116,7 @@ class Crowd:
         """
         began = time.perf_counter()
         await self._look()
-        with tqdm(total=self._requests, unit=" requests", leave=False) as bar:
+        with tqdm(total=self._requests, unit=" requests", leave=False, disable=None) as bar:
             await asyncio.gather(*(self._client(i, bar) for i in range(clients)))
         await self._look()
         for client in {id(c): c for c in self._clients.values()}.values():

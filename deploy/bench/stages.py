@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from model.numerics import name_of, suits_cpu
 from model.table import markdown_table
 from server.compile import compile_unit, traceable_units
 from server.compiled import CompiledUnit
+from server.host import array_of
 from server.programs import Programs
 from server.units import Unit, example_inputs, make_units
 
@@ -32,8 +34,8 @@ WARM_UP_RUNS = 10
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 Clock = Callable[[], float]
-Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""A unit's inputs to its outputs."""
+Run = Callable[[Sequence[Any]], Sequence[Any]]
+"""A unit's inputs to its outputs: tensors of an eager one, arrays of a compiled one."""
 Pass = Callable[[], None]
 """Takes one batch through all stages, as far as numbers on the host."""
 
@@ -96,8 +98,9 @@ def cases_of(bundle: Bundle, batches: Sequence[int]) -> Iterator[tuple[torch.dty
 def fused_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path) -> Pass:
     """A pass over random images through all stages at once, compiled into `folder`."""
     units = _units(bundle, way, dtype)
-    pixels = example_inputs(units, bundle, batch, torch.device("cpu"))[0]
-    whole = _programs([Whole(units)], [pixels], way, dtype, [folder / f"{dtype}-{batch}.bin"])[0]
+    example = example_inputs(units, bundle, batch, torch.device("cpu"))[0]
+    whole = _programs([Whole(units)], [example], way, dtype, [folder / f"{dtype}-{batch}.bin"])[0]
+    pixels = _given(way, example)
 
     def fused() -> None:
         for said in whole(pixels):
@@ -117,9 +120,10 @@ def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, cache:
     files = [kept.file(stage, batch) for stage in range(1, len(units) + 1)]
     programs = _programs(units, examples, way, dtype, files)
     kept.close()
+    pixels = _given(way, examples[0])
 
     def staged() -> None:
-        inputs: Sequence[Tensor] = examples[0]
+        inputs = pixels
         for program in programs:
             features, said, state = program(inputs)
             said[:, 0].tolist()
@@ -151,7 +155,12 @@ def _programs(
     for module, inputs, file in zip(modules, examples, files, strict=True):
         if not file.exists():
             compile_unit(module, inputs, dtype, file)
-    return [CompiledUnit(file, dtype, threads=torch.get_num_threads()) for file in files]
+    threads = torch.get_num_threads()
+    return [_compiled(CompiledUnit(file, dtype, threads=threads)) for file in files]
+
+
+def _given(way: str, inputs: Sequence[Tensor]) -> Sequence[Any]:
+    return [array_of(tensor) for tensor in inputs] if way == "compiled" else inputs
 
 
 @torch.inference_mode()
@@ -177,6 +186,15 @@ def table(rows: Sequence[Measured]) -> str:
         for r in rows
     ]
     return markdown_table(head, cells)
+
+
+def _compiled(program: CompiledUnit) -> Run:
+    def run(arrays: Sequence[Any]) -> Sequence[Any]:
+        for buffer, array in zip(program.buffers, arrays, strict=True):
+            np.copyto(buffer, array)
+        return program.run()
+
+    return run
 
 
 def _eager(module: nn.Module) -> Run:

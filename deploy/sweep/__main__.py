@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for row in tqdm(said["rows"], "simulations", leave=False):
+    for row in tqdm(said["rows"], "simulations", leave=False, disable=None):
         row["simulated"] = _simulated(said, row)
     print(f"{_costs(said)}\n\n{table(said['rows'])}")
     if arguments.json:
@@ -72,7 +72,7 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
     confidences, right = await record_exits(arguments.url, samples)
     costs = await measure(arguments.url, arguments.admin_token, samples, COSTS_SECONDS)
     rows = []
-    with tqdm(loads, "loads", leave=False) as bar:
+    with tqdm(loads, "loads", leave=False, disable=None) as bar:
         for kind, factor in bar:
             bar.set_description(f"{kind} at {factor:g} of full depth")
             times = KINDS[kind](factor * costs.full_depth_per_second, arguments.seconds)

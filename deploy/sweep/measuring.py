@@ -164,7 +164,7 @@ async def record_exits(
     """How sure every exit is of each image, and whether it is right; None without labels."""
     client = Client(f"{url}/classify?threshold=1&explain=true&{UNHURRIED}")
     recorded, right = [], []
-    for sample in tqdm(samples, "recording confidences", leave=False):
+    for sample in tqdm(samples, "recording confidences", leave=False, disable=None):
         answer = await _asked(client, url, sample)
         recorded.append(tuple(seen["confidence"] for seen in answer["seen"]))
         right.append(tuple(seen["label"] == sample.label for seen in answer["seen"]))

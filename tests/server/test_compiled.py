@@ -20,6 +20,7 @@ from server.programs import Programs
 from server.runner import Runner
 from server.units import make_units
 from tests.conftest import ROOT
+from tests.program import fake_program
 
 CPU = torch.device("cpu")
 
@@ -36,17 +37,6 @@ def in_eight_bits(bundle):
     return replace(bundle, policy=bundle.policy.model_copy(update=changed))
 
 
-class Program:
-    """A unit as if it were compiled for batches of 4 images."""
-
-    def __init__(self, unit):
-        self.unit = unit
-        self.buffers = [torch.zeros(4, 32, 32, 3, dtype=torch.uint8)]
-
-    def __call__(self, tensors):
-        return self.unit(*tensors)
-
-
 @pytest.fixture
 def runner(bundle):
     one = Runner(bundle, CPU, torch.float32)
@@ -55,7 +45,7 @@ def runner(bundle):
 
 
 def test_a_batch_is_padded_only_where_that_is_cheaper(runner):
-    runner.use_program(1, 4, Program(runner.units[0]), 2.5)
+    runner.use_program(1, 4, object(), 2.5)
     assert [runner._plan(1, n)[1] for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 5]
     expected = {1: 1.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 5.0, 6: 6.0, 8: 8.0}
     assert runner.expected(1, 8) == expected
@@ -63,7 +53,7 @@ def test_a_batch_is_padded_only_where_that_is_cheaper(runner):
 
 
 def test_a_program_slower_than_the_eager_stage_is_not_used(runner):
-    runner.use_program(1, 4, Program(runner.units[0]), 9.0)
+    runner.use_program(1, 4, object(), 9.0)
     assert runner._plan(1, 4) == (None, 4)
 
 
@@ -81,29 +71,29 @@ class Interrupted(Runner):
 
 
 def test_a_program_that_comes_while_a_batch_is_planned_is_used_for_the_next(bundle):
-    program = Program(None)
+    program = object()
     runner = Interrupted(bundle, lambda one: one.use_program(1, 4, program, 0.5))
     assert runner._plan(1, 3) == (None, 3)
     assert runner._plan(1, 3) == (program, 4)
 
 
-def test_padding_gives_the_same_answers(runner):
+def test_padding_gives_the_same_answers(bundle, runner):
     pixels = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
     eager = runner.run(1, pixels)
-    runner.use_program(1, 4, Program(runner.units[0]), 0.5)
+    runner.use_program(1, 4, fake_program(bundle, runner.units, 1, 4), 0.5)
     padded = runner.run(1, pixels)
     assert runner._plan(1, 3)[1] == 4
     np.testing.assert_allclose(padded.confidences, eager.confidences, atol=1e-4)
-    assert len(padded.rows) == len(padded.probabilities) == 3
+    assert len(padded.probabilities) == 3
 
 
-def test_an_input_that_is_missing_is_never_made_up_for_by_a_neighbour(runner):
+def test_an_input_that_is_missing_is_never_made_up_for_by_a_neighbour(bundle, runner):
     pixels = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
-    rows = runner.run(1, pixels).rows
+    rows = runner.keep(runner.run(1, pixels), range(3))
     for stage, inputs in ((1, pixels), (2, rows)):
         with pytest.raises((TypeError, ValueError)):
             runner.run(stage, [inputs[0], None, inputs[2]])
-        runner.use_program(stage, 4, Program(runner.units[stage - 1]), 0.0)
+        runner.use_program(stage, 4, fake_program(bundle, runner.units, stage, 4), 0.0)
         with pytest.raises((TypeError, ValueError)):
             runner.run(stage, [inputs[0], None, inputs[2]])
 

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import re
 import signal
 import sys
 import threading
@@ -26,7 +27,7 @@ from server.costs import CostTable, batch_sizes
 from server.engine import Engine
 from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
-from server.programs import disagreement
+from server.programs import disagreement, outputs_of
 from server.repository import Served
 from server.runner import Runner
 from server.scheduler import Scheduler
@@ -34,6 +35,7 @@ from server.settings import Settings
 from server.units import Unit, example_inputs, make_units
 from tests.conftest import PREPROCESS, ROOT, encode, noise, running, until
 from tests.model.networks import FAMILIES, images, tiny
+from tests.program import fake_program
 from tests.server.test_engine import FakeLoop, FakePromise
 
 CPU = torch.device("cpu")
@@ -56,7 +58,8 @@ def compute(seconds):
 class FakeFolder:
     """Programs that are the eager units, each called by the name of its file."""
 
-    def __init__(self, units):
+    def __init__(self, bundle, units):
+        self.bundle = bundle
         self.units = units
         self.broken = set()
         self.wrong = set()
@@ -65,18 +68,16 @@ class FakeFolder:
     def load(self, file, dtype, workers, threads):
         if file.name in self.broken:
             raise RuntimeError("it is damaged")
-        unit = self.units[int(file.name[len("stage")]) - 1]
-        off = 0.5 if file.name in self.wrong else 0.0
+        stage, size = map(int, re.findall(r"\d+", file.name))
 
-        def program(tensors):
+        def wait():
             if file.name in self.waiting:
                 another = threading.Thread(target=compute, args=(0.02,))
                 another.start()
                 another.join()
-            features, said, state = unit(*tensors)
-            return features, said + off, state
 
-        return program
+        off = 0.5 if file.name in self.wrong else 0.0
+        return fake_program(self.bundle, self.units, stage, size, meanwhile=wait, off=off)
 
 
 @pytest.fixture
@@ -85,8 +86,8 @@ def units(bundle):
 
 
 @pytest.fixture
-def folder(units):
-    return FakeFolder(units)
+def folder(bundle, units):
+    return FakeFolder(bundle, units)
 
 
 @pytest.fixture
@@ -234,22 +235,10 @@ class Swapping:
             self.costs.replace(stage, self.runner.expected(stage, 4))
 
     def _program(self, stage, size):
-        examples = example_inputs(self.runner.units, self.bundle, size, CPU)
-        return FakeProgram(self, self.runner.units[stage - 1], examples[stage - 1])
+        return fake_program(self.bundle, self.runner.units, stage, size, meanwhile=self._count)
 
-
-class FakeProgram:
-    """A unit over buffers, that counts how often it ran."""
-
-    def __init__(self, swapping, unit, buffers):
-        self.swapping = swapping
-        self.unit = unit
-        self.buffers = buffers
-
-    def __call__(self, tensors):
-        assert tensors is self.buffers  # nothing is copied twice
-        self.swapping.ran += 1
-        return self.unit(*tensors)
+    def _count(self):
+        self.ran += 1
 
 
 @pytest.mark.parametrize(
@@ -324,17 +313,19 @@ def test_compiled_units_equal_the_eager_ones_at_every_stage(compiled, bundle, un
         assert disagreement(program, unit, inputs[k - 1], torch.float32) is None
         with torch.inference_mode():
             features, _, _ = unit(*inputs[k - 1])
-            torch.testing.assert_close(program(inputs[k - 1])[0], features, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                outputs_of(program, inputs[k - 1])[0], features, atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_unit_keeps_to_one_thread(compiled):
     (file,) = compiled[0].rglob("stage1-batch1.bin")
     program = CompiledUnit(file, torch.float32)
-    pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
-    program([pixels])
+    assert not program.buffers[0].any()
+    program.run()
     own, all_threads = time.thread_time(), time.process_time()
     for _ in range(300):
-        program([pixels])
+        program.run()
     own, all_threads = time.thread_time() - own, time.process_time() - all_threads
     assert all_threads < 1.5 * own
 
@@ -346,7 +337,7 @@ def test_workers_may_call_a_unit_at_the_same_time(compiled, bundle, units):
     with torch.inference_mode():
         expected = units[0](*inputs)[1]
         with ThreadPoolExecutor(2) as workers:
-            said = list(workers.map(lambda _: program(inputs)[1].clone(), range(50)))
+            said = list(workers.map(lambda _: outputs_of(program, inputs)[1].clone(), range(50)))
     for one in said:
         torch.testing.assert_close(one, expected, atol=1e-3, rtol=1e-3)
 
@@ -388,10 +379,10 @@ def test_rows_that_are_kept_outlast_the_next_batch(compiled, bundle, units):
         unit = CompiledUnit(file, torch.float32)
         runner.use_program(int(file.name[len("stage")]), 1, unit, 0.0)
     first, second = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    kept = runner.keep(runner.run(1, [first]).rows)
+    kept = runner.keep(runner.run(1, [first]), (0,))
     runner.run(1, [second])
     eager = Runner(bundle, CPU, torch.float32)
-    expected = eager.run(2, eager.run(1, [first]).rows)
+    expected = eager.run(2, eager.keep(eager.run(1, [first]), (0,)))
     np.testing.assert_allclose(runner.run(2, kept).probabilities, expected.probabilities, atol=1e-4)
 
 

@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.capturing import Capturing, card_capturing
+from server.card import CardMemory
 from server.costs import batch_sizes
 from server.engine import Engine
 from server.fusing import fuse
 from server.graphs import Captured, CudaCapture
+from server.host import HostMemory
 from server.repository import Served
 from server.runner import Runner
 from server.settings import Settings
 from server.staging import Staging
-from server.units import make_units
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 LARGEST = 4
@@ -39,6 +40,12 @@ def rerun(work):
             old.copy_(new)
 
     return replay, outputs
+
+
+def card_memory():
+    """A card's, with the processor for a card that is done at once."""
+    staging = Staging(lambda shape, dtype: torch.empty(shape, dtype=dtype), lambda: None)
+    return CardMemory(CPU, staging)
 
 
 def capturing(runner, bundle, capture, device=CPU, dtype=torch.float32):
@@ -62,8 +69,7 @@ def eager(bundle):
 
 @pytest.fixture(scope="module")
 def captured(bundle):
-    staging = Staging(lambda shape, dtype: torch.empty(shape, dtype=dtype), lambda: None)
-    runner = Runner(bundle, CPU, torch.float32, staging)
+    runner = Runner(bundle, CPU, torch.float32, card_memory())
     return with_all(runner, capturing(runner, bundle, rerun))
 
 
@@ -75,7 +81,7 @@ def expected(eager):
     for stage in range(1, eager.exits + 1):
         outputs = [eager.run(stage, one) for one in inputs]
         said.append([o.probabilities[0] for o in outputs])
-        inputs = [o.rows for o in outputs]
+        inputs = [eager.keep(o, (0,)) for o in outputs]
     return said
 
 
@@ -116,14 +122,12 @@ def test_every_row_is_its_own_whatever_ran_before_beside_or_after_it(
         chance.shuffle(waiting[stage])
         batch, waiting[stage] = waiting[stage][:n], waiting[stage][n:]
         output = captured.run(stage, [what for _, what in batch])
-        assert len(output.rows) == len(output.probabilities) == len(output.confidences)
+        assert n >= len(batch) == len(output.probabilities) == len(output.confidences)
         for (i, _), said in zip(batch, output.probabilities, strict=True):
             np.testing.assert_allclose(said, expected[stage - 1][i], atol=1e-4)
-        staying = [
-            (i, row) for (i, _), row, on in zip(batch, output.rows, stay, strict=False) if on
-        ]
-        kept = captured.keep([row for _, row in staying])
-        waiting[stage + 1] += [(i, row) for (i, _), row in zip(staying, kept, strict=True)]
+        staying = [place for place, on in enumerate(stay[: len(batch)]) if on]
+        kept = captured.keep(output, staying)
+        waiting[stage + 1] += [(batch[k][0], row) for k, row in zip(staying, kept, strict=True)]
         if not any(waiting[k] for k in range(1, captured.exits + 1)):
             break
 
@@ -137,22 +141,20 @@ def test_what_was_said_of_a_batch_outlives_the_next(captured):
 
 def test_rows_last_once_kept_and_only_then(captured):
     output = captured.run(1, IMAGES[:2])
-    kept = captured.keep(output.rows)  # a whole batch
+    kept = captured.keep(output, (0, 1))  # a whole batch
     features = kept[0].features.clone()
     captured.run(1, IMAGES[2:4])
     assert torch.equal(kept[0].features, features)
-    assert not torch.equal(output.rows[0].features, features)
+    assert not torch.equal(output.features, features)
     assert kept[0].features.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("few", [0, 8])
 def test_rows_between_others_are_picked_as_they_are(captured, monkeypatch, few):
-    monkeypatch.setattr("server.runner.FEW_SLICES", few)
+    monkeypatch.setattr("server.card.FEW_SLICES", few)
     output = captured.run(1, IMAGES[:4])
-    there = [
-        (row.features[row.place].clone(), row.passed[row.place].clone()) for row in output.rows
-    ]
-    kept = captured.keep(output.rows[::3])
+    there = list(zip(output.features.clone(), output.passed.clone(), strict=True))
+    kept = captured.keep(output, (0, 3))
     assert kept[0].features.is_contiguous(memory_format=torch.channels_last)
     assert len(kept[0].features) == len(kept) == 2
     for row, (features, passed) in zip(kept, there[::3], strict=True):
@@ -165,7 +167,7 @@ def test_numbers_that_are_none_do_not_spread_from_padding(captured, expected):
     with torch.inference_mode():
         for buffer in program.buffers:
             buffer.fill_(float("nan"))
-    rows = captured.keep(captured.run(1, IMAGES[:3]).rows)
+    rows = captured.keep(captured.run(1, IMAGES[:3]), range(3))
     output = captured.run(2, rows)
     np.testing.assert_allclose(output.probabilities, expected[1][:3], atol=1e-4)
 
@@ -269,14 +271,9 @@ def test_a_fused_stage_is_taken_where_it_is_faster(bundle):
     assert taken == faster * 2
 
 
-@pytest.mark.parametrize(("device", "eagerly"), [("cpu", True), ("cuda", False)])
-def test_a_card_runs_nothing_eagerly_that_a_graph_can_run(bundle, monkeypatch, device, eagerly):
-    monkeypatch.setattr("server.runner.card_staging", lambda: None)
-    monkeypatch.setattr(
-        "server.runner.make_units", lambda *some: make_units(bundle, CPU, *some[2:])
-    )
-    runner = Runner(bundle, torch.device(device), torch.float32)
-    monkeypatch.setattr(runner, "_device", CPU)
+@pytest.mark.parametrize(("memory", "eagerly"), [(HostMemory, True), (card_memory, False)])
+def test_a_card_runs_nothing_eagerly_that_a_graph_can_run(bundle, memory, eagerly):
+    runner = Runner(bundle, CPU, torch.float32, memory())
     runner.warm_up((1, 2, 4))
     program = object()
     runner.use_program(1, 4, program, 1e9)
@@ -320,7 +317,7 @@ def test_cuda_graphs_say_what_the_cpu_says(on_card, expected):
     inputs = IMAGES[:3]
     for stage in range(1, on_card.exits + 1):
         output = on_card.run(stage, inputs)
-        inputs = on_card.keep(output.rows)
+        inputs = on_card.keep(output, range(3))
         np.testing.assert_allclose(output.probabilities, expected[stage - 1][:3], atol=0.05)
 
 
@@ -347,8 +344,10 @@ def test_a_server_on_a_card_answers_as_one_on_a_processor(serve, server, png, dt
 
 @pytest.mark.gpu
 def test_replays_in_any_order_disturb_no_row_that_was_kept(on_card, expected):
-    kept = [on_card.keep(on_card.run(1, IMAGES[i : i + n]).rows) for i, n in ((0, 1), (1, 4))]
-    on_card.run(4, on_card.keep(on_card.run(3, on_card.keep(on_card.run(2, kept[1]).rows)).rows))
+    kept = [on_card.keep(on_card.run(1, IMAGES[i : i + n]), range(n)) for i, n in ((0, 1), (1, 4))]
+    inputs = kept[1]
+    for stage in (2, 3, 4):
+        inputs = on_card.keep(on_card.run(stage, inputs), range(4))
     said = on_card.run(2, [kept[1][3], kept[0][0]]).probabilities
     np.testing.assert_allclose(said, [expected[1][4], expected[1][0]], atol=0.05)
 
@@ -357,14 +356,14 @@ def test_replays_in_any_order_disturb_no_row_that_was_kept(on_card, expected):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, torch says
 def test_a_stage_batch_waits_for_the_card_once(on_card, monkeypatch):
     waits = []
-    monkeypatch.setattr("server.runner.FEW_SLICES", 1)
+    monkeypatch.setattr("server.card.FEW_SLICES", 1)
     synchronise = torch.cuda.Event.synchronize
     monkeypatch.setattr(
         torch.cuda.Event, "synchronize", lambda e: (waits.append(e), synchronise(e))[1]
     )
     torch.cuda.set_sync_debug_mode("error")  # any other way of waiting fails
     try:
-        on_card.keep(on_card.run(1, IMAGES[:3]).rows[::2])
+        on_card.keep(on_card.run(1, IMAGES[:3]), (0, 2))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1

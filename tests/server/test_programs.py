@@ -18,12 +18,13 @@ from server.programs import (
     share_of_eager,
 )
 from server.runner import WARM_UP_RUNS
+from tests.program import FakeProgram
 
 INPUTS = (torch.zeros(2, 3),)
 
 
 def saying(value):
-    """A unit or program all of whose confidences and probabilities are this."""
+    """A unit all of whose confidences and probabilities are this."""
     return lambda *_: (torch.zeros(2), torch.full((2, 5), value), torch.zeros(2))
 
 
@@ -38,12 +39,14 @@ def saying(value):
     ],
 )
 def test_a_program_may_be_as_far_off_as_its_numerics_are_coarse(off, dtype, too_far):
-    said = disagreement(saying(0.25 + off), saying(0.25), INPUTS, dtype)
+    said = disagreement(FakeProgram(saying(0.25), INPUTS, off=off), saying(0.25), INPUTS, dtype)
     assert said == (pytest.approx(off) if too_far else None)
 
 
 def test_a_program_that_gives_no_numbers_disagrees():
-    assert math.isnan(disagreement(saying(math.nan), saying(0.25), INPUTS, torch.float32))
+    assert math.isnan(
+        disagreement(FakeProgram(saying(math.nan), INPUTS), saying(0.25), INPUTS, torch.float32)
+    )
 
 
 class BusyMachine:
@@ -57,7 +60,7 @@ class BusyMachine:
         return self.now
 
     def taking(self, seconds):
-        """A unit or program that takes so long on an idle machine."""
+        """A unit that takes so long on an idle machine."""
 
         def run(*_):
             self.now += seconds * next(self.loads)
@@ -72,7 +75,7 @@ class BusyMachine:
 def test_a_program_is_as_fast_against_the_eager_unit_beside_traffic_as_alone(loads):
     runs = 2 * WARM_UP_RUNS
     machine = BusyMachine((loads * runs)[:runs])
-    program, unit = machine.taking(0.001), machine.taking(0.002)
+    program, unit = FakeProgram(machine.taking(0.001), INPUTS), machine.taking(0.002)
     assert share_of_eager(program, unit, INPUTS, machine.clock) == pytest.approx(0.5)
 
 

@@ -269,6 +269,7 @@ class Engine:
             with self._lock:
                 self._settle(batch, computed)
                 self._outbox.send()
+            self._metrics.settle()
         except Exception:
             _say_why("could not be settled", batch)
             self._fail(batch)

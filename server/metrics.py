@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import prometheus_client
@@ -17,6 +19,8 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from model.policy import Reason
 from server.overload import Level
@@ -36,6 +40,10 @@ SECONDS_BUCKETS = (
     *(0.00025, 0.0005, 0.001, 0.0015, 0.0025, 0.004, 0.006, 0.01, 0.015, 0.025),
     *(0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5),
 )
+
+
+MANY = 512
+"""Observations that wait to be made known: those of some sixty answers."""
 
 
 class Metrics:
@@ -62,6 +70,7 @@ class Metrics:
         self.model = model
         prometheus_client.disable_created_metrics()  # a second series beside every counter
         self.registry = CollectorRegistry()
+        self.ledger = Ledger(self.registry)  # first, since scrapes ask in this order
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -234,6 +243,42 @@ def _card_memory() -> tuple[int, int]:
     return total - free, total
 
 
+class Ledger(Collector):
+    """Observations that are made known later, many at once, and before any scrape.
+
+    Made amid the stages, each takes several times as long: stages leave nothing else in the caches.
+
+    Args:
+        registry: what is scraped.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._waiting: deque[tuple[Callable[[float], None], float]] = deque()
+        registry.register(self)
+
+    def __call__(self, observe: Callable[[float], None], amount: float = 1) -> None:
+        """Note what is to be observed; from any thread."""
+        self._waiting.append((observe, amount))
+
+    def settle(self, least: int = 1) -> None:
+        """Observe what was noted, if that is so much; in any thread."""
+        if len(self._waiting) < least:
+            return
+        with suppress(IndexError):
+            while True:
+                observe, amount = self._waiting.popleft()
+                observe(amount)
+
+    def describe(self) -> Iterable[Metric]:
+        """No family of its own."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Nothing; what is collected after it is up to date."""
+        self.settle()
+        return ()
+
+
 class EngineMetrics:
     """What the engine records, with every child looked up once.
 
@@ -245,6 +290,7 @@ class EngineMetrics:
     def __init__(self, metrics: Metrics, macs: Sequence[int]) -> None:
         model, exits = metrics.model, range(1, len(macs) + 1)
         self._metrics = metrics
+        self._note = metrics.ledger
         self._macs = macs
         self._level: Level | None = None
         self._spent = metrics.macs.labels(model, "spent")
@@ -267,24 +313,28 @@ class EngineMetrics:
 
     def ran(self, stage: int, jobs: int, seconds: float) -> None:
         """A stage batch ran."""
-        self._stage_seconds[stage - 1].observe(seconds)
-        self._batch_size[stage - 1].observe(jobs)
+        self._note(self._stage_seconds[stage - 1].observe, seconds)
+        self._note(self._batch_size[stage - 1].observe, jobs)
 
     def saw(self, exit: int, confidence: float) -> None:
         """A job passed an exit."""
-        self._confidence[exit - 1].observe(confidence)
+        self._note(self._confidence[exit - 1].observe, confidence)
 
     def answered(self, exit: int, reason: Reason, seconds: float, queue_seconds: float) -> None:
         """A job was answered, so many seconds after it arrived."""
-        self._answers[exit, reason].inc()
-        self._answer_seconds[exit - 1].observe(seconds)
-        self._queue.observe(queue_seconds)
-        self._spent.inc(self._macs[exit - 1])
-        self._full.inc(self._macs[-1])
+        self._note(self._answers[exit, reason].inc)
+        self._note(self._answer_seconds[exit - 1].observe, seconds)
+        self._note(self._queue.observe, queue_seconds)
+        self._note(self._spent.inc, self._macs[exit - 1])
+        self._note(self._full.inc, self._macs[-1])
 
     def deadline(self, met: bool) -> None:
         """A job with a deadline was answered or given up."""
-        (self._met if met else self._missed).inc()
+        self._note((self._met if met else self._missed).inc)
+
+    def settle(self) -> None:
+        """Make known what has been recorded, once it is much; for when nobody waits."""
+        self._note.settle(MANY)
 
     def refused(self, reason: str) -> None:
         """A job was refused for load."""

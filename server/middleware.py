@@ -104,7 +104,9 @@ class Surroundings:
             log.exception("request %s failed", context.request_id)
             await send_error(sender, context, OfframpError())
         finally:
-            self._record(scope, context)
+            seconds = time.perf_counter() - context.arrived
+            # In the next turn, since the response is sent at the end of this one.
+            asyncio.get_running_loop().call_soon(self._record, scope, context, seconds)
 
     def _refuse_hopeless(self, scope: Scope, context: Context) -> None:
         """Before any work: a loop that is behind falls further behind with each thing it begins."""
@@ -139,8 +141,7 @@ class Surroundings:
 
         return limited
 
-    def _record(self, scope: Scope, context: Context) -> None:
-        seconds = time.perf_counter() - context.arrived
+    def _record(self, scope: Scope, context: Context, seconds: float) -> None:
         path = scope["path"]
         if path in ROUTES:
             self._metrics.answered(path, context.status, seconds)

@@ -1,5 +1,6 @@
 """A tiny bundle and real servers on real sockets."""
 
+import asyncio
 import io
 import json
 import os
@@ -117,11 +118,19 @@ def until(condition, seconds=10):
 class RunningServer:
     """One server on a free port, and a client for it."""
 
-    def __init__(self, served, port):
+    def __init__(self, served, port, loop=None):
         self.served = served
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.client = httpx.Client(base_url=self.url, timeout=20)
+        hooks = {"response": [lambda _: self.wait_for_a_turn()] if loop else []}
+        self.client = httpx.Client(base_url=self.url, timeout=20, event_hooks=hooks)
+        self._loop = loop
+
+    def wait_for_a_turn(self):
+        """Until what the event loop had to do by now is done; it logs and counts after it sends."""
+        done = threading.Event()
+        self._loop.call_soon_threadsafe(done.set)
+        assert done.wait(10)
 
     def post(self, data, **parameters):
         return self.client.post("/classify", content=data, params=parameters)
@@ -152,7 +161,10 @@ def running(served, warm=True):
     server, started, wait = uvicorn.Server(config), threading.Event(), threading.Event()
     startup, warm_up = server.startup, served.warm_up
 
+    loops = []
+
     async def announce(sockets=None):
+        loops.append(asyncio.get_running_loop())
         await startup(sockets)
         started.set()
 
@@ -171,7 +183,7 @@ def running(served, warm=True):
         assert started.wait(10)
         assert not warm or ready.wait(60)
         port = server.servers[0].sockets[0].getsockname()[1]
-        one = RunningServer(served, port)
+        one = RunningServer(served, port, *loops)
         one.stop = lambda: setattr(server, "should_exit", True)
         with one.client:
             yield one

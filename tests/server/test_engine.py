@@ -278,6 +278,18 @@ def test_a_batch_that_cannot_be_settled_fails_and_the_engine_goes_on(world):
     assert world.engine.scheduler.predicted_wait(world.now) == 0
 
 
+def test_observations_wait_for_a_scrape_or_until_they_are_many(world, monkeypatch):
+    counter = world.metrics.answers.labels("tiny", "1", "confident")
+    world.submit(0.9, 0.9, 0.9)
+    world.finish()
+    assert counter._value.get() == 0
+    assert world.value("answers_total", model="tiny", exit="1", reason="confident") == 1
+    monkeypatch.setattr("server.metrics.MANY", 5)
+    world.submit(0.9, 0.9, 0.9)
+    world.finish()
+    assert counter._value.get() == 2
+
+
 def test_cancelling_an_answered_job_changes_nothing(world):
     ticket = world.submit(0.9, 0.9, 0.9)
     world.finish()

@@ -5,12 +5,13 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 from PIL import Image
 
 from server.logs import JsonFormatter, TextFormatter
-from tests.conftest import ROOT, encode
+from tests.conftest import ROOT, encode, until
 from tests.server.test_bad_input import png_header
 
 
@@ -29,6 +30,21 @@ def test_a_request_is_one_line_with_its_id_its_exit_and_its_time(server, png, li
     assert (fields["request_id"], fields["exit"]) == ("r1", answer["exit"])
     assert fields["reason"] == answer["reason"]
     assert fields["milliseconds"] > 0
+
+
+def test_an_answer_is_sent_before_its_line_is_written(server, png, lines, monkeypatch):
+    answered, in_time = threading.Event(), []
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png)
+    monkeypatch.setattr(
+        logging.getLogger("offramp.access"),
+        "log",
+        lambda *_, **__: in_time.append(answered.wait(5)),
+    )
+    with server.send(head + png) as connection:
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        answered.set()
+        until(lambda: in_time)
+    assert in_time == [True]
 
 
 def test_a_failed_request_is_one_line_with_its_code(server, lines):

@@ -55,8 +55,8 @@ class StageRunner(Protocol):
 class Runner:
     """A bundle's network on a device, one stage batch at a time.
 
-    A batch runs eagerly, or through the program compiled for its size or the next larger one,
-    padded: whichever was measured to be faster.
+    A batch runs eagerly, or through the program compiled for its size or else for the next larger
+    one, padded: whichever was measured to be faster.
 
     Args:
         bundle: a calibrated bundle.
@@ -159,10 +159,14 @@ class Runner:
         return min(self._ways(stage, n), key=lambda way: way[0])
 
     def _ways(self, stage: int, n: int) -> Iterator[tuple[float, Program | None, int]]:
-        fitting = [(s, p, z) for (k, z), (p, s) in self._programs.items() if k == stage and z >= n]
-        if not (self._memory.plans_anew and fitting):
+        """Eagerly, and through the smallest program with room for so many: a larger one only seems
+        faster where the machine was busier when the smaller one was measured."""
+        size = min((z for k, z in self._programs if k == stage and z >= n), default=None)
+        if size is None or not self._memory.plans_anew:
             yield self._eager.seconds(stage, n) if self._eager else float("inf"), None, n
-        yield from fitting
+        if size is not None:
+            program, seconds = self._programs[stage, size]
+            yield seconds, program, size
 
     def _timed(
         self, stage: int, inputs: Inputs, clock: Callable[[], float]

@@ -52,6 +52,15 @@ def test_a_batch_is_padded_only_where_that_is_cheaper(runner):
     assert runner._plan(2, 3) == (None, 3)
 
 
+def test_a_batch_is_never_padded_beyond_the_next_larger_program(runner):
+    small, large = object(), object()
+    runner.use_program(1, 8, large, 0.1)  # measured while the machine was idle
+    assert runner._plan(1, 2) == (large, 8)
+    runner.use_program(1, 4, small, 0.9)  # and this one while it was busy
+    assert runner._plan(1, 2) == (small, 4)
+    assert runner._plan(1, 5) == (large, 8)
+
+
 def test_a_program_slower_than_the_eager_stage_is_not_used(runner):
     runner.use_program(1, 4, object(), 9.0)
     assert runner._plan(1, 4) == (None, 4)

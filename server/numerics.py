@@ -61,7 +61,7 @@ def _check_int8(policy: Policy, device: torch.device, suits: bool) -> None:
     if device.type != "cpu":
         raise ValueError(f"DTYPE is int8, which is for CPU, and the device is {device.type}")
     if not suits:
-        raise ValueError("DTYPE is int8, which needs a processor with VNNI; this one has none")
+        raise ValueError("DTYPE is int8, which needs a processor with AVX2; this one has none")
     log.info(
         "in int8 the full network loses at most %.2f points of accuracy against float32, with "
         "probability %g; early exits come on top",

@@ -9,7 +9,7 @@ from torch import Tensor
 from model.bundle import Bundle
 from model.fold import fold_stages
 from model.policy import Policy, Quantisation
-from model.quantisation import Ranges, observe
+from model.quantisation import LARGEST_WEIGHT, Ranges, observe
 from training import risk
 from training.data import ImageSet
 from training.logits import BATCH
@@ -55,6 +55,7 @@ def price(
         ranges=tuple(dict(stage) for stage in ranges),
         measured_accuracy_loss=float(difference.mean()),
         accuracy_loss_bound=risk.paired_upper_bound(losses, gains, n, policy.delta),
+        largest_weight=LARGEST_WEIGHT,
     )
 
 

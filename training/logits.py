@@ -16,7 +16,7 @@ from tqdm import tqdm
 from model.bundle import Bundle
 from model.files import write_atomically
 from model.numerics import carrier, keep_float32_whole
-from model.quantisation import Ranges, quantised_stages
+from model.quantisation import LARGEST_WEIGHT, Ranges, quantised_stages
 from training.data import DataError, ImageSet
 
 BATCH = 250
@@ -117,7 +117,7 @@ def _digest(bundle: Bundle, images: ImageSet, dtype: torch.dtype, ranges: Ranges
     digest.update(bundle.description.preprocess.model_dump_json().encode())
     numerics = (
         dtype,
-        ranges if dtype is torch.int8 else None,
+        (ranges, LARGEST_WEIGHT) if dtype is torch.int8 else None,
         torch.__version__,
         "cuda" if torch.cuda.is_available() else "cpu",
     )

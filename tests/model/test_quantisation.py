@@ -17,7 +17,7 @@ class OneConvolution(nn.Module):
     def __init__(self):
         super().__init__()
         self.convolution = nn.Conv2d(2, 2, 1, bias=False)
-        weight = torch.tensor([[127.0, 0.4], [-1.27, 0.013]])
+        weight = torch.tensor([[63.0, 0.4], [-0.63, 0.013]])
         self.convolution.weight = nn.Parameter(weight[:, :, None, None])
 
     def forward(self, x):
@@ -40,7 +40,7 @@ def test_weights_are_rounded_by_channel_and_activations_by_tensor():
     x = torch.tensor([[2.4, 254.9], [-3.0, 10.0]])[:, :, None, None]
     said, _ = rounded(x)
     taken = torch.tensor([[2.0, 254.0], [-1.0, 10.0]])
-    weight = torch.tensor([[127.0, 0.0], [-1.27, 0.01]])  # steps of 1 and of 0.01
+    weight = torch.tensor([[63.0, 0.0], [-0.63, 0.01]])  # steps of 1 and of 0.01
     torch.testing.assert_close(said[:, :, 0, 0], taken @ weight.T)
 
 

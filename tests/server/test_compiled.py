@@ -13,7 +13,7 @@ from model.bundle import load_servable
 from model.fold import fold_stages
 from model.numerics import DTYPES
 from model.policy import Quantisation
-from model.quantisation import observe
+from model.quantisation import LARGEST_WEIGHT, observe
 from server.costs import CostTable
 from server.numerics import choose_dtype
 from server.programs import Programs
@@ -32,6 +32,7 @@ def in_eight_bits(bundle):
         ranges=observe(fold_stages(bundle.net), [noise]),
         measured_accuracy_loss=0.001,
         accuracy_loss_bound=0.002,
+        largest_weight=LARGEST_WEIGHT,
     )
     changed = {"quantisation": quantisation, "dtypes": ("float32", "int8")}
     return replace(bundle, policy=bundle.policy.model_copy(update=changed))
@@ -155,7 +156,11 @@ def test_int8_is_served_where_the_policy_was_calibrated_for_it(bundle, caplog):
     with pytest.raises(ValueError, match="int8, which is for CPU, and the device is cuda"):
         choose_dtype("int8", bundle, torch.device("cuda"))
     eight = in_eight_bits(bundle)
-    with pytest.raises(ValueError, match="needs a processor with VNNI; this one has none"):
+    former = eight.policy.quantisation.model_copy(update={"largest_weight": 127})
+    with pytest.raises(ValueError, match="weights up to 127 steps, where they are now up to 63"):
+        policy = eight.policy.model_copy(update={"quantisation": former})
+        choose_dtype("int8", replace(eight, policy=policy), CPU, suits=always)
+    with pytest.raises(ValueError, match="needs a processor with AVX2; this one has none"):
         choose_dtype("int8", eight, CPU, suits=lambda _: False)
     caplog.clear()
     with caplog.at_level(logging.INFO):

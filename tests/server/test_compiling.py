@@ -394,7 +394,7 @@ def test_rows_that_are_kept_outlast_the_next_batch(compiled, bundle, units):
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):
     if not suits_cpu(dtype):
-        pytest.skip("this processor has no VNNI")
+        pytest.skip("this processor has no AVX2")
     net = tiny(architecture)
     stages = fold_stages(net)
     if dtype is torch.int8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -137,13 +138,19 @@ class Compiling:
         with self._beginning:
             if self._closed:
                 return None
-            self._process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                process_group=0,  # Ctrl-C would end it before this process knows that it drains
-            )
+            # Ctrl-C would end it before this process knows that it drains. It begins in the same
+            # group, where a signal can meet it before it has left for its own.
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    process_group=0,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
             return self._process
 
     def _command(self) -> list[str]:

@@ -1,9 +1,11 @@
 """Compiled stages come into a running server, or it says why they do not."""
 
 import logging
+import os
 import platform
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -201,6 +203,17 @@ def test_a_server_that_drains_before_it_is_warm_compiles_nothing(
     served.close()
     assert not list(tmp_path.rglob("*.bin"))
     assert "ready" not in caplog.text
+
+
+def test_an_interrupt_is_not_for_the_compiler(compiling):
+    process = compiling._begin(["sleep", "30"])
+    os.kill(process.pid, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.2)
+    compiling.stop()
+    with process:
+        assert process.wait(10) == -signal.SIGTERM
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class Swapping:

@@ -119,7 +119,7 @@ def test_a_drain_while_required_programs_are_compiled_is_quiet(bundle_path, tmp_
         until(lambda: list(tmp_path.iterdir()))  # a folder for what is to be compiled
         end(child.pid, number)
         said = child.stderr.read()
-        assert child.wait(10) == 0
+        assert child.wait(10) == 0, said
     assert {json.loads(line)["level"] for line in said.splitlines()} <= {"info"}
 
 

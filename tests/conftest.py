@@ -209,10 +209,17 @@ def serve(bundle_path):
 
 
 @pytest.fixture(scope="session")
-def server(serve):
-    """A server that tests share; they must leave it as it was."""
+def shared_server(serve):
+    """Without a wait between tests."""
     with serve() as one:
         yield one
+
+
+@pytest.fixture
+def server(shared_server):
+    """A server that tests share; they must leave it as it was. It has logged what came before."""
+    shared_server.wait_for_a_turn()
+    return shared_server
 
 
 def encode(image, format="PNG", **options):

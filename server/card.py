@@ -39,7 +39,7 @@ class CardMemory:
         n = len(inputs)
         buffers = [_slice(buffer, 0, n) for buffer in program.buffers]
         if rows := rows_in(inputs):
-            for parts, buffer in zip(_parts(rows), buffers, strict=True):
+            for parts, buffer in zip(_parts(list(runs(rows))), buffers, strict=True):
                 torch.cat(parts, out=buffer)
         else:
             buffers[0].copy_(self._images(inputs), non_blocking=True)
@@ -57,9 +57,9 @@ class CardMemory:
         self, features: Tensor, passed: Tensor, places: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """As `Memory`."""
-        rows = [Row(features, passed, place) for place in places]
-        if sum(1 for _ in runs(rows)) <= FEW_SLICES:
-            return _joined(rows)
+        together = list(runs([Row(features, passed, place) for place in places]))
+        if len(together) <= FEW_SLICES:
+            return _joined(together)
         # By their places, which takes a host less time than many slices.
         there = self._staging.places(places).to(self._device, non_blocking=True)
         by_pixel = features.permute(0, 2, 3, 1).index_select(0, there)
@@ -71,21 +71,20 @@ class CardMemory:
             return [self._images(inputs).to(self._device, non_blocking=True)]
         if are_whole(rows):
             return rows[0].features, rows[0].passed
-        return _joined(rows)
+        return _joined(list(runs(rows)))
 
     def _images(self, inputs: Inputs) -> Tensor:
         """On the host, where the card fetches them until it has given an answer."""
         return self._staging.images(cast(Sequence[np.ndarray], inputs))
 
 
-def _joined(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    features, passed = map(torch.cat, _parts(rows))
+def _joined(together: Sequence[tuple[Row, int]]) -> tuple[Tensor, Tensor]:
+    features, passed = map(torch.cat, _parts(together))
     return features.contiguous(memory_format=torch.channels_last), passed
 
 
-def _parts(rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
-    """Slices that `cat` gathers on the device, with no index to be sent there."""
-    together = list(runs(rows))
+def _parts(together: Sequence[tuple[Row, int]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Slices of `runs` that `cat` gathers on the device, with no index to be sent there."""
     features = [_slice(row.features, row.place, n) for row, n in together]
     return features, [_slice(row.passed, row.place, n) for row, n in together]
 

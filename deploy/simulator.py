@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from deploy.machine import Machine, Needs, Thread, Work
 from model.policy import Reason, Rule
 from server.arrival import is_hopeless
-from server.costs import CostTable
 from server.gate import EACH_TURN
 from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
 
@@ -126,7 +126,7 @@ class _Simulation:
     ) -> None:
         self._scheduler = scheduler
         self._rule = rule
-        self._costs = CostTable(scheduler.costs.as_rows())
+        self._costs = deepcopy(scheduler.costs)
         self._pace = pace
         self._overhead = overhead
         self._machine = Machine(overhead.cores)
@@ -220,7 +220,8 @@ class _Simulation:
 
     def _run_batch(self, batch: Batch) -> Generator[Work, None, None]:
         began = self._machine.now
-        seconds = self._pace(began) * self._costs.seconds(batch.stage, len(batch.jobs))
+        expected = self._costs.seconds(batch.stage, len(batch.jobs), batch.alone)
+        seconds = self._pace(began) * expected
         yield Work(Needs.DEVICE, seconds)
         now = self._machine.now
         said = [job.payload.confidences[batch.stage - 1] for job in batch.jobs]

@@ -19,14 +19,18 @@ from model.numerics import name_of
 from server.compile import READY, order
 from server.compiled import CompiledUnit, openvino
 from server.memory import Program
-from server.programs import Programs, disagreement, share_of_eager
+from server.programs import Programs, disagreement, outputs_of, share_of_eager
 from server.settings import Settings
+from server.teams import WORTH_ITS_CORES, share_of_one, team_sizes
 from server.units import Unit, example_inputs
 
 log = logging.getLogger("offramp")
 
 Use = Callable[[int, int, Program, float], None]
 """Takes a stage, a batch size, the program for both and its time as a share of the eager one's."""
+UseTeam = Callable[[int, Program, float], None]
+"""Takes a stage, a lone image's program in which several threads compute, and its time as a share
+of one thread's."""
 
 
 class Compiling:
@@ -59,7 +63,7 @@ class Compiling:
         self._load = load
         # The thread that calls computes by itself, unless it has others do so.
         self._clock = time.thread_time if settings.threads == 1 else time.perf_counter
-        self._used: set[tuple[int, int]] = set()
+        self._used: dict[tuple[int, int], Program] = {}
         self._refused: set[tuple[int, int]] = set()
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
@@ -71,10 +75,27 @@ class Compiling:
         for size in order(self._settings.max_batch):
             inputs: list[tuple[Tensor, ...]] = []
             for stage in range(1, len(self._units) + 1):
-                wanted = (stage, size) not in self._used | self._refused and not self._closed
+                known = self._used.keys() | self._refused
+                wanted = (stage, size) not in known and not self._closed
                 if wanted and self._programs.file(stage, size).exists():
                     inputs = inputs or self._examples(size)
                     self._use(stage, size, inputs[stage - 1], use)
+
+    def use_teams(self, use: UseTeam) -> None:
+        """Hand over each stage's fastest team for a single image, where one thread is slower.
+
+        To be called when nothing is left to compile, which would take the cores that teams need.
+        """
+        said = []
+        for stage, inputs in enumerate(self._examples(1), start=1):
+            if self._closed:
+                return
+            share, threads, team = min(self._measured_teams(stage, inputs), default=(1.0, 1, None))
+            if team and share <= WORTH_ITS_CORES:
+                use(stage, team, share)
+                said.append(f"stage {stage} takes {threads} {share:.0%} of the time")
+        if said:
+            log.info("threads of an image that is alone: %s", ", ".join(said))
 
     @property
     def complete(self) -> bool:
@@ -102,7 +123,7 @@ class Compiling:
         if process.returncode and not self._closed:
             raise RuntimeError(said.removeprefix("error: ") or "the compiler failed")
 
-    def compile_in_background(self, use: Use) -> None:
+    def compile_in_background(self, use: Use, use_team: UseTeam) -> None:
         """Compile and hand over without being waited for; failing is a warning."""
 
         def work() -> None:
@@ -110,11 +131,11 @@ class Compiling:
                 for line in self.compile():
                     log.debug(line)
                     self.use_ready(use)
-            except Exception as error:
-                log.warning("stages stay uncompiled, so answers take longer: %s", error)
-            else:
                 if self.complete:
                     log.info("every stage is compiled")
+                    self.use_teams(use_team)
+            except Exception as error:
+                log.warning("stages stay uncompiled, so answers take longer: %s", error)
 
         self._thread = threading.Thread(target=work, name="compiling", daemon=True)
         self._thread.start()
@@ -164,6 +185,23 @@ class Compiling:
     def _examples(self, size: int) -> list[tuple[Tensor, ...]]:
         return example_inputs(self._units, self._bundle, size, torch.device("cpu"))
 
+    def _measured_teams(
+        self, stage: int, inputs: tuple[Tensor, ...]
+    ) -> Iterator[tuple[float, int, Program]]:
+        """Of each team: its time as a share of one thread's, how many threads, its program."""
+        one, file = self._used[stage, 1], self._programs.file(stage, 1)
+        threads = self._settings.threads
+        for size in team_sizes(threads, threads * self._workers):
+            try:
+                team = self._load(file, self._dtype, 1, size)
+                off = disagreement(team, self._units[stage - 1], inputs, self._dtype)
+            except (RuntimeError, OSError) as error:
+                log.warning("%s cannot be used with %d threads (%s)", file, size, error)
+                continue
+            if off is None:
+                outputs_of(one, inputs)  # so that both run on the same
+                yield share_of_one(team, one), size, team
+
     def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
         file, unit = self._programs.file(stage, size), self._units[stage - 1]
         try:
@@ -177,5 +215,5 @@ class Compiling:
             log.warning("%s differs from the eager stage by %.1e; not used", file, off)
             self._refused.add((stage, size))
             return
-        self._used.add((stage, size))
+        self._used[stage, size] = program
         use(stage, size, program, share_of_eager(program, unit, inputs, self._clock))

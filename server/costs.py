@@ -28,6 +28,8 @@ class CostTable:
     def __init__(self, seconds: Mapping[int, Mapping[int, float]]) -> None:
         self._rows: dict[int, tuple[list[int], list[float]]] = {}
         """By stage, sizes and their seconds: together, since other threads read them meanwhile."""
+        self._teams: dict[int, float] = {}
+        """By stage, what a lone image takes with a team of threads, as a share of the above."""
         self._pace = 1.0
         """What batches take now, as a multiple of what they were measured at."""
         for stage, row in seconds.items():
@@ -38,24 +40,37 @@ class CostTable:
         """How many stages the table knows."""
         return len(self._rows)
 
-    def seconds(self, stage: int, size: float) -> float:
+    def seconds(self, stage: int, size: float, alone: bool = False) -> float:
         """Expected seconds of a batch of `size` images, which may be an expectation itself.
 
         Linear between measured sizes, proportional beyond the largest, constant below one.
+
+        Args:
+            stage: 1..E.
+            size: how many images.
+            alone: whether it is a lone image, which has a team of threads where there is one.
         """
-        return self._pace * self._measured(stage, size)
+        share = self._teams.get(stage, 1.0) if alone else 1.0
+        return share * self._pace * self._measured(stage, size)
 
     def replace(self, stage: int, row: Mapping[int, float]) -> None:
         """Take new measurements of a stage: seconds by batch size."""
         sizes = sorted(row)
         self._rows[stage] = sizes, [row[size] for size in sizes]
 
-    def observe(self, stage: int, size: int, seconds: float) -> None:
+    def use_team(self, stage: int, share: float) -> None:
+        """Expect a lone image to take this share of what it takes with one thread."""
+        self._teams[stage] = share
+
+    def observe(self, stage: int, size: int, seconds: float, alone: bool = False) -> None:
         """Learn from a batch how fast the machine is, and what the sizes on both sides cost."""
         sizes, measured = self._rows[stage]
-        ratio = seconds / self.seconds(stage, size)
+        ratio = seconds / self.seconds(stage, size, alone)
         ratio = min(OUTLIER, max(1 / OUTLIER, ratio))
         self._pace *= 1 + PACE_RATE * (ratio - 1)
+        if alone and stage in self._teams:  # which tells nothing of one thread
+            self._teams[stage] *= 1 + LEARNING_RATE * (ratio - 1)
+            return
         above = min(bisect_left(sizes, size), len(sizes) - 1)
         below = above if sizes[above] <= size else max(0, above - 1)
         for i in {below, above}:
@@ -67,6 +82,10 @@ class CostTable:
             stage: {size: self._pace * seconds for size, seconds in zip(*row, strict=True)}
             for stage, row in self._rows.items()
         }
+
+    def teams(self) -> dict[int, float]:
+        """By stage, the shares that `use_team` was given, as they are by now."""
+        return dict(self._teams)
 
     def _measured(self, stage: int, size: float) -> float:
         sizes, seconds = self._rows[stage]

@@ -275,8 +275,9 @@ class Engine:
             self._fail(batch)
 
     def _compute(self, batch: Batch) -> tuple[StageOutput, float, float]:
+        inputs = [job.payload.inputs for job in batch.jobs]
         began = self._clock()
-        output = self._runner.run(batch.stage, [job.payload.inputs for job in batch.jobs])
+        output = self._runner.run(batch.stage, inputs, batch.alone)
         ended = self._clock()
         if not all(map(math.isfinite, output.confidences)):
             raise FloatingPointError(f"stage {batch.stage} gave a confidence that is no number")

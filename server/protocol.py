@@ -210,6 +210,10 @@ class EngineBody(BaseModel):
     seconds: dict[int, dict[int, float]] = Field(
         description="expected seconds of a batch, by stage, then by batch size"
     )
+    teams: dict[int, float] = Field(
+        description="what a single image takes with a team of threads, as a share of its seconds, "
+        "by stage"
+    )
     ladder: list[LevelBody] = Field(description="from peace to the most lossy level allowed")
     max_batch: int = Field(description="most images in one stage batch")
     workers: int = Field(description="stage batches that run at the same time")

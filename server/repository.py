@@ -12,7 +12,7 @@ from model.numerics import keep_float32_whole, name_of
 from model.policy import OperatingPoint, Policy
 from server.capturing import card_capturing
 from server.compiled import openvino
-from server.compiling import Compiling, Use
+from server.compiling import Compiling, Use, UseTeam
 from server.costs import CostTable, batch_sizes
 from server.decode import Decoder
 from server.engine import Engine
@@ -102,7 +102,14 @@ class Served:
 
             engine.call(take)
 
-        self._use_programs(runner, use)
+        def use_team(stage: int, program: Program, share: float) -> None:
+            def take() -> None:
+                runner.use_team(stage, program)
+                costs.use_team(stage, share)
+
+            engine.call(take)
+
+        self._use_programs(runner, use, use_team)
         engine.start()
         if self.device.type == "cuda" and not self.draining:
             # cuDNN plans every shape anew in each thread: the first request would wait for it.
@@ -110,7 +117,7 @@ class Served:
         self._engine = engine
         engine.call(lambda: self._say_ready(costs))  # after the programs handed over before
 
-    def _use_programs(self, runner: Runner, use: Use) -> None:
+    def _use_programs(self, runner: Runner, use: Use, use_team: UseTeam) -> None:
         """Hand over the compiled stages there are, and have the others compiled."""
         if self.settings.compile == "off" or self.draining:
             return
@@ -124,19 +131,20 @@ class Served:
         if self.draining:  # since then, when there was nothing to stop
             return
         compiling.use_ready(use)
-        if compiling.complete:
-            return
-        if self.settings.compile == "auto":
-            compiling.compile_in_background(use)
+        if self.settings.compile == "auto" and not compiling.complete:
+            compiling.compile_in_background(use, use_team)
             return
         try:
             self._compile_all(compiling, use)
+            compiling.use_teams(use_team)
         except RuntimeError:
             if not self.draining:  # then the compiler was stopped, by this process or with it
                 raise
             log.info("compiling ends early: the server drains")
 
     def _compile_all(self, compiling: Compiling, use: Use) -> None:
+        if compiling.complete:
+            return
         for line in compiling.compile():
             log.info(line)
             if self.draining:
@@ -148,15 +156,15 @@ class Served:
     def _say_ready(self, costs: CostTable) -> None:
         if self.draining:
             return
-        full = 1e3 * sum(costs.seconds(k, 1) for k in range(1, costs.stages + 1))
+        taken = [1e3 * costs.seconds(k, 1, alone=True) for k in range(1, costs.stages + 1)]
         log.info(
             "ready: %s %s on %s in %s, one image takes %.1f ms to the first exit, %.1f to the last",
             self.bundle.description.name,
             self.bundle.description.version,
             self.device.type,
             name_of(self.dtype),
-            1e3 * costs.seconds(1, 1),
-            full,
+            taken[0],
+            sum(taken),
         )
 
     @property

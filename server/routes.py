@@ -309,6 +309,7 @@ async def get_engine(served: Served_) -> EngineBody:
     scheduler = served.engine.scheduler
     return EngineBody(
         seconds=scheduler.costs.as_rows(),
+        teams=scheduler.costs.teams(),
         ladder=[
             LevelBody(max_accuracy_loss=x.max_accuracy_loss, thresholds=list(x.thresholds))
             for x in scheduler.controller.ladder

@@ -47,7 +47,7 @@ class StageRunner(Protocol):
     @property
     def exits(self) -> int: ...
 
-    def run(self, stage: int, inputs: Inputs) -> StageOutput: ...
+    def run(self, stage: int, inputs: Inputs, alone: bool = False) -> StageOutput: ...
 
     def keep(self, output: StageOutput, places: Sequence[int]) -> list[Row]: ...
 
@@ -56,7 +56,8 @@ class Runner:
     """A bundle's network on a device, one stage batch at a time.
 
     A batch runs eagerly, or through the program compiled for its size or else for the next larger
-    one, padded: whichever was measured to be faster.
+    one, padded: whichever was measured to be faster. A single image that has the cores to itself
+    runs with a team of threads, where that was.
 
     Args:
         bundle: a calibrated bundle.
@@ -77,6 +78,7 @@ class Runner:
         self._side = bundle.description.preprocess.size
         self._eager: CostTable | None = None
         self._programs: dict[tuple[int, int], tuple[Program, float]] = {}
+        self._teams: dict[int, Program] = {}
         self._plans: dict[tuple[int, int], tuple[Program | None, int]] = {}
 
     @property
@@ -84,15 +86,18 @@ class Runner:
         """How many stages there are."""
         return len(self.units)
 
-    def run(self, stage: int, inputs: Inputs) -> StageOutput:
+    def run(self, stage: int, inputs: Inputs, alone: bool = False) -> StageOutput:
         """Run one stage on a batch, with a single device synchronisation.
 
         Args:
             stage: 1..exits.
             inputs: for stage 1 uint8 pixels `[H, W, 3]`, else rows that were kept of the stage
                 before.
+            alone: whether it is a single image and nothing else runs.
         """
-        program, _ = self._plan(stage, len(inputs))
+        program = self._teams.get(stage) if alone else None
+        if program is None:
+            program, _ = self._plan(stage, len(inputs))
         if program:
             features, said, passed = self._memory.run(program, inputs)
         else:
@@ -141,6 +146,10 @@ class Runner:
         """
         self._programs = {**self._programs, (stage, size): (program, seconds)}
         self._plans = {}  # both anew and in this order, since other workers look into them
+
+    def use_team(self, stage: int, program: Program) -> None:
+        """Take a program in which several threads compute a single image."""
+        self._teams[stage] = program
 
     def expected(self, stage: int, largest: int) -> dict[int, float]:
         """Seconds of a stage by batch size, at every size where they leave a straight line."""

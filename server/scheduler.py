@@ -6,7 +6,8 @@ fastest for each second of device time, counting the stages they may still need;
 more the longer its jobs have waited, so none starves. A batch yields to another whose jobs would
 be late if they waited for it, to a first-stage batch above all, since before the first exit being
 late is an error. A job that can no longer be in time is never started: it is answered at once with
-what it has. When nothing is left to do, an audited job takes a step.
+what it has. A job beside which there is no other has the workers' cores all to itself. When nothing
+is left to do, an audited job takes a step.
 
 The scheduler is pure: it owns no clock, no thread and no tensor, and never looks into a payload.
 """
@@ -86,6 +87,8 @@ class Batch:
     seconds: float
     """How long it is expected to take."""
     audit: bool = False
+    alone: bool = False
+    """Whether it is a single live job and nothing else runs, so that it may have every core."""
 
     @property
     def deadline(self) -> float:
@@ -168,7 +171,7 @@ class Scheduler:
         job.state = JobState.DONE
         self._live_until = now
         self.controller.saw_arrival(now)
-        if now + self.costs.seconds(1, 1) > job.deadline:
+        if now + self.costs.seconds(1, 1, alone=True) > job.deadline:
             raise TooLate
         if math.isfinite(job.deadline):
             self.controller.saw_deadline(job.deadline - job.arrived)
@@ -220,8 +223,9 @@ class Scheduler:
         self.workers = self._workers_worth_their_core()
         self.backlog_seconds = self.predicted_wait(now)
         self.controller.update(self.backlog_seconds, now)
-        overdue = self._take_overdue(now)
-        batch = self._choose(now)
+        alone = self._is_alone()
+        overdue = self._take_overdue(now, alone)
+        batch = self._choose(now, alone)
         if batch is None:
             return Step(self._take_audit(now), tuple(overdue))
         self._ends[batch.jobs[0].number] = now + batch.seconds
@@ -248,7 +252,7 @@ class Scheduler:
             The jobs to answer from this exit, each with its reason. The others wait for the next
             stage; cancelled jobs are gone.
         """
-        self.costs.observe(batch.stage, len(batch.jobs), seconds)
+        self.costs.observe(batch.stage, len(batch.jobs), seconds, batch.alone)
         self._ended(batch.jobs[0])
         self._live_until = now
         thresholds = self.controller.level.thresholds
@@ -356,7 +360,13 @@ class Scheduler:
             return now
         return max(now, sorted(self._ends.values())[len(self._ends) - self.workers])
 
+    def _is_alone(self) -> bool:
+        """Whether there is one job to run and none that runs."""
+        return not self._ends and sum(map(len, self._queues.values())) == 1
+
     def _first_exit_seconds(self, job: Job, now: float) -> float:
+        if not self._ends and not any(self._queues.values()):
+            return self.costs.seconds(1, 1, alone=True)
         ahead = bisect_left(self._queues[1], job.urgency, key=lambda j: j.urgency)
         before, places = divmod(ahead, self.max_batch)
         wait = before * self.costs.seconds(1, self.max_batch) / self.workers
@@ -377,13 +387,13 @@ class Scheduler:
     def _pass(self, stage: int, size: int) -> float:
         return sum(self.costs.seconds(k, size) for k in range(1, stage + 1))
 
-    def _take_overdue(self, start: float) -> list[Job]:
+    def _take_overdue(self, start: float, alone: bool = False) -> list[Job]:
         """Take off the jobs that would be late if they started no sooner than `start`."""
         overdue = []
         for stage, queue in self._queues.items():
             if not queue:
                 continue
-            latest = start + self.costs.seconds(stage, 1)
+            latest = start + self.costs.seconds(stage, 1, alone)
             late = bisect_left(queue, (latest, -1), key=lambda j: j.urgency)
             overdue += queue[:late]
             del queue[:late]
@@ -391,8 +401,8 @@ class Scheduler:
             job.state = JobState.DONE
         return overdue
 
-    def _choose(self, now: float) -> Batch | None:
-        batches = [self._best_batch(k, q, now) for k, q in self._queues.items() if q]
+    def _choose(self, now: float, alone: bool) -> Batch | None:
+        batches = [self._best_batch(k, q, now, alone) for k, q in self._queues.items() if q]
         if not batches:
             return None
         best = max(batches, key=lambda b: self._index(b, now))
@@ -404,17 +414,17 @@ class Scheduler:
         harmless = now + rival.seconds + best.seconds <= best.deadline
         return rival if rival.stage == 1 or harmless else best
 
-    def _best_batch(self, stage: int, queue: list[Job], now: float) -> Batch:
+    def _best_batch(self, stage: int, queue: list[Job], now: float, alone: bool) -> Batch:
         """The most jobs a second, among the batches of all sizes that end in time."""
         most = min(len(queue), self.max_batch)
-        offers = (self._offer(stage, queue, size, now) for size in batch_sizes(most))
+        offers = (self._offer(stage, queue, size, now, alone) for size in batch_sizes(most))
         return max(offers, key=lambda b: len(b.jobs) / b.seconds)
 
-    def _offer(self, stage: int, queue: list[Job], size: int, now: float) -> Batch:
-        end = now + self.costs.seconds(stage, size)
+    def _offer(self, stage: int, queue: list[Job], size: int, now: float, alone: bool) -> Batch:
+        end = now + self.costs.seconds(stage, size, alone)
         first = bisect_left(queue, (end, -1), key=lambda j: j.urgency)
         jobs = tuple(queue[first : first + size]) or (queue[0],)
-        return Batch(stage, jobs, self.costs.seconds(stage, len(jobs)))
+        return Batch(stage, jobs, self.costs.seconds(stage, len(jobs), alone), alone=alone)
 
     def _index(self, batch: Batch, now: float) -> float:
         """Jobs that leave for each second of device time, at the best place to stop.

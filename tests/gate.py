@@ -20,11 +20,11 @@ class Gate:
     def exits(self):
         return self._runner.exits
 
-    def run(self, stage, inputs):
+    def run(self, stage, inputs, alone=False):
         self.batches.append((stage, list(inputs)))
         self.entered.release()
         assert self._allowed.acquire(timeout=20)
-        return self._runner.run(stage, inputs)
+        return self._runner.run(stage, inputs, alone)
 
     def keep(self, output, places):
         return self._runner.keep(output, places)

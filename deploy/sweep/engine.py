@@ -25,6 +25,9 @@ def engine(url: str, admin_token: str) -> Row:
 def cost_table(said: Mapping[str, Any], times: float = 1.0) -> CostTable:
     """So many times what it expects of every stage and batch size."""
     seconds = said["seconds"].items()
-    return CostTable(
+    costs = CostTable(
         {int(stage): {int(n): times * s for n, s in row.items()} for stage, row in seconds}
     )
+    for stage, share in said.get("teams", {}).items():
+        costs.use_team(int(stage), share)
+    return costs

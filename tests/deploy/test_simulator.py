@@ -61,6 +61,17 @@ def test_a_lone_request_takes_its_stages_and_what_its_way_costs():
         assert only.seconds - 0.33 - stages * STAGE_SECONDS - between == pytest.approx(0.02)
 
 
+def test_a_lone_request_has_every_core():
+    scheduler = make_scheduler()
+    for stage in (1, 2):
+        scheduler.costs.use_team(stage, 0.5)
+    load = [Arrival(0.0, UNSURE), Arrival(1.0, UNSURE), Arrival(1.0, UNSURE)]
+    settled = {id(o.arrival): o.seconds for o in simulate(scheduler, load, RULE)}
+    lone, *two = (settled[id(arrival)] for arrival in load)
+    assert lone == pytest.approx(2 * 0.5 * STAGE_SECONDS)
+    assert min(two) > lone
+
+
 def test_a_turn_reads_what_has_come_and_begins_one_after_another():
     first, second, third = outcomes(at_once(3), begin_seconds=0.01)
     assert [o.seconds for o in (first, second)] == pytest.approx([0.03, 0.03]), "sent together"

@@ -172,7 +172,7 @@ def test_the_command_without_a_compiler_is_one_sentence_and_status_2(no_compiler
 def test_a_compiler_that_fails_is_one_warning(bundle, units, tmp_path, caplog):
     chosen = Settings(bundle=tmp_path / "gone", cache_dir=tmp_path, max_batch=1)
     compiling = Compiling(chosen, bundle, units, torch.float32)
-    compiling.compile_in_background(lambda *_: None)
+    compiling.compile_in_background(lambda *_: None, lambda *_: None)
     compiling._thread.join(60)
     compiling.close()
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
@@ -341,6 +341,14 @@ def test_a_unit_keeps_to_one_thread(compiled):
         program.run()
     own, all_threads = time.thread_time() - own, time.process_time() - all_threads
     assert all_threads < 1.5 * own
+
+
+def test_a_team_gives_the_same_answer(compiled, bundle, units):
+    (file,) = compiled[0].rglob("stage1-batch1.bin")
+    team = CompiledUnit(file, torch.float32, threads=2)
+    (inputs, *_) = example_inputs(units, bundle, 1, CPU)
+    assert disagreement(team, units[0], inputs, torch.float32) is None
+    assert team._network.get_property("INFERENCE_NUM_THREADS") == 2
 
 
 def test_workers_may_call_a_unit_at_the_same_time(compiled, bundle, units):

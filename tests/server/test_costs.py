@@ -48,6 +48,32 @@ def test_one_outlier_moves_the_table_little(costs):
     assert costs.seconds(1, 1) <= 1.3
 
 
+def test_a_team_costs_a_share_of_one_thread_for_a_lone_image_alone(costs):
+    assert costs.seconds(1, 1, alone=True) == 1.0
+    costs.use_team(1, 0.6)
+    assert costs.seconds(1, 1, alone=True) == pytest.approx(0.6)
+    assert costs.seconds(1, 1) == 1.0
+
+
+def test_a_team_that_was_measured_wrongly_is_put_right_and_changes_no_other_cost(costs):
+    costs.use_team(1, 0.6)
+    for _ in range(300):
+        costs.observe(1, 1, 0.8, alone=True)
+        costs.observe(1, 1, 1.0)
+        costs.observe(1, 4, 2.0)
+    assert costs.seconds(1, 1, alone=True) == pytest.approx(0.8, rel=0.05)
+    assert costs.seconds(1, 1) == pytest.approx(1.0, rel=0.05)
+    assert costs.seconds(1, 4) == pytest.approx(2.0, rel=0.05)
+    assert costs.teams() == {1: pytest.approx(0.8, rel=0.1)}
+
+
+def test_a_machine_that_has_become_slower_is_noticed_by_its_team_too(costs):
+    costs.use_team(1, 0.5)
+    for _ in range(30):
+        costs.observe(1, 1, 1.0, alone=True)
+    assert 1.5 < costs.seconds(1, 1) < 2.0
+
+
 class ReadMeanwhile(dict):
     """New measurements; whenever one is looked up, somebody reads the whole table."""
 

@@ -62,12 +62,14 @@ class FakeRunner:
     def __init__(self, clock):
         self.clock = clock
         self.ran = []
+        self.alone = []
         self.guilty = lambda images: False
         self.forgets_rows = False
         self.missing = 0
         self.meanwhile = lambda: None
 
-    def run(self, stage, inputs):
+    def run(self, stage, inputs, alone=False):
+        self.alone.append(alone)
         self.missing += sum(image is None for image in inputs)
         self.ran.append((stage, len(inputs), self.clock.now))
         self.meanwhile()
@@ -150,6 +152,13 @@ def test_a_job_goes_as_deep_as_its_confidence_asks(world):
     said = [(answer(t).exit, answer(t).reason) for t in tickets]
     assert said == [(1, Reason.CONFIDENT), (2, Reason.CONFIDENT), (3, Reason.FINAL)]
     assert [len(answer(t).seen) for t in tickets] == [1, 2, 3]
+
+
+def test_the_runner_is_told_which_job_is_alone(world):
+    world.submit(0.1, 0.9, 0.9)
+    world.submit(0.9, 0.9, 0.9)
+    world.finish()
+    assert world.runner.alone == [False, True]
 
 
 def test_settled_tickets_hold_no_features(world):

@@ -61,6 +61,53 @@ def test_survivors_join_other_jobs_at_their_stage():
     assert (batch.stage, set(batch.jobs)) == (2, {first, second})
 
 
+def with_teams(scheduler, share=0.5):
+    for stage in range(1, STAGES + 1):
+        scheduler.costs.use_team(stage, share)
+    return scheduler
+
+
+def test_a_job_has_every_core_where_nothing_else_waits_or_runs():
+    scheduler = with_teams(make_scheduler(workers=2))
+    scheduler.admit(job(), 0.0)
+    first = scheduler.next_step(0.0).batch
+    assert first.alone
+    assert first.seconds == pytest.approx(0.5 * 1.25e-3)
+    scheduler.admit(job(), 0.0)
+    second = scheduler.next_step(0.0).batch
+    assert not second.alone, "the first still runs"
+    assert second.seconds == pytest.approx(1.25e-3)
+    run(scheduler, first, [0.1], 0.01)
+    run(scheduler, second, [0.1], 0.01)
+    both = scheduler.next_step(0.01).batch
+    assert len(both.jobs) == 2
+    assert not both.alone
+    run(scheduler, both, [0.9, 0.1], 0.02)
+    assert scheduler.next_step(0.02).batch.alone, "the other was answered"
+
+
+def test_a_job_that_a_team_brings_in_time_is_neither_too_late_nor_refused():
+    scheduler = with_teams(make_scheduler())
+    one = job(deadline=1e-3)  # one thread takes 1.25 ms
+    scheduler.admit(one, 0.0)
+    step = scheduler.next_step(0.0)
+    assert step.batch.jobs == (one,)
+    assert step.overdue == ()
+    with pytest.raises(Refused):
+        scheduler.admit(job(deadline=1e-3), 0.0)
+
+
+def test_an_audited_job_leaves_the_other_cores_to_live_ones():
+    scheduler = with_teams(make_scheduler(workers=2))
+    one = job()
+    scheduler.admit(one, 0.0)
+    run(scheduler, scheduler.next_step(0.0).batch, [0.9], 0.0)
+    scheduler.audit(one)
+    batch = scheduler.next_step(QUIET_SECONDS).batch
+    assert batch.audit
+    assert not batch.alone
+
+
 def test_the_device_never_idles_while_a_job_waits():
     scheduler = make_scheduler()
     scheduler.admit(job(), 0.0)

@@ -35,8 +35,8 @@ def broken_at(server, stage):
     with gated(server) as gate:
         run = gate.run
 
-        def fail(k, inputs):
-            output = run(k, inputs)
+        def fail(k, inputs, alone=False):
+            output = run(k, inputs, alone)
             assert k < stage, "what fails on the device"
             return output
 
@@ -106,8 +106,8 @@ def test_an_image_that_the_network_fails_on_fails_alone(one, png):
     with gated(one) as gate:
         run = gate.run
 
-        def fail_on_guilty(stage, inputs):
-            output = run(stage, inputs)
+        def fail_on_guilty(stage, inputs, alone=False):
+            output = run(stage, inputs, alone)
             pixels = [i for i in inputs if hasattr(i, "shape")]
             assert not any((p == guilty).all() for p in pixels), "what fails on the device"
             return output

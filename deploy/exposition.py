@@ -16,8 +16,10 @@ class Exposition:
 
     def __init__(self, text: str) -> None:
         self._totals: dict[str, float] = {}
+        self._series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
+                self._series[sample.name, frozenset(sample.labels.items())] = sample.value
                 self._totals[sample.name] = self._totals.get(sample.name, 0.0) + sample.value
 
     def total(self, name: str) -> float:
@@ -29,6 +31,17 @@ class Exposition:
         if name not in self._totals:
             raise ValueError(f"the server does not export {name}")
         return self._totals[name]
+
+    def value(self, name: str, **labels: str) -> float:
+        """One series.
+
+        Raises:
+            ValueError: there is none.
+        """
+        series = name, frozenset(labels.items())
+        if series not in self._series:
+            raise ValueError(f"the server does not export {name} with {labels}")
+        return self._series[series]
 
 
 def scrape(url: str, timeout: float = 10.0) -> Exposition:

@@ -51,6 +51,7 @@ def create_routes(served: Served) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        served.metrics.threads.watch("event_loop")
         warming = asyncio.ensure_future(_warm_up(served))
         try:
             yield

@@ -191,6 +191,7 @@ class Engine:
 
     def _run(self, number: int = 0) -> None:
         name_thread(f"engine-{number}")
+        self._metrics.works_here()
         busy = False
         while busy or not self._stopping.is_set():
             if number < self.scheduler.workers or self._stopping.is_set():

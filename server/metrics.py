@@ -24,9 +24,12 @@ from prometheus_client.registry import Collector
 
 from model.policy import Reason
 from server.overload import Level
+from server.threads import ThreadClocks
 
 VERSION = "0.1.0"
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+PARTS = ("event_loop", "engine")
+"""Of the server, by the threads that do it."""
 PHASES = ("decode", "queue", "encode")
 ROUTES = ("/classify", "/classify/batch")
 REQUEST_CODES = ("200", "400", "401", "403", "413", "422", "429", "431", "499", "500", "503", "504")
@@ -74,6 +77,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
+        self.threads = ThreadClocks(self.registry, PARTS)
         boundary = {deadline_seconds} if deadline_seconds else set()
         seconds = sorted({*SECONDS_BUCKETS, *boundary})
         batches = sorted({1, *(2**i for i in range(1, 11) if 2**i < max_batch), max_batch})
@@ -310,6 +314,10 @@ class EngineMetrics:
             for k in exits
             for reason in Reason
         }
+
+    def works_here(self) -> None:
+        """The calling thread is one of the engine's."""
+        self._metrics.threads.watch("engine")
 
     def ran(self, stage: int, jobs: int, seconds: float) -> None:
         """A stage batch ran."""

@@ -157,10 +157,21 @@ PROCESS = Row(
         ),
         Panel(
             "CPU",
-            "Cores in use. At the container's limit it is throttled, and latency jumps by "
-            "milliseconds: give it more, or set WORKERS to one less than the limit.",
+            "Cores in use, of them by the event loop and by the engine's threads. At the "
+            "container's limit it is throttled, and latency jumps by milliseconds: give it more, "
+            "or set WORKERS to one less than the limit. An event loop near one core can take no "
+            "more requests, whatever the device could: add replicas.",
             "short",
-            [Query(f"rate(process_cpu_seconds_total{{{HERE}}}[$__rate_interval])", "{{instance}}")],
+            [
+                Query(
+                    f"rate(process_cpu_seconds_total{{{HERE}}}[$__rate_interval])",
+                    "{{instance}}",
+                ),
+                Query(
+                    f"rate(offramp_cpu_seconds_total{{{HERE}}}[$__rate_interval])",
+                    "{{instance}} {{part}}",
+                ),
+            ],
             runbook="OfframpLatencyBurn",
         ),
         Panel(

@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -15,8 +15,7 @@ from deploy.exposition import scrape
 from deploy.loadtest.client import Client
 from deploy.loadtest.load import closed_loop
 from deploy.loadtest.samples import Sample
-from deploy.sweep.engine import cost_table, engine
-from server.costs import CostTable
+from deploy.sweep.engine import engine
 
 CLIENTS = 64
 """Enough that the engine finds a full batch whenever it is done with one."""
@@ -40,39 +39,36 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a server had spent by a moment, or between two."""
+    """What a server had spent by a moment, or between two; all in seconds but the last."""
 
     seconds: float
-    processor: float
+    event_loop: float
+    """Processor time of its thread."""
+    engine: float
+    """Of its workers' threads, stages included."""
     stages: float
+    """That batches took, of all workers."""
     batches: float
 
     @classmethod
     def by_now(cls, url: str) -> Spent:
         """Since it started."""
-        said, family = scrape(url), "offramp_stage_duration_seconds"
+        said, stages = scrape(url), "offramp_stage_duration_seconds"
         return cls(
             time.perf_counter(),
-            said.total("process_cpu_seconds_total"),
-            said.total(f"{family}_sum"),
-            said.total(f"{family}_count"),
+            said.value("offramp_cpu_seconds_total", part="event_loop"),
+            said.value("offramp_cpu_seconds_total", part="engine"),
+            said.total(f"{stages}_sum"),
+            said.total(f"{stages}_count"),
         )
 
     def __sub__(self, before: Spent) -> Spent:
         return Spent(
-            self.seconds - before.seconds,
-            self.processor - before.processor,
-            self.stages - before.stages,
-            self.batches - before.batches,
+            *(now - then for now, then in zip(astuple(self), astuple(before), strict=True))
         )
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(
-            self.seconds + other.seconds,
-            self.processor + other.processor,
-            self.stages + other.stages,
-            self.batches + other.batches,
-        )
+        return Spent(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,68 +77,62 @@ class Flood:
 
     spent: Spent
     requests: int
-    exits: int = 0
-    """Stages that each of them ran."""
 
     def __add__(self, other: Flood) -> Flood:
-        return Flood(self.spent + other.spent, self.requests + other.requests, self.exits)
+        return Flood(self.spent + other.spent, self.requests + other.requests)
 
     @property
-    def processor(self) -> float:
-        """Processor seconds a request."""
-        return self.spent.processor / self.requests
+    def request_seconds(self) -> float:
+        """Of the event loop, for each."""
+        return self.spent.event_loop / self.requests
 
-    def expected(self, costs: CostTable) -> float:
-        """Seconds of stages a request, by what the server expects of batches of the mean size."""
-        size = self.exits * self.requests / self.spent.batches
-        return sum(costs.seconds(k, size) / size for k in range(1, self.exits + 1))
+    def between_batches(self, workers: int) -> float:
+        """Seconds that a worker spends from one batch to the next, if all of them are kept busy.
+
+        Without what it then waited for Python's lock, which the event loop held as long as it
+        computed.
+        """
+        spent = self.spent
+        in_no_stage = max(0.0, workers * spent.seconds - spent.stages)
+        return in_no_stage / spent.batches / (1 + min(1.0, spent.event_loop / spent.seconds))
+
+    @property
+    def per_second(self) -> float:
+        """How many were answered in a second."""
+        return self.requests / self.spent.seconds
 
 
 async def measure(url: str, admin_token: str, samples: Sequence[Sample], seconds: float) -> Costs:
-    """Load a server in three ways, one after the other, and ask it one by one.
+    """Load a server in three ways, in turns, and ask it one by one.
 
-    What a request costs outside stages is what is left of the processor's time if stages are
-    thought away: from floods that leave at the first exit and floods that leave at the last. How
-    it divides into beginning and answering is seen in the timings of requests sent one by one.
+    What a request costs the event loop is its thread's processor time. How that divides into
+    beginning and answering is seen in the timings of requests sent one by one.
     """
-    table = cost_table(engine(url, admin_token))
     share = await _begin_share(url, samples)
-    first = await _flood(url, samples, f"threshold=0&{UNHURRIED}", CLIENTS, seconds, 1)
-    last = await _flood(url, samples, f"threshold=1&{UNHURRIED}", CLIENTS, seconds, table.stages)
-    first += await _flood(url, samples, f"threshold=0&{UNHURRIED}", CLIENTS, seconds, 1)
-    last += await _flood(url, samples, f"threshold=1&{UNHURRIED}", CLIENTS, seconds, table.stages)
+    some = await _flood(url, samples, f"threshold=0&{UNHURRIED}", CLIENTS, seconds)
+    deep = await _flood(url, samples, f"threshold=1&{UNHURRIED}", CLIENTS, seconds)
+    some += await _flood(url, samples, f"threshold=0&{UNHURRIED}", CLIENTS, seconds)
+    deep += await _flood(url, samples, f"threshold=1&{UNHURRIED}", CLIENTS, seconds)
     refused = await _flood(url, samples, "deadline_ms=1", IMPATIENT, seconds)
-    # An answer takes no less than a refusal, whatever other programs did to the clocks.
-    request = max(refused.processor, without_stages(first, last, table))
-    capacity = last.requests / last.spent.seconds
-    # While the engine was between two batches it shared Python's lock with the event loop.
-    slowed = 1 + min(1.0, capacity * request)
-    between = max(0.0, last.spent.seconds - last.spent.stages) / last.spent.batches / slowed
-    return Costs(share * request, (1 - share) * request, refused.processor, between, capacity)
-
-
-def without_stages(first: Flood, last: Flood, costs: CostTable) -> float:
-    """Processor seconds of a request that would run no stage.
-
-    Args:
-        first: leaves at the first exit.
-        last: leaves at the last.
-        costs: what stages take, by a clock that may be wrong by any factor.
-    """
-    shallow, deep = first.expected(costs), last.expected(costs)
-    factor = (last.processor - first.processor) / (deep - shallow)
-    return first.processor - factor * shallow
+    request = (some + deep).request_seconds
+    return Costs(
+        share * request,
+        (1 - share) * request,
+        refused.request_seconds,
+        deep.between_batches(engine(url, admin_token)["workers"]),
+        deep.per_second,
+    )
 
 
 async def _flood(
-    url: str, samples: Sequence[Sample], query: str, clients: int, seconds: float, exits: int = 0
+    url: str, samples: Sequence[Sample], query: str, clients: int, seconds: float
 ) -> Flood:
     client = Client(f"{url}/classify?{query}")
     before = Spent.by_now(url)
     results = await closed_loop(client, samples, clients, seconds)
     spent = Spent.by_now(url) - before
     await client.close()
-    return Flood(spent, len(results), exits)
+    return Flood(spent, len(results))
 
 
 async def _begin_share(url: str, samples: Sequence[Sample]) -> float:

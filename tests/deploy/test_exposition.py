@@ -24,6 +24,15 @@ def test_all_series_of_a_name_are_added_up():
     assert said.total("bytes") == 7_000_000.0
 
 
+def test_one_series_is_found_by_all_of_its_labels():
+    said = Exposition(TEXT)
+    assert said.value("x_seconds_sum", stage="2") == 0.25
+    assert said.value("bytes") == 7_000_000.0
+    for labels in ({}, {"stage": "3"}, {"stage": "2", "le": "+Inf"}):
+        with pytest.raises(ValueError, match="does not export x_seconds_sum with"):
+            said.value("x_seconds_sum", **labels)
+
+
 def test_a_series_that_is_not_there_is_no_zero():
     with pytest.raises(ValueError, match="does not export x_seconds_total"):
         Exposition(TEXT).total("x_seconds_total")

@@ -11,8 +11,7 @@ from deploy.loadtest.schedules import KINDS
 from deploy.loadtest.summary import summarise
 from deploy.simulator import Overhead
 from deploy.sweep.__main__ import FACTORS, main
-from deploy.sweep.engine import cost_table
-from deploy.sweep.measuring import Flood, Spent, without_stages
+from deploy.sweep.measuring import Flood, Spent
 from deploy.sweep.pace import pace_of, together, watching
 from deploy.sweep.prediction import predict
 from deploy.sweep.recording import columns, load_seconds
@@ -128,18 +127,24 @@ def test_a_sweep_shorter_than_a_burst_is_refused(tmp_path, capsys):
     assert "at least 2" in capsys.readouterr().err
 
 
-def flood(requests, exits, batches, outside, slower):
-    """Of requests that cost so much outside stages, with stages slower than the table says."""
-    table = cost_table(ENGINE)
-    size = exits * requests / batches
-    stages = batches * sum(table.seconds(k, size) for k in range(1, exits + 1)) / exits
-    return Flood(Spent(1.0, requests * outside + slower * stages, 0.0, batches), requests, exits)
+def test_floods_add_up():
+    once = Flood(Spent(1.0, 0.2, 0.9, 0.7, 50), 400)
+    both = once + Flood(Spent(3.0, 0.6, 1.8, 2.0, 100), 400)
+    assert both.spent == Spent(4.0, pytest.approx(0.8), pytest.approx(2.7), 2.7, 150)
+    assert both.request_seconds == pytest.approx(1e-3)
+    assert both.per_second == 200
 
 
-@pytest.mark.parametrize("slower", [0.8, 1.0, 2.5])
-def test_what_is_outside_stages_is_found_whatever_stages_really_take(slower):
-    first, last = flood(1000, 1, 200, 3e-4, slower), flood(600, 2, 300, 3e-4, slower)
-    assert without_stages(first, last, cost_table(ENGINE)) == pytest.approx(3e-4)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_what_workers_spend_between_batches_leaves_out_their_wait_for_the_lock(workers):
+    between, loop = 1e-3, 0.25
+    in_no_stage = 200 * between * (1 + loop)
+    busy = Flood(Spent(1.0, loop, workers * 0.9, workers - in_no_stage, 200), 1000)
+    assert busy.between_batches(workers) == pytest.approx(between)
+
+
+def test_workers_that_are_in_a_stage_all_the_time_spend_nothing_between():
+    assert Flood(Spent(1.0, 0.1, 1.0, 1.01, 10), 10).between_batches(1) == 0.0
 
 
 def recording(seconds=0.1):

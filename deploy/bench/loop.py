@@ -32,7 +32,7 @@ from server.settings import Settings
 from server.tickets import Answer, Seen, Ticket
 
 CONNECTIONS = 4
-"""That send at the same time, as many as begin in one turn."""
+"""That send at the same time, as they do under load."""
 ROUNDS = 25
 """Of requests from all connections, for one measurement."""
 

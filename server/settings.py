@@ -79,7 +79,8 @@ class Settings(BaseSettings):
         ge=0,
         le=1024,
         description="stage batches that run at the same time on CPU, each with THREADS; 0 for as "
-        "many as the cores that the process may use, or all but one where HTTP needs it more",
+        "many as the cores that the process may use, or all but one where HTTP needs it more; an "
+        "image that is alone has the threads of all",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")

@@ -51,9 +51,7 @@ class ThreadClocks(Collector):
         yield family
 
     def _family(self) -> CounterMetricFamily:
-        said = (
-            "Processor time of the event loop's thread, of which there is one, and of the engine's"
-        )
+        said = "Processor time of the event loop's thread, and of the engine's without their teams'"
         return CounterMetricFamily("offramp_cpu_seconds", said, labels=["part"])
 
 

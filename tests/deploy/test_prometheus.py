@@ -173,9 +173,9 @@ def slow_down(server, seconds):
     runner = server.served.engine._runner
     run = runner.run
 
-    def slowly(stage, inputs):
+    def slowly(stage, inputs, alone=False):
         time.sleep(seconds)
-        return run(stage, inputs)
+        return run(stage, inputs, alone)
 
     runner.run = slowly
 
@@ -185,8 +185,8 @@ def contradict(server):
     runner = server.served.engine._runner
     run = runner.run
 
-    def wrongly(stage, inputs):
-        output = run(stage, inputs)
+    def wrongly(stage, inputs, alone=False):
+        output = run(stage, inputs, alone)
         if stage < runner.exits:
             return output
         return replace(output, probabilities=np.roll(output.probabilities, 1, axis=1))

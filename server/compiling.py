@@ -93,9 +93,9 @@ class Compiling:
             share, threads, team = min(self._measured_teams(stage, inputs), default=(1.0, 1, None))
             if team and share <= WORTH_ITS_CORES:
                 use(stage, team, share)
-                said.append(f"stage {stage} takes {threads} {share:.0%} of the time")
+                said.append(f"{threads} in stage {stage} ({share:.0%} of one thread's time)")
         if said:
-            log.info("threads of an image that is alone: %s", ", ".join(said))
+            log.info("an image that is alone has threads: %s", ", ".join(said))
 
     @property
     def complete(self) -> bool:

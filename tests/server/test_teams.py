@@ -115,14 +115,14 @@ def teams(compiling, folder):
 def test_every_stage_gets_its_fastest_team(compiling, folder, caplog):
     caplog.set_level(logging.INFO)
     assert teams(compiling, folder) == {stage: (4, 0.5) for stage in (1, 2, 3, 4)}
-    assert "stage 4 takes 4 50% of the time" in caplog.text
+    assert "4 in stage 4 (50% of one thread's time)" in caplog.text
 
 
 def test_a_team_that_gains_next_to_nothing_is_not_used(compiling, folder, caplog):
     caplog.set_level(logging.INFO)
     folder.shares = dict.fromkeys(folder.shares, WORTH_ITS_CORES + 0.01)
     assert teams(compiling, folder) == {}
-    assert "alone" not in caplog.text
+    assert "an image that is alone" not in caplog.text
 
 
 def test_a_team_that_disagrees_with_the_eager_stage_is_not_used(compiling, folder):

@@ -15,12 +15,11 @@ class Exposition:
     """
 
     def __init__(self, text: str) -> None:
-        self._totals: dict[str, float] = {}
-        self._series: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                self._series[sample.name, frozenset(sample.labels.items())] = sample.value
-                self._totals[sample.name] = self._totals.get(sample.name, 0.0) + sample.value
+        self._series = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
 
     def total(self, name: str) -> float:
         """The sum of all series of a name.
@@ -28,9 +27,10 @@ class Exposition:
         Raises:
             ValueError: there is none.
         """
-        if name not in self._totals:
+        found = [value for (series, _), value in self._series.items() if series == name]
+        if not found:
             raise ValueError(f"the server does not export {name}")
-        return self._totals[name]
+        return sum(found)
 
     def value(self, name: str, **labels: str) -> float:
         """One series.

@@ -5,7 +5,7 @@ machines that are not at hand, always the same way.
 
 What surrounds the scheduler is threads. The load sends at its times. The clients' thread
 works on each request and on each answer. The server's event loop goes round in turns: it reads all
-requests that have come, begins the few that its gate lets through, and sends answers. What comes
+requests that have come, begins what its gate lets through, and sends answers. What comes
 during a turn is seen at the next, and what is begun too late is refused, which costs less. The
 engine's workers run the scheduler's batches. They share cores and Python's lock as `deploy.machine`
 says.

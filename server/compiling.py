@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -86,11 +86,15 @@ class Compiling:
 
         To be called when nothing is left to compile, which would take the cores that teams need.
         """
+        sizes = team_sizes(self._settings.threads, self._settings.threads * self._workers)
+        if not sizes:
+            return
         said = []
         for stage, inputs in enumerate(self._examples(1), start=1):
             if self._closed:
                 return
-            share, threads, team = min(self._measured_teams(stage, inputs), default=(1.0, 1, None))
+            measured = self._measured_teams(stage, inputs, sizes)
+            share, threads, team = min(measured, default=(1.0, 1, None))
             if team and share <= WORTH_ITS_CORES:
                 use(stage, team, share)
                 said.append(f"{threads} in stage {stage} ({share:.0%} of one thread's time)")
@@ -186,12 +190,11 @@ class Compiling:
         return example_inputs(self._units, self._bundle, size, torch.device("cpu"))
 
     def _measured_teams(
-        self, stage: int, inputs: tuple[Tensor, ...]
+        self, stage: int, inputs: tuple[Tensor, ...], sizes: Sequence[int]
     ) -> Iterator[tuple[float, int, Program]]:
         """Of each team: its time as a share of one thread's, how many threads, its program."""
         one, file = self._used[stage, 1], self._programs.file(stage, 1)
-        threads = self._settings.threads
-        for size in team_sizes(threads, threads * self._workers):
+        for size in sizes:
             try:
                 team = self._load(file, self._dtype, 1, size)
                 off = disagreement(team, self._units[stage - 1], inputs, self._dtype)

@@ -223,11 +223,14 @@ class Scheduler:
         self.workers = self._workers_worth_their_core()
         self.backlog_seconds = self.predicted_wait(now)
         self.controller.update(self.backlog_seconds, now)
-        alone = self._is_alone()
+        alone = self._only(1)
         overdue = self._take_overdue(now, alone)
-        batch = self._choose(now, alone)
+        batch = self._choose(now)
         if batch is None:
             return Step(self._take_audit(now), tuple(overdue))
+        if alone:
+            seconds = self.costs.seconds(batch.stage, 1, alone)
+            batch = Batch(batch.stage, batch.jobs, seconds, alone=True)
         self._ends[batch.jobs[0].number] = now + batch.seconds
         queue = self._queues[batch.stage]
         first = queue.index(batch.jobs[0])
@@ -360,12 +363,12 @@ class Scheduler:
             return now
         return max(now, sorted(self._ends.values())[len(self._ends) - self.workers])
 
-    def _is_alone(self) -> bool:
-        """Whether there is one job to run and none that runs."""
-        return not self._ends and sum(map(len, self._queues.values())) == 1
+    def _only(self, jobs: int) -> bool:
+        """Whether so many jobs wait and nothing runs."""
+        return not self._ends and sum(map(len, self._queues.values())) == jobs
 
     def _first_exit_seconds(self, job: Job, now: float) -> float:
-        if not self._ends and not any(self._queues.values()):
+        if self._only(0):
             return self.costs.seconds(1, 1, alone=True)
         ahead = bisect_left(self._queues[1], job.urgency, key=lambda j: j.urgency)
         before, places = divmod(ahead, self.max_batch)
@@ -401,8 +404,8 @@ class Scheduler:
             job.state = JobState.DONE
         return overdue
 
-    def _choose(self, now: float, alone: bool) -> Batch | None:
-        batches = [self._best_batch(k, q, now, alone) for k, q in self._queues.items() if q]
+    def _choose(self, now: float) -> Batch | None:
+        batches = [self._best_batch(k, q, now) for k, q in self._queues.items() if q]
         if not batches:
             return None
         best = max(batches, key=lambda b: self._index(b, now))
@@ -414,17 +417,17 @@ class Scheduler:
         harmless = now + rival.seconds + best.seconds <= best.deadline
         return rival if rival.stage == 1 or harmless else best
 
-    def _best_batch(self, stage: int, queue: list[Job], now: float, alone: bool) -> Batch:
+    def _best_batch(self, stage: int, queue: list[Job], now: float) -> Batch:
         """The most jobs a second, among the batches of all sizes that end in time."""
         most = min(len(queue), self.max_batch)
-        offers = (self._offer(stage, queue, size, now, alone) for size in batch_sizes(most))
+        offers = (self._offer(stage, queue, size, now) for size in batch_sizes(most))
         return max(offers, key=lambda b: len(b.jobs) / b.seconds)
 
-    def _offer(self, stage: int, queue: list[Job], size: int, now: float, alone: bool) -> Batch:
-        end = now + self.costs.seconds(stage, size, alone)
+    def _offer(self, stage: int, queue: list[Job], size: int, now: float) -> Batch:
+        end = now + self.costs.seconds(stage, size)
         first = bisect_left(queue, (end, -1), key=lambda j: j.urgency)
         jobs = tuple(queue[first : first + size]) or (queue[0],)
-        return Batch(stage, jobs, self.costs.seconds(stage, len(jobs), alone), alone=alone)
+        return Batch(stage, jobs, self.costs.seconds(stage, len(jobs)))
 
     def _index(self, batch: Batch, now: float) -> float:
         """Jobs that leave for each second of device time, at the best place to stop.

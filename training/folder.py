@@ -16,7 +16,7 @@ from model.preprocess import Preprocess
 from training.data import MAX_PIXELS, DataError, Images, ImageSet, Listing, load
 from training.distributed import Processes
 from training.normalisation import normalisation
-from training.parts import find_parts, names_digest
+from training.parts import HELD_OUT, find_parts, names_digest
 from training.recipe import Recipe
 from training.room import available_memory, check_memory, fits_in_memory, images_bytes
 from training.stream import Stream
@@ -75,6 +75,7 @@ def open_folder(
     storage: Storage = Storage.AUTO,
     workers: int = 0,
     per_class: int | None = None,
+    held_out: float = HELD_OUT,
 ) -> Folder:
     """Find the parts of a folder, decode what is to live in memory, measure its normalisation.
 
@@ -87,12 +88,13 @@ def open_folder(
         storage: where training images live.
         workers: processes that read images.
         per_class: the most training images of a class.
+        held_out: share of the training images that is held out.
 
     Raises:
         DataError: the folder cannot be used, or does not fit.
         ValueError: the recipe wants random crops of images that live in memory.
     """
-    parts = find_parts(root, per_class)
+    parts = find_parts(root, per_class, held_out)
     size = size or natural_size(parts.training)
     whole = Preprocess(size=size, mean=(0.5,) * 3, std=(0.25,) * 3)
     cropped = whole.model_copy(update={"crop": crop})

@@ -19,7 +19,7 @@ from training.data import (
 NAMES = {"train", "test", "val", "valid", "validation", "dev", "eval"}
 """What folders of parts are called."""
 HELD_OUT = 0.1
-"""Share of the training images that nothing but validation, then calibration, sees."""
+"""Share of the training images that nothing but validation, then calibration, sees; at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def has_classes(root: Path) -> bool:
     return any(f.suffix.lower() in SUFFIXES for folder in folders for f in folder.iterdir())
 
 
-def find_parts(root: Path, per_class: int | None = None) -> Parts:
+def find_parts(root: Path, per_class: int | None = None, share: float = HELD_OUT) -> Parts:
     """Find `root/train/CLASS` with `root/test/CLASS`, or cut a single `root/CLASS` in three.
 
     A single folder of less than 7 images a class is too small for a test part; it has none.
@@ -60,6 +60,7 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
     Args:
         root: the data folder.
         per_class: the most training images of a class; the other parts stay whole.
+        share: of the training images, that is held out. Fewer of the same are, the test part stays.
 
     Raises:
         DataError: a folder is missing or empty, or the test folder has other classes.
@@ -79,9 +80,22 @@ def find_parts(root: Path, per_class: int | None = None) -> Parts:
         test = list_folder(root / "test")
         if test.classes != listing.classes:
             raise DataError(f"{root}/test has other classes than {root}/train")
+    if share < HELD_OUT:
+        training, held_out = _given_back(listing, training, held_out, share)
     if per_class is not None:
         training = fewer(training, per_class)
     return Parts(training, held_out, test or None, names_digest(listing.files))
+
+
+def _given_back(
+    listing: Listing, training: Listing, held_out: Listing, share: float
+) -> tuple[Listing, Listing]:
+    """What is trained on and what held out where only `share` of a listing's images shall be."""
+    back, held_out = split_by_hash(held_out, share / HELD_OUT)
+    if not len(held_out):
+        raise DataError(f"too few images a class to hold {share:.1%} of each out")
+    trained = {*training.files, *back.files}
+    return listing.pick([i for i, f in enumerate(listing.files) if f in trained]), held_out
 
 
 def fewer(listing: Listing, per_class: int) -> Listing:

@@ -25,6 +25,7 @@ from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
 from training.interrupt import Interrupted
 from training.options import add_options, given
+from training.parts import HELD_OUT
 from training.presets import PRESETS, Preset, Shape
 from training.pretrained import load_pretrained, load_trained
 from training.recipe import PLAIN, Recipe
@@ -82,6 +83,14 @@ def add_command(commands: Any) -> None:
     machine.add_argument(
         "--images-per-class", type=int, metavar="N", help="train on at most N images of a class"
     )
+    machine.add_argument(
+        "--held-out",
+        type=held_out,
+        default=HELD_OUT,
+        metavar="SHARE",
+        help="of the training images, for validation and then calibration, whose guarantee wants "
+        f"them: above 0, at most {HELD_OUT} (default: {HELD_OUT})",
+    )
     add_options(command, Shape, "network")
     add_options(command, Recipe, "recipe (defaults are those of the preset fast)")
     command.set_defaults(run=_train)
@@ -108,6 +117,7 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         Storage(arguments.storage),
         arguments.workers,
         arguments.images_per_class,
+        arguments.held_out,
     )
     run, work = _prepare(arguments, preset, mine, data)
     announce(run.net, data, preset, mine)
@@ -323,6 +333,14 @@ def count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
+
+
+def held_out(text: str) -> float:
+    """Parse the share of training images that is held out."""
+    share = float(text)
+    if not 0 < share <= HELD_OUT:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {HELD_OUT}")
+    return share
 
 
 def command_line() -> str:

@@ -93,6 +93,25 @@ def test_fewer_images_a_class_leave_the_other_parts_whole(folder):
     assert few.digest == many.digest
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_less_held_out_is_trained_on_and_the_test_part_stays(tmp_path, apart):
+    write_images(tmp_path / "train" if apart else tmp_path, n=40)
+    if apart:
+        write_images(tmp_path / "test", n=5)
+    usual, less = find_parts(tmp_path), find_parts(tmp_path, share=0.03)
+    assert (len(usual.held_out), len(less.held_out)) == (12, 3)
+    assert names(less.held_out) < names(usual.held_out)
+    assert names(less.test) == names(usual.test)
+    everything = names(usual.training) | names(usual.held_out)
+    assert names(less.training) == everything - names(less.held_out)
+    assert less.digest == usual.digest
+
+
+def test_too_little_to_hold_out_is_an_error(folder):
+    with pytest.raises(DataError, match=r"too few images a class to hold 1\.0% of each out"):
+        find_parts(folder, share=0.01)
+
+
 def test_a_folder_is_known_again_by_the_names_in_it(folder, tmp_path):
     before = find_parts(folder).digest
     write_images(tmp_path / "copy/train")

@@ -26,8 +26,17 @@ class Judgement(NamedTuple):
     """fp32 `[N, classes]`: what the next exit wants as `passed`."""
 
 
+class Constants(NamedTuple):
+    """A calibration as numbers on a card, so that one kernel serves every exit."""
+
+    temperature: Tensor
+    carry: Tensor
+    slope: Tensor
+    offset: Tensor
+
+
 def judge(
-    logits: Tensor, passed: Tensor | None, calibration: Calibration, measure: Measure
+    logits: Tensor, passed: Tensor | None, calibration: Calibration | Constants, measure: Measure
 ) -> Judgement:
     """Judge one exit's logits without any device synchronisation.
 
@@ -41,7 +50,7 @@ def judge(
         measure: what the confidence is made from.
     """
     combined = logits.float() / calibration.temperature
-    if passed is not None and calibration.carry:
+    if passed is not None:
         combined = combined + calibration.carry * passed
     state = F.log_softmax(combined, dim=1)
     probabilities = state.exp()

@@ -43,12 +43,13 @@ class Preprocess(BaseModel):
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 `[N, H, W, 3]` to normalised `[N, 3, H, W]` in channels-last memory."""
-        x = pixels.permute(0, 3, 1, 2)
-        scale, shift = self._affine_on(pixels.device)
-        return torch.addcmul(shift, x.to(torch.float32), scale).to(dtype)
+        return normalised(pixels, *self.affine_on(pixels.device), dtype)
 
-    def _affine_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Sent to a card once only: within a CUDA graph nothing can be."""
+    def affine_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What a pixel is multiplied by, and what is added: fp32 `[3, 1, 1]` each.
+
+        Sent to a card once only: within a CUDA graph nothing can be.
+        """
         if device.type == "cpu":
             return self._affine
         if device not in self._affines:
@@ -64,3 +65,9 @@ class Preprocess(BaseModel):
     def _affine(self) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return (1 / (255 * std)).view(3, 1, 1), (-mean / std).view(3, 1, 1)
+
+
+def normalised(pixels: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `Preprocess.normalise`, with what `Preprocess.affine_on` gives."""
+    x = pixels.permute(0, 3, 1, 2)
+    return torch.addcmul(shift, x.to(torch.float32), scale).to(dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +13,22 @@ from torch import Tensor
 from model.bundle import Bundle
 from server.compiling import Use
 from server.costs import batch_sizes
+from server.dense import densify
 from server.fusing import fuse
 from server.graphs import Capture, Captured, CudaCapture
+from server.merging import merge
 from server.programs import disagreement, share_of_eager
+from server.staging import Staging, card_staging
 from server.units import Unit, example_inputs
 
 log = logging.getLogger("offramp")
 
+Way = Callable[[Unit], Unit]
+
 HALF = (torch.float16, torch.bfloat16)
 """Numerics that convolutions are fused in; in float32 no kernel does so without rounding."""
+
+AS_IT_IS = "as it is"
 
 
 class Capturing:
@@ -32,7 +40,9 @@ class Capturing:
         dtype: their numerics.
         device: the card.
         capture: records a unit's work.
-        faster: by stage, what gives the same and may be faster; the eager units do if it does not.
+        staging: of the card.
+        ways: by a name, what makes of a unit one that gives the same and may be faster; where
+            none is, the eager unit is captured.
         clock: tells which is.
     """
 
@@ -43,7 +53,8 @@ class Capturing:
         dtype: torch.dtype,
         device: torch.device,
         capture: Capture,
-        faster: Sequence[Unit] = (),
+        staging: Staging,
+        ways: Mapping[str, Way],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._bundle = bundle
@@ -51,7 +62,10 @@ class Capturing:
         self._dtype = dtype
         self._device = device
         self._capture = capture
-        self._faster = list(faster)
+        self._staging = staging
+        self._made = [
+            {AS_IT_IS: unit} | {name: way(unit) for name, way in ways.items()} for unit in units
+        ]
         self._clock = clock
 
     def use_all(self, max_batch: int, use: Use, required: bool) -> None:
@@ -74,33 +88,65 @@ class Capturing:
             return
         for stage, size, program, share in captured:
             use(stage, size, program, share)
-        fused = sum(program.unit in self._faster for _, _, program, _ in captured)
-        log.info("every stage is captured as a CUDA graph, %d of %d fused", fused, len(captured))
+        ways = Counter(program.way for _, _, program, _ in captured)
+        said = ", ".join(f"{n} {way}" for way, n in ways.most_common())
+        log.info("every stage is captured as a CUDA graph: %s", said)
 
     @torch.inference_mode()
     def _captured(self, max_batch: int) -> Iterator[tuple[int, int, Captured, float]]:
         """Largest batches first, whose memory is enough for the smaller ones."""
-        buffers = [[torch.zeros_like(t) for t in inputs] for inputs in self._examples(max_batch)]
+        buffers = self._buffers(max_batch)
+        said = self._staging.lock(
+            (max_batch, 1 + len(self._bundle.description.classes)), torch.float32
+        )
         for size in reversed(batch_sizes(max_batch)):
             for k, inputs in enumerate(self._examples(size)):
                 fitting = [b[:size] for b in buffers[k]]
-                ways = [self._try(self._units[k], k, fitting, inputs)]
-                try:
-                    ways += [self._try(f, k, fitting, inputs) for f in self._faster[k : k + 1]]
-                except RuntimeError as error:
-                    log.debug("not fused: %s", error)
-                captured, share = min(ways, key=lambda way: way[1])
+                captured, share = self._fastest(k, fitting, said[:size], inputs)
                 yield k + 1, size, captured, share
 
+    def _buffers(self, max_batch: int) -> list[list[Tensor]]:
+        """Every unit's inputs: pixels on the host, which the card fetches, and features there."""
+        (pixels,), *others = self._examples(max_batch)
+        fetched = self._staging.lock(tuple(pixels.shape), pixels.dtype)
+        return [[fetched.zero_()], *([torch.zeros_like(t) for t in inputs] for inputs in others)]
+
+    def _fastest(
+        self, k: int, buffers: Sequence[Tensor], said: Tensor, inputs: Sequence[Tensor]
+    ) -> tuple[Captured, float]:
+        """A stage captured in whichever way is fastest; its share of eager time.
+
+        Raises:
+            RuntimeError: the eager unit cannot be captured or disagrees with itself.
+        """
+        tried = []
+        for way, unit in list(self._made[k].items()):
+            try:
+                tried.append(self._try(unit, way, k, buffers, said, inputs))
+            except RuntimeError as error:
+                if way == AS_IT_IS:
+                    raise
+                # Once, since compiling takes long.
+                log.info("stage %d is not captured %s: %s", k + 1, way, error)
+                del self._made[k][way]
+        return min(tried, key=lambda one: one[1])
+
     def _try(
-        self, unit: Unit, k: int, buffers: Sequence[Tensor], inputs: Sequence[Tensor]
+        self,
+        unit: Unit,
+        way: str,
+        k: int,
+        buffers: Sequence[Tensor],
+        said: Tensor,
+        inputs: Sequence[Tensor],
     ) -> tuple[Captured, float]:
         """A unit captured and checked, on other inputs than those zeros; its share of eager time.
 
         Raises:
             RuntimeError: it cannot be captured or disagrees.
         """
-        captured, eager = Captured(unit, buffers, self._capture), self._units[k]
+        captured = Captured(unit, buffers, said, self._capture, self._staging.wait, way)
+        eager = self._units[k]
         off = disagreement(captured, eager, inputs, self._dtype)
         if off is not None:
             raise RuntimeError(
@@ -117,5 +163,11 @@ def card_capturing(
     bundle: Bundle, units: list[Unit], dtype: torch.dtype, device: torch.device
 ) -> Capturing:
     """As a server on a card has it."""
-    faster = [fuse(unit) for unit in units] if dtype in HALF else []
-    return Capturing(bundle, units, dtype, device, CudaCapture(), faster)
+    ways: dict[str, Way] = {"merged": merge}
+    if dtype in HALF:
+        ways = {
+            "fused": fuse,
+            "fused and merged": lambda unit: merge(fuse(unit)),
+            "dense, fused and merged": lambda unit: merge(fuse(densify(unit))),
+        }
+    return Capturing(bundle, units, dtype, device, CudaCapture(), card_staging(), ways)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from server.memory import Computed, Program
 from server.rows import Inputs, Row, are_whole, rows_in, runs
-from server.staging import Staging, card_staging
+from server.staging import Staging, card_staging, stack
 
 FEW_SLICES = 8
 """Up to so many, rows are sooner picked out of a batch slice by slice than by place."""
@@ -42,9 +42,9 @@ class CardMemory:
             for parts, buffer in zip(_parts(list(runs(rows))), buffers, strict=True):
                 torch.cat(parts, out=buffer)
         else:
-            buffers[0].copy_(self._images(inputs), non_blocking=True)
+            stack(cast(Sequence[np.ndarray], inputs), buffers[0])
         features, said, passed = program.run()
-        return Computed(features, self._staging.said(_slice(said, 0, n)), passed)
+        return Computed(features, _slice(said, 0, n).numpy().copy(), passed)
 
     @torch.inference_mode()
     def run_eagerly(self, unit: nn.Module, inputs: Inputs) -> Computed:
@@ -68,14 +68,11 @@ class CardMemory:
     def _gathered(self, inputs: Inputs) -> Sequence[Tensor]:
         rows = rows_in(inputs)
         if not rows:
-            return [self._images(inputs).to(self._device, non_blocking=True)]
+            images = self._staging.images(cast(Sequence[np.ndarray], inputs))
+            return [images.to(self._device, non_blocking=True)]
         if are_whole(rows):
             return rows[0].features, rows[0].passed
         return _joined(list(runs(rows)))
-
-    def _images(self, inputs: Inputs) -> Tensor:
-        """On the host, where the card fetches them until it has given an answer."""
-        return self._staging.images(cast(Sequence[np.ndarray], inputs))
 
 
 def _joined(together: Sequence[tuple[Row, int]]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from server.rewriting import called, copy_of, replace, tidied
 from server.units import Unit
 
 log = logging.getLogger("offramp")
@@ -64,15 +65,10 @@ def fuse(unit: Unit, compute: Compute = by_cudnn) -> Unit:
         unit: of a folded stage.
         compute: a convolution with what follows it.
     """
-    assert isinstance(unit.stage, fx.GraphModule)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(unit.stage.graph, {}))
-    stage = fx.GraphModule(unit.stage, graph)
+    stage = copy_of(unit)
     for relu in [node for node in stage.graph.nodes if _is_relu(stage, node)]:
         _fuse(stage, relu, compute)
-    stage.graph.eliminate_dead_code()
-    stage.recompile()
-    return unit.with_stage(stage)
+    return unit.with_stage(tidied(stage))
 
 
 def _fuse(stage: fx.GraphModule, relu: fx.Node, compute: Compute) -> None:
@@ -89,17 +85,13 @@ def _fuse(stage: fx.GraphModule, relu: fx.Node, compute: Compute) -> None:
     module = _convolution(stage, convolution)
     if module is None or (other is not None and not isinstance(other, fx.Node)):
         return
-    name = f"fused_{relu.name}"
-    stage.add_submodule(name, FusedConvolution(module, compute))
     inputs = (convolution.args[0],) if other is None else (convolution.args[0], other)
-    with stage.graph.inserting_before(relu):
-        relu.replace_all_uses_with(stage.graph.call_module(name, inputs))
-    stage.graph.erase_node(relu)
+    replace(stage, relu, FusedConvolution(module, compute), inputs)
 
 
 def _convolution(stage: fx.GraphModule, node: fx.Node) -> nn.Conv2d | None:
     """What a node calls, if it is a convolution that nobody else wants the output of."""
-    module = _called(stage, node)
+    module = called(stage, node)
     if not isinstance(module, nn.Conv2d) or len(node.users) > 1:
         return None
     plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
@@ -107,8 +99,4 @@ def _convolution(stage: fx.GraphModule, node: fx.Node) -> nn.Conv2d | None:
 
 
 def _is_relu(stage: fx.GraphModule, node: fx.Node) -> bool:
-    return node.target in (F.relu, torch.relu) or isinstance(_called(stage, node), nn.ReLU)
-
-
-def _called(stage: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return stage.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return node.target in (F.relu, torch.relu) or isinstance(called(stage, node), nn.ReLU)

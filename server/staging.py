@@ -24,8 +24,8 @@ class Staging:
     """
 
     def __init__(self, lock: Lock, wait: Wait) -> None:
-        self._lock = lock
-        self._wait = wait
+        self.lock = lock
+        self.wait = wait
         self._images = torch.empty(0)
         self._said = torch.empty(0)
         self._places = torch.empty(0)
@@ -34,16 +34,13 @@ class Staging:
         """Images as one batch, which stays until the next one."""
         n, shape = len(images), images[0].shape
         if len(self._images) < n or self._images.shape[1:] != shape:
-            self._images = self._lock((n, *shape), torch.uint8)
-        whole = self._images[:n]
-        # As `np.stack`, which takes twice as long.
-        np.concatenate(images, out=whole.numpy().reshape(-1, *shape[1:]))
-        return whole
+            self._images = self.lock((n, *shape), torch.uint8)
+        return stack(images, self._images[:n])
 
     def places(self, places: Sequence[int]) -> Tensor:
         """Which rows of a batch go on, until another batch has been waited for."""
         if len(self._places) < len(places):
-            self._places = self._lock((len(places),), torch.int64)
+            self._places = self.lock((len(places),), torch.int64)
         whole = self._places[: len(places)]
         whole.numpy()[:] = places
         return whole
@@ -52,11 +49,17 @@ class Staging:
         """A copy of what a batch was judged to be; waits for the card, this once a batch."""
         n, shape = len(said), said.shape[1:]
         if len(self._said) < n or self._said.shape[1:] != shape:
-            self._said = self._lock((n, *shape), said.dtype)
+            self._said = self.lock((n, *shape), said.dtype)
         whole = self._said[:n]
         whole.copy_(said, non_blocking=True)
-        self._wait()
+        self.wait()
         return whole.numpy().copy()
+
+
+def stack(images: Sequence[np.ndarray], batch: Tensor) -> Tensor:
+    """Put images into a batch of as many; as `np.stack`, which takes twice as long."""
+    np.concatenate(images, out=batch.numpy().reshape(-1, *batch.shape[2:]))
+    return batch
 
 
 def card_staging() -> Staging:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.bundle import Bundle
-from model.confidence import judge
+from model.confidence import Constants, judge
 from model.fold import fold_stages
 from model.numerics import carrier
 from model.policy import Calibration, Measure
@@ -36,10 +36,10 @@ class Unit(nn.Module):
         super().__init__()
         # Channels last on both sides, so that no stage converts what another handed on.
         self.stage = stage.to(dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._calibration = calibration
-        self._measure = measure
-        self._normalise = normalise
-        self._dtype = dtype
+        self.calibration = calibration
+        self.measure = measure
+        self.normalise = normalise
+        self.dtype = dtype
 
     def forward(self, x: Tensor, passed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Run and judge a batch.
@@ -52,16 +52,23 @@ class Unit(nn.Module):
             Features for the next stage; fp32 `[N, 1 + classes]` with each row's confidence before
             its probabilities; and what the next exit wants to know of this one `[N, classes]`.
         """
-        if self._normalise is not None:
-            x = self._normalise.normalise(x, self._dtype)
+        if self.normalise is not None:
+            x = self.normalise.normalise(x, self.dtype)
         features, logits = self.stage(x)
-        said = judge(logits, passed, self._calibration, self._measure)
-        return features, torch.cat([said.confidence[:, None], said.probabilities], 1), said.state
+        return features, *say(logits, passed, self.calibration, self.measure)
 
     def with_stage(self, stage: nn.Module) -> Unit:
         """The same around another stage that is ready to run."""
-        unit = Unit(stage, self._calibration, self._measure, self._normalise, self._dtype)
+        unit = Unit(stage, self.calibration, self.measure, self.normalise, self.dtype)
         return unit.train(self.training)
+
+
+def say(
+    logits: Tensor, passed: Tensor | None, calibration: Calibration | Constants, measure: Measure
+) -> tuple[Tensor, Tensor]:
+    """What a unit returns second and third; arguments as for `judge`."""
+    said = judge(logits, passed, calibration, measure)
+    return torch.cat([said.confidence[:, None], said.probabilities], 1), said.state
 
 
 def make_units(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> list[Unit]:

@@ -7,7 +7,7 @@ import random
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from server.graphs import Captured, CudaCapture
 from server.memory import Program
 from server.rows import Inputs, Row
 from server.runner import Runner
+from server.staging import card_staging
 from server.units import example_inputs
 
 LATENCY_BATCHES = (1, 8)
@@ -43,7 +44,7 @@ GOALS = {"exit 1": "< 0.15", "all exits": "< 0.4", "staged / one graph": "<= 1.0
 SPEED_UP_GOAL = ">= 3"
 
 Clock = Callable[[], float]
-Pass = Callable[[], None]
+Pass = Callable[[], object]
 """Takes one batch of images in."""
 Finish = Callable[[], None]
 """Waits for the device."""
@@ -85,13 +86,14 @@ class Ready:
         clock: Clock = time.perf_counter,
     ) -> None:
         self.bundle, self.device, self.dtype, self.max_batch = bundle, device, dtype, max_batch
-        self.programs: dict[tuple[int, int], Program] = {}
+        self.programs: dict[tuple[int, int], Captured] = {}
         began = clock()
         self.runner = Runner(bundle, device, dtype)
         eager = self.runner.warm_up(batch_sizes(max_batch))
         warm = clock()
 
         def use(stage: int, size: int, program: Program, share: float) -> None:
+            assert isinstance(program, Captured)
             self.programs[stage, size] = program
             self.runner.use_program(stage, size, program, share * eager[stage][size])
 
@@ -103,13 +105,12 @@ class Ready:
     def unit(self, stage: int, size: int) -> nn.Module:
         """What runs there, captured or not."""
         program = self.programs.get((stage, size))
-        return program.unit if isinstance(program, Captured) else self.runner.units[stage - 1]
+        return program.unit if program else self.runner.units[stage - 1]
 
     @property
-    def fused(self) -> int:
-        """How many captured stages have fused convolutions."""
-        eager = self.runner.units
-        return sum(self.unit(k, n) is not eager[k - 1] for k, n in self.programs)
+    def ways(self) -> Counter[str]:
+        """How many stages are captured in which way."""
+        return Counter(program.way for program in self.programs.values())
 
     def finish(self) -> None:
         """Wait for the device."""
@@ -183,7 +184,8 @@ def measure(
     yield Figure("warming up", ready.max_batch, ready.warm_up_seconds, "s")
     yield Figure("capturing", ready.max_batch, ready.capture_seconds, "s")
     yield Figure("graphs", ready.max_batch, len(ready.programs), "")
-    yield Figure("graphs with fused convolutions", ready.max_batch, ready.fused, "")
+    for way, n in ready.ways.most_common():
+        yield Figure(f"graphs, {way}", ready.max_batch, n, "")
     for n in (n for n in LATENCY_BATCHES if n <= ready.max_batch):
         yield from _latencies(ready, n, seconds, clock)
     best: dict[str, float] = defaultdict(float)
@@ -227,21 +229,17 @@ def _passes(ready: Ready, n: int) -> dict[str, Pass]:
     """What latencies are of; each ends with numbers on the host."""
     runner, images = ready.runner, ready.images(n)
     stages = [_repeated(ready, k, n) for k in range(1, runner.exits + 1)]
-    whole = _whole(ready, n)
-    pixels = ready.pixels(images)
 
     def replays() -> None:
-        said = [stage()[1] for stage in stages]
-        said[-1].cpu()
-
-    def fused() -> None:
-        whole(pixels)[-1].cpu()
+        for stage in stages:
+            stage()
+        ready.finish()
 
     return {
         "exit 1": lambda: _use(runner.run(1, images).confidences),
         "all exits": lambda: full_depth(runner, images),
         "all exits, replays only": replays,
-        "all exits, one graph": fused,
+        "all exits, one graph": _whole(ready, n),
     }
 
 
@@ -319,30 +317,34 @@ def plain_network(ready: Ready) -> Callable[[Tensor], Tensor]:
     return net.to(memory_format=torch.channels_last).eval().deepest  # type: ignore[call-overload]
 
 
-def _repeated(ready: Ready, stage: int, n: int) -> Callable[[], Sequence[Any]]:
-    """A stage over inputs that stay where they are."""
+def _repeated(ready: Ready, stage: int, n: int) -> Callable[[], object]:
+    """A stage over inputs that stay where they are, not waited for."""
     program = ready.programs.get((stage, n))
     if program:
-        return program.run
+        return program.replay
     unit = ready.unit(stage, n)
     inputs = example_inputs(ready.runner.units, ready.bundle, n, ready.device)[stage - 1]
     return lambda: unit(*inputs)
 
 
-def _whole(ready: Ready, n: int) -> Callable[[Tensor], Sequence[Tensor]]:
-    """All stages and heads at once, from pixels on the host."""
-    whole = Whole([ready.unit(k, n) for k in range(1, ready.runner.exits + 1)])
+class _Last(Whole):
+    """All units as one that says what the last one does."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """As `Unit`, with other exits' judgements for features and state, so that all are made."""
+        *others, last = super().forward(pixels)
+        return others[0], last, others[-1]
+
+
+def _whole(ready: Ready, n: int) -> Callable[[], object]:
+    """All stages and heads at once, from pixels on the host to numbers there."""
+    whole = _Last([ready.unit(k, n) for k in range(1, ready.runner.exits + 1)])
+    pixels = ready.pixels(ready.images(n))
     if ready.device.type != "cuda":
-        return whole
-    side = ready.bundle.description.preprocess.size
-    buffer = torch.zeros(n, side, side, 3, dtype=torch.uint8, device=ready.device)
-    captured = Captured(whole, [buffer], CudaCapture())
-
-    def run(pixels: Tensor) -> Sequence[Tensor]:
-        buffer.copy_(pixels, non_blocking=True)
-        return captured.run()
-
-    return run
+        return lambda: whole(pixels)
+    staging = card_staging()
+    said = staging.lock((n, 1 + len(ready.bundle.description.classes)), torch.float32)
+    return Captured(whole, [pixels], said, CudaCapture(), staging.wait).run
 
 
 # --- timing ----------------------------------------------------------------------------------

@@ -8,12 +8,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from model.bundle import load_bundle, save_bundle, save_policy
-from model.network import build
-from model.policy import Calibration, Measure, Policy
+from model.policy import Calibration, Measure
 from server.fusing import FusedConvolution, fuse
 from server.units import Unit, example_inputs, make_units
-from tests.conftest import PREPROCESS, point
 
 CPU = torch.device("cpu")
 
@@ -21,32 +18,6 @@ CPU = torch.device("cpu")
 def by_parts(convolution, x, other):
     out = convolution(x)
     return F.relu(out if other is None else out + other)
-
-
-def made(path, architecture):
-    torch.manual_seed(0)
-    net = build(architecture, 10, width=8).eval()
-    description = save_bundle(
-        path,
-        net,
-        name="tiny",
-        version="1",
-        architecture=architecture,
-        arguments={"width": 8},
-        classes=tuple("abcdefghij"),
-        preprocess=PREPROCESS,
-        training={},
-    )
-    policy = Policy(
-        weights_sha256=description.weights_sha256,
-        method="none",
-        delta=0.1,
-        calibration_images=1,
-        calibrations=(Calibration(temperature=1.0),) * net.exits,
-        operating_points=(point(0.0, *[2.0] * (net.exits - 1)),),
-    )
-    save_policy(path, policy)
-    return path
 
 
 def calls(stage, kind):
@@ -63,16 +34,6 @@ def test_every_block_of_a_resnet_is_fused_with_its_sum(bundle):
         assert calls(stage, nn.ReLU) == 0
         assert operator.add not in [node.target for node in stage.graph.nodes]
         assert unit.stage.code == before
-
-
-@pytest.mark.parametrize("architecture", ["resnet18", "mobilenetv2", "vgg19-bn", "shufflenetv2"])
-@torch.inference_mode()
-def test_a_fused_unit_says_what_the_unit_says(tmp_path, architecture):
-    bundle = load_bundle(made(tmp_path, architecture))
-    units = make_units(bundle, CPU, torch.float32)
-    for unit, inputs in zip(units, example_inputs(units, bundle, 3, CPU), strict=True):
-        for said, expected in zip(fuse(unit, by_parts)(*inputs), unit(*inputs), strict=True):
-            torch.testing.assert_close(said, expected)
 
 
 @torch.inference_mode()
@@ -112,13 +73,6 @@ def test_nothing_is_computed_twice_for_being_wanted_before_its_relu_too(what):
     stage = fx.symbolic_trace(Wanted(what))
     unit = Unit(stage, Calibration(temperature=1.0), Measure.MARGIN, None, torch.float32)
     assert calls(fuse(unit, by_parts).stage, FusedConvolution) == 0
-
-
-@torch.inference_mode()
-def test_weights_are_shared(bundle):
-    for unit in make_units(bundle, CPU, torch.float32):
-        shared = {p.data_ptr() for p in unit.parameters()}
-        assert {p.data_ptr() for p in fuse(unit, by_parts).parameters()} <= shared
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.capturing import Capturing, card_capturing
+from server.capturing import AS_IT_IS, Capturing, card_capturing
 from server.card import CardMemory
 from server.costs import batch_sizes
 from server.engine import Engine
@@ -20,7 +20,7 @@ from server.host import HostMemory
 from server.repository import Served
 from server.runner import Runner
 from server.settings import Settings
-from server.staging import Staging
+from server.staging import Staging, card_staging
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 LARGEST = 4
@@ -42,14 +42,18 @@ def rerun(work):
     return replay, outputs
 
 
+def staging():
+    """The processor's, for a card that is done at once."""
+    return Staging(lambda shape, dtype: torch.empty(shape, dtype=dtype), lambda: None)
+
+
 def card_memory():
-    """A card's, with the processor for a card that is done at once."""
-    staging = Staging(lambda shape, dtype: torch.empty(shape, dtype=dtype), lambda: None)
-    return CardMemory(CPU, staging)
+    return CardMemory(CPU, staging())
 
 
 def capturing(runner, bundle, capture, device=CPU, dtype=torch.float32):
-    return Capturing(bundle, runner.units, dtype, device, capture)
+    stages = card_staging() if device == CARD else staging()
+    return Capturing(bundle, runner.units, dtype, device, capture, stages, {})
 
 
 def with_all(runner, capturing):
@@ -229,13 +233,14 @@ class Clock:
         self.now += 1
 
 
-def fused_runner(bundle, compute, clock=time.perf_counter):
-    """Eager units, fused ones that compute so, and which of them were taken."""
+def ways_taken(bundle, compute, clock=time.perf_counter):
+    """By stage and size, where convolutions may be fused so."""
     runner, taken = Runner(bundle, CPU, torch.float32), []
-    faster = [fuse(unit, compute) for unit in runner.units]
-    capturing = Capturing(bundle, runner.units, torch.float32, CPU, rerun, faster, clock)
-    capturing.use_all(2, lambda _, __, program, ___: taken.append(program.unit), required=True)
-    return runner.units, faster, taken
+    ways = {"fused": lambda unit: fuse(unit, compute)}
+    units = runner.units
+    capturing = Capturing(bundle, units, torch.float32, CPU, rerun, staging(), ways, clock)
+    capturing.use_all(2, lambda _, __, program, ___: taken.append(program.way), required=True)
+    return taken
 
 
 def in_parts(convolution, x, other):
@@ -247,8 +252,7 @@ def test_stages_are_captured_as_they_are_where_fusing_fails(bundle):
     def wrong(convolution, x, other):
         return in_parts(convolution, x, other) + 1
 
-    units, _, taken = fused_runner(bundle, wrong)
-    assert taken == units * 2
+    assert ways_taken(bundle, wrong) == [AS_IT_IS] * 8
 
 
 def test_stages_are_captured_as_they_are_where_fusing_gains_nothing(bundle):
@@ -258,8 +262,7 @@ def test_stages_are_captured_as_they_are_where_fusing_gains_nothing(bundle):
         clock.tick()
         return in_parts(convolution, x, other)
 
-    units, _, taken = fused_runner(bundle, slow, clock)
-    assert taken == units * 2
+    assert ways_taken(bundle, slow, clock) == [AS_IT_IS] * 8
 
 
 def test_a_fused_stage_is_taken_where_it_is_faster(bundle):
@@ -267,8 +270,7 @@ def test_a_fused_stage_is_taken_where_it_is_faster(bundle):
     with torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: clock.tick() if isinstance(module, torch.nn.ReLU) else None
     ):
-        _, faster, taken = fused_runner(bundle, in_parts, clock)
-    assert taken == faster * 2
+        assert ways_taken(bundle, in_parts, clock) == ["fused"] * 8
 
 
 @pytest.mark.parametrize(("memory", "eagerly"), [(HostMemory, True), (card_memory, False)])

@@ -1,0 +1,181 @@
+"""Stages changed for a card, as a processor computes them."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+from model.bundle import load_bundle, save_bundle, save_policy
+from model.exits import DepthwiseConv2d
+from model.network import build
+from model.policy import Calibration, Measure, Policy
+from server.dense import densify
+from server.fusing import fuse
+from server.merging import merge
+from server.units import Unit, example_inputs, make_units
+from tests.conftest import PREPROCESS, point
+from tests.server.test_fusing import by_parts
+
+CPU = torch.device("cpu")
+
+
+def as_it_is(function):
+    return function
+
+
+def traced(function):
+    """Compiled as for a card, but for the kernels."""
+    return torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")
+
+
+def everything(unit, compile=as_it_is):
+    return merge(fuse(densify(unit), by_parts), compile)
+
+
+WAYS = {
+    "fused": lambda unit: fuse(unit, by_parts),
+    "merged": lambda unit: merge(unit, as_it_is),
+    "dense": densify,
+    "everything": everything,
+}
+
+
+def made(path, architecture, measure=Measure.MARGIN):
+    """A bundle whose exits hear what those before them said."""
+    torch.manual_seed(0)
+    net = build(architecture, 10, width=8).eval()
+    description = save_bundle(
+        path,
+        net,
+        name="tiny",
+        version="1",
+        architecture=architecture,
+        arguments={"width": 8},
+        classes=tuple("abcdefghij"),
+        preprocess=PREPROCESS,
+        training={},
+    )
+    policy = Policy(
+        weights_sha256=description.weights_sha256,
+        method="none",
+        delta=0.1,
+        calibration_images=1,
+        measure=measure,
+        calibrations=tuple(
+            Calibration(temperature=1.5 + k, carry=0.3 * k, slope=0.9, offset=0.1 * k)
+            for k in range(net.exits)
+        ),
+        operating_points=(point(0.0, *[2.0] * (net.exits - 1)),),
+    )
+    save_policy(path, policy)
+    return path
+
+
+@pytest.fixture(params=["resnet18", "mobilenetv2", "vgg19-bn", "shufflenetv2"])
+def some_bundle(tmp_path, request):
+    return load_bundle(made(tmp_path, request.param))
+
+
+def assert_alike(units, changed, inputs):
+    for unit, other, given in zip(units, changed, inputs, strict=True):
+        for said, expected in zip(other(*given), unit(*given), strict=True):
+            torch.testing.assert_close(said, expected)
+            assert said.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.inference_mode()
+def test_a_changed_unit_says_what_the_unit_says(some_bundle, way):
+    units = make_units(some_bundle, CPU, torch.float32)
+    assert_alike(units, map(WAYS[way], units), example_inputs(units, some_bundle, 3, CPU))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.inference_mode()
+def test_the_unit_itself_stays_as_it_was(bundle, way):
+    for unit in make_units(bundle, CPU, torch.float32):
+        code, weights = unit.stage.code, {n: p.clone() for n, p in unit.named_parameters()}
+        changed = WAYS[way](unit)
+        assert unit.stage.code == code != changed.stage.code
+        assert not changed.training
+        for name, weight in unit.named_parameters():
+            assert torch.equal(weight, weights[name])
+
+
+@pytest.mark.parametrize("way", ["fused", "merged"])
+def test_weights_are_shared(bundle, way):
+    for unit in make_units(bundle, CPU, torch.float32):
+        shared = {p.data_ptr() for p in unit.parameters()}
+        assert {p.data_ptr() for p in WAYS[way](unit).parameters()} <= shared
+
+
+def kinds(stage):
+    modules = dict(stage.named_modules())
+    called = [modules.get(str(node.target)) for node in stage.graph.nodes]
+    return [type(m).__name__ if m else n.op for m, n in zip(called, stage.graph.nodes, strict=True)]
+
+
+def test_a_head_is_left_with_one_convolution_for_two_and_one_gate(bundle):
+    unit = make_units(bundle, CPU, torch.float32)[0]
+    depthwise = [n for n in unit.stage.graph.nodes if n.target is torch.conv2d]
+    assert len(depthwise) == 8
+    changed = everything(unit).stage
+    assert not [n for n in changed.graph.nodes if n.target is torch.conv2d]
+    assert kinds(changed).count("FusedConvolution") == 3 + 8  # of the stage and of its head
+    assert kinds(changed).count("_Gate") == 1
+    assert not {"BatchNorm2d", "ReLU", "call_function"} & set(kinds(changed))
+
+
+class Pair(nn.Module):
+    """A depthwise convolution and one that mixes its outputs, which cannot always be one."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.depthwise = DepthwiseConv2d(4, 1)
+        self.mixing = nn.Conv2d(4, 4, 3 if what == "wide" else 1, 2 if what == "strided" else 1)
+        self.what = what
+
+    def forward(self, x):
+        between = self.depthwise(x)
+        out = self.mixing(between.relu() if self.what == "with a ReLU" else between)
+        return between if self.what == "wanted" else out, out.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("what", "left"),
+    [("plain", 0), ("wanted", 1), ("with a ReLU", 1), ("wide", 1), ("strided", 1)],
+)
+@torch.inference_mode()
+def test_only_what_is_between_no_others_becomes_one_convolution(what, left):
+    stage = fx.symbolic_trace(Pair(what).eval())
+    unit = Unit(stage, Calibration(temperature=1.0), Measure.MARGIN, None, torch.float32)
+    dense = densify(unit)
+    assert sum(node.target is torch.conv2d for node in dense.stage.graph.nodes) == left
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(dense(x), unit(x))
+
+
+@pytest.mark.parametrize("measure", Measure)
+@torch.inference_mode()
+def test_a_compiler_sees_all_elementwise_work_whole_at_every_batch_size(tmp_path, measure):
+    torch._dynamo.reset()
+    some = load_bundle(made(tmp_path, "resnet10", measure))
+    units = make_units(some, CPU, torch.float32)
+    changed = [everything(unit, traced) for unit in units]
+    for n in (3, 1, 8):
+        assert_alike(units, changed, example_inputs(units, some, n, CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.inference_mode()
+def test_a_card_says_the_same_in_fewer_kernels(bundle, dtype):
+    card = torch.device("cuda")
+    units = make_units(bundle, card, dtype)
+    changed = [merge(fuse(densify(unit))) for unit in units]
+    for n in (1, 3, 8):
+        for unit, other, given in zip(
+            units, changed, example_inputs(units, bundle, n, card), strict=True
+        ):
+            said, expected = other(*given), unit(*given)
+            assert said[0].is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(said[1], expected[1], atol=0.1, rtol=0)

@@ -6,8 +6,11 @@ stage of a ResNet-18 with its head, 23 compute elements one by one: here they ar
 
 from __future__ import annotations
 
+import logging
 import operator
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,8 +20,14 @@ from torch.nn import functional as F
 from model.confidence import Constants
 from model.policy import Measure
 from model.preprocess import normalised
+from server.programs import make_private
 from server.rewriting import called, copy_of, replace, tidied
 from server.units import Unit, say
+
+log = logging.getLogger("offramp")
+
+KERNELS = "TORCHINDUCTOR_CACHE_DIR"
+"""Where torch looks for what it compiled, whenever it compiles."""
 
 Function = Callable[..., Any]
 Compile = Callable[[Function], Function]
@@ -30,7 +39,17 @@ def by_inductor(function: Function) -> Function:
 
     In this process, since a server has no use for a pool of compilers that outlasts its start.
     """
-    return torch.compile(function, dynamic=True, fullgraph=True, options={"compile_threads": 1})
+    return torch.compile(function, dynamic=True, options={"compile_threads": 1})
+
+
+def keep_kernels(folder: Path) -> None:
+    """Have compiled kernels kept from start to start, where this user alone can write a folder."""
+    try:
+        make_private(folder)
+    except OSError as error:
+        log.info("kernels are compiled at each start: %s", error)
+    else:
+        os.environ.setdefault(KERNELS, str(folder))
 
 
 def merge(unit: Unit, compile: Compile = by_inductor) -> Unit:

@@ -18,6 +18,7 @@ from server.decode import Decoder
 from server.engine import Engine
 from server.errors import Draining, NotReady
 from server.memory import Program
+from server.merging import keep_kernels
 from server.metrics import EngineMetrics, Metrics
 from server.numerics import choose_dtype
 from server.overload import Level, OverloadController
@@ -122,6 +123,7 @@ class Served:
         if self.settings.compile == "off" or self.draining:
             return
         if self.device.type == "cuda":
+            keep_kernels(self.settings.cache_dir.expanduser() / "kernels")
             capturing = card_capturing(self.bundle, runner.units, self.dtype, self.device)
             capturing.use_all(self.settings.max_batch, use, self.settings.compile == "require")
             return

@@ -377,7 +377,7 @@ def test_a_failed_capture_leaves_the_card_usable(bundle):
         def waits():
             outputs = work()
             if torch.cuda.is_current_stream_capturing():
-                outputs[1].cpu()
+                outputs[0].cpu()
             return outputs
 
         return CudaCapture()(waits)

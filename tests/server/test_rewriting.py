@@ -1,5 +1,7 @@
 """Stages changed for a card, as a processor computes them."""
 
+import os
+
 import pytest
 import torch
 from torch import fx, nn
@@ -10,7 +12,7 @@ from model.network import build
 from model.policy import Calibration, Measure, Policy
 from server.dense import densify
 from server.fusing import fuse
-from server.merging import merge
+from server.merging import KERNELS, keep_kernels, merge
 from server.units import Unit, example_inputs, make_units
 from tests.conftest import PREPROCESS, point
 from tests.server.test_fusing import by_parts
@@ -165,10 +167,24 @@ def test_a_compiler_sees_all_elementwise_work_whole_at_every_batch_size(tmp_path
         assert_alike(units, changed, example_inputs(units, some, n, CPU))
 
 
+def test_kernels_are_kept_in_a_folder_that_only_this_user_can_write(tmp_path, monkeypatch):
+    monkeypatch.setenv(KERNELS, "")  # to be set back
+    monkeypatch.delenv(KERNELS)
+    (tmp_path / "file").touch()
+    keep_kernels(tmp_path / "file/kernels")
+    assert KERNELS not in os.environ
+    keep_kernels(tmp_path / "kernels")
+    assert (tmp_path / "kernels").stat().st_mode & 0o777 == 0o700
+    assert os.environ[KERNELS] == str(tmp_path / "kernels")
+    keep_kernels(tmp_path / "others")
+    assert os.environ[KERNELS] == str(tmp_path / "kernels")  # as the user wants it
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.inference_mode()
 def test_a_card_says_the_same_in_fewer_kernels(bundle, dtype):
+    torch._dynamo.reset()
     card = torch.device("cuda")
     units = make_units(bundle, card, dtype)
     changed = [merge(fuse(densify(unit))) for unit in units]

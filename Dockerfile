@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The server with the bundle in model/default, on CPU unless TORCH_INDEX says otherwise:
 #   docker build -t offramp .
-#   docker build -t offramp:cuda --build-arg TORCH_INDEX= .
+#   docker build -t offramp:cuda --build-arg TORCH_INDEX= --build-arg PACKAGES="gcc libc6-dev" .
 ARG PYTHON=3.12.11-slim-bookworm
 
 FROM python:${PYTHON} AS build
@@ -26,6 +26,10 @@ COPY deploy/loadtest deploy/loadtest
 RUN .venv/bin/python -m compileall -q model server deploy
 
 FROM python:${PYTHON}
+# Of Debian: a card's kernels are compiled when the server starts, which takes a C compiler.
+ARG PACKAGES=""
+RUN if [ -n "${PACKAGES}" ]; then apt-get update \
+    && apt-get install -y --no-install-recommends ${PACKAGES} && rm -rf /var/lib/apt/lists/*; fi
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/offramp offramp \
     && install -d -o offramp -g offramp /var/cache/offramp
 COPY --from=build /opt/offramp /opt/offramp

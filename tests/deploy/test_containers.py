@@ -74,6 +74,14 @@ def test_the_image_is_pinned_and_runs_as_a_fixed_unprivileged_user():
     assert f"useradd --uid {uid} " in DOCKERFILE
 
 
+def test_what_compose_builds_with_are_arguments_of_the_image():
+    known = {line.split("=")[0] for line in instructions("ARG")}
+    builds = [s.get("build") for file in (COMPOSE, GPU) for s in file["services"].values()]
+    given = [b["args"] for b in builds if isinstance(b, dict)]
+    assert given
+    assert {name for args in given for name in args} <= known
+
+
 def test_dependencies_are_installed_by_hash():
     assert "--require-hashes -r requirements.lock" in DOCKERFILE
 

@@ -91,14 +91,17 @@ def _said(
 
 
 class _Gate(nn.Module):
-    """What an attention gate does with features and the map that its last convolution gives."""
+    """What an attention gate does with features and the map that its last convolution gives.
 
-    def __init__(self, norm: nn.BatchNorm2d, compile: Compile) -> None:
+    Args:
+        scale: of the map, `[C, 1, 1]` or less.
+        shift: of the map.
+        compile: makes a kernel.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor, compile: Compile) -> None:
         super().__init__()
-        assert norm.running_var is not None and norm.running_mean is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
-        self._scale, self._shift = (t.detach().view(-1, 1, 1) for t in (scale, shift))
+        self._scale, self._shift = scale.detach(), shift.detach()
         self._weighed = compile(_weighed)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -117,10 +120,23 @@ def _merge_gate(stage: fx.GraphModule, product: fx.Node, compile: Compile) -> No
     if product.target is not operator.mul or len(product.all_input_nodes) < 2:
         return
     x, node = cast(tuple[fx.Node, fx.Node], product.args)
-    for step in ("sigmoid", F.interpolate, F.relu):
+    for step in ("sigmoid", F.interpolate):
         if node.target != step or len(node.users) > 1:
             return
         node = cast(fx.Node, node.args[0])
-    norm = called(stage, node)
-    if isinstance(norm, nn.BatchNorm2d):
-        replace(stage, product, _Gate(norm, compile), (x, node.args[0]))
+    relu, norm = node, called(stage, cast(fx.Node, node.args[0]))
+    if relu.target == F.relu and len(relu.users) == 1 and isinstance(norm, nn.BatchNorm2d):
+        scale, shift = _affine_of(norm)
+        mask = cast(fx.Node, relu.args[0]).args[0]
+    else:  # the map's normalisation is folded into its last convolution
+        scale, shift = torch.tensor((1.0, 0.0), device=next(stage.parameters()).device).unbind()
+        mask = node
+    replace(stage, product, _Gate(scale, shift, compile), (x, mask))
+
+
+def _affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a normalisation multiplies by, and what it adds then: `[C, 1, 1]` each."""
+    assert norm.running_var is not None and norm.running_mean is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from model.bundle import load_bundle, save_bundle, save_policy
 from model.exits import DepthwiseConv2d
+from model.fold import fold_stages
 from model.network import build
 from model.policy import Calibration, Measure, Policy
 from server.dense import densify
@@ -41,7 +42,7 @@ WAYS = {
 }
 
 
-def made(path, architecture, measure=Measure.MARGIN):
+def made(path, architecture):
     """A bundle whose exits hear what those before them said."""
     torch.manual_seed(0)
     net = build(architecture, 10, width=8).eval()
@@ -61,7 +62,6 @@ def made(path, architecture, measure=Measure.MARGIN):
         method="none",
         delta=0.1,
         calibration_images=1,
-        measure=measure,
         calibrations=tuple(
             Calibration(temperature=1.5 + k, carry=0.3 * k, slope=0.9, offset=0.1 * k)
             for k in range(net.exits)
@@ -72,7 +72,7 @@ def made(path, architecture, measure=Measure.MARGIN):
     return path
 
 
-@pytest.fixture(params=["resnet18", "mobilenetv2", "vgg19-bn", "shufflenetv2"])
+@pytest.fixture(params=["resnet10", "resnet50", "mobilenetv2", "vgg19-bn", "shufflenetv2"])
 def some_bundle(tmp_path, request):
     return load_bundle(made(tmp_path, request.param))
 
@@ -127,6 +127,15 @@ def test_a_head_is_left_with_one_convolution_for_two_and_one_gate(bundle):
     assert not {"BatchNorm2d", "ReLU", "call_function"} & set(kinds(changed))
 
 
+def test_a_gate_whose_normalisation_is_folded_is_one_kernel_too():
+    net = build("resnet50", 10, width=8).eval()
+    for stage in fold_stages(net)[:-1]:
+        unit = Unit(stage, Calibration(temperature=1.0), Measure.MARGIN, None, torch.float32)
+        changed = everything(unit.eval())
+        assert kinds(changed.stage).count("_Gate") == 1
+        assert "call_function" not in kinds(changed.stage)
+
+
 class Pair(nn.Module):
     """A depthwise convolution and one that mixes its outputs, which cannot always be one."""
 
@@ -156,15 +165,35 @@ def test_only_what_is_between_no_others_becomes_one_convolution(what, left):
     torch.testing.assert_close(dense(x), unit(x))
 
 
-@pytest.mark.parametrize("measure", Measure)
 @torch.inference_mode()
-def test_a_compiler_sees_all_elementwise_work_whole_at_every_batch_size(tmp_path, measure):
+def test_a_compiler_sees_all_elementwise_work_whole_at_every_batch_size(bundle):
     torch._dynamo.reset()
-    some = load_bundle(made(tmp_path, "resnet10", measure))
-    units = make_units(some, CPU, torch.float32)
+    units = make_units(bundle, CPU, torch.float32)
     changed = [everything(unit, traced) for unit in units]
     for n in (3, 1, 8):
-        assert_alike(units, changed, example_inputs(units, some, n, CPU))
+        assert_alike(units, changed, example_inputs(units, bundle, n, CPU))
+
+
+class Classifier(nn.Module):
+    """A stage of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(10, 10)
+
+    def forward(self, x):
+        return x, self.fc(x)
+
+
+@pytest.mark.parametrize("measure", Measure)
+@torch.inference_mode()
+def test_a_compiler_sees_every_measure_whole(measure):
+    torch._dynamo.reset()
+    calibration = Calibration(temperature=1.5, carry=0.3, slope=0.9, offset=0.1)
+    unit = Unit(fx.symbolic_trace(Classifier()), calibration, measure, None, torch.float32)
+    x, passed = torch.randn(2, 3, 10).log_softmax(2).unbind()
+    for said, expected in zip(merge(unit, traced)(x, passed), unit(x, passed), strict=True):
+        torch.testing.assert_close(said, expected)
 
 
 def test_kernels_are_kept_in_a_folder_that_only_this_user_can_write(tmp_path, monkeypatch):

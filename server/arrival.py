@@ -9,7 +9,7 @@ from server.protocol import parameters_from
 
 ARRIVED, READ = "offramp.arrived", "offramp.read"
 """In a request's scope: `time.perf_counter` when its first byte and its whole head were read."""
-TIMES_BEHIND = 4
+TIMES_BEHIND = 3
 """A request that waited to begin has waited before, where it cannot be seen, to be read, and its
 answer will wait to be sent, beside the stages it needs."""
 NOT_BEHIND_SECONDS = 0.001

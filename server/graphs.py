@@ -37,7 +37,7 @@ class Captured:
         buffers: Sequence[Tensor],
         said: Tensor,
         capture: Capture,
-        wait: Callable[[], None] = lambda: None,
+        wait: Callable[[], None],
         way: str = "",
     ) -> None:
         self.unit = unit

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from model.confidence import Constants
 from model.policy import Measure
-from model.preprocess import normalised
+from model.preprocess import Preprocess, normalised
 from server.programs import make_private
 from server.rewriting import called, copy_of, replace, tidied
 from server.units import Unit, say
@@ -70,18 +70,20 @@ class _Merged(Unit):
 
     def __init__(self, unit: Unit, stage: nn.Module, compile: Compile) -> None:
         super().__init__(stage, unit.calibration, unit.measure, unit.normalise, unit.dtype)
-        device = next(unit.parameters()).device
         c = unit.calibration
-        self._constants = torch.tensor([c.temperature, c.carry, c.slope, c.offset], device=device)
-        self._affine = unit.normalise.affine_on(device) if unit.normalise else None
+        constants = torch.tensor([c.temperature, c.carry, c.slope, c.offset])
+        self._constants = constants.to(next(unit.parameters()).device)
         self._normalised, self._said = compile(normalised), compile(_said)
 
-    def forward(self, x: Tensor, passed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def prepared(self, pixels: Tensor, normalise: Preprocess) -> Tensor:
         """As `Unit`."""
-        if self._affine is not None:
-            x = self._normalised(x, *self._affine, self.dtype)
-        features, logits = self.stage(x)
-        return features, *self._said(logits, passed, self._constants, self.measure)
+        out: Tensor = self._normalised(pixels, *normalise.affine_on(pixels.device), self.dtype)
+        return out
+
+    def said(self, logits: Tensor, passed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `Unit`."""
+        out: tuple[Tensor, Tensor] = self._said(logits, passed, self._constants, self.measure)
+        return out
 
 
 def _said(

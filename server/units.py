@@ -53,9 +53,17 @@ class Unit(nn.Module):
             its probabilities; and what the next exit wants to know of this one `[N, classes]`.
         """
         if self.normalise is not None:
-            x = self.normalise.normalise(x, self.dtype)
+            x = self.prepared(x, self.normalise)
         features, logits = self.stage(x)
-        return features, *say(logits, passed, self.calibration, self.measure)
+        return features, *self.said(logits, passed)
+
+    def prepared(self, pixels: Tensor, normalise: Preprocess) -> Tensor:
+        """What the stage takes of pixels."""
+        return normalise.normalise(pixels, self.dtype)
+
+    def said(self, logits: Tensor, passed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is returned second and third."""
+        return say(logits, passed, self.calibration, self.measure)
 
     def with_stage(self, stage: nn.Module) -> Unit:
         """The same around another stage that is ready to run."""

@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch import fx, nn
 
-from model.bundle import load_bundle, save_bundle, save_policy
 from model.exits import DepthwiseConv2d
 from model.fold import fold_stages
 from model.network import build
-from model.policy import Calibration, Measure, Policy
+from model.policy import Calibration, Measure
 from server.dense import densify
 from server.fusing import fuse
 from server.merging import KERNELS, keep_kernels, merge
 from server.units import Unit, example_inputs, make_units
-from tests.conftest import PREPROCESS, point
+from tests.conftest import PREPROCESS
 from tests.server.test_fusing import by_parts
 
 CPU = torch.device("cpu")
@@ -42,53 +41,40 @@ WAYS = {
 }
 
 
-def made(path, architecture):
-    """A bundle whose exits hear what those before them said."""
+def units_of(architecture):
+    """Units whose exits hear what those before them said."""
     torch.manual_seed(0)
     net = build(architecture, 10, width=8).eval()
-    description = save_bundle(
-        path,
-        net,
-        name="tiny",
-        version="1",
-        architecture=architecture,
-        arguments={"width": 8},
-        classes=tuple("abcdefghij"),
-        preprocess=PREPROCESS,
-        training={},
-    )
-    policy = Policy(
-        weights_sha256=description.weights_sha256,
-        method="none",
-        delta=0.1,
-        calibration_images=1,
-        calibrations=tuple(
-            Calibration(temperature=1.5 + k, carry=0.3 * k, slope=0.9, offset=0.1 * k)
-            for k in range(net.exits)
-        ),
-        operating_points=(point(0.0, *[2.0] * (net.exits - 1)),),
-    )
-    save_policy(path, policy)
-    return path
+    return [
+        Unit(
+            stage,
+            Calibration(temperature=1.5 + k, carry=0.3 * k, slope=0.9, offset=0.1 * k),
+            Measure.MARGIN,
+            None if k else PREPROCESS,
+            torch.float32,
+        ).eval()
+        for k, stage in enumerate(fold_stages(net))
+    ]
 
 
-@pytest.fixture(params=["resnet10", "resnet50", "mobilenetv2", "vgg19-bn", "shufflenetv2"])
-def some_bundle(tmp_path, request):
-    return load_bundle(made(tmp_path, request.param))
-
-
-def assert_alike(units, changed, inputs):
-    for unit, other, given in zip(units, changed, inputs, strict=True):
-        for said, expected in zip(other(*given), unit(*given), strict=True):
-            torch.testing.assert_close(said, expected)
-            assert said.stride() == expected.stride()
+def assert_alike(units, changed, n):
+    inputs = (torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8),)
+    for unit, other in zip(units, changed, strict=True):
+        whole, expected = other(*inputs), unit(*inputs)
+        for said, wanted in zip(whole, expected, strict=True):
+            torch.testing.assert_close(said, wanted)
+            assert said.stride() == wanted.stride()
+        inputs = expected[::2]
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "architecture", ["resnet10", "resnet50", "mobilenetv2", "vgg19-bn", "shufflenetv2"]
+)
 @torch.inference_mode()
-def test_a_changed_unit_says_what_the_unit_says(some_bundle, way):
-    units = make_units(some_bundle, CPU, torch.float32)
-    assert_alike(units, map(WAYS[way], units), example_inputs(units, some_bundle, 3, CPU))
+def test_a_changed_unit_says_what_the_unit_says(architecture, way):
+    units = units_of(architecture)
+    assert_alike(units, map(WAYS[way], units), 3)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -128,10 +114,8 @@ def test_a_head_is_left_with_one_convolution_for_two_and_one_gate(bundle):
 
 
 def test_a_gate_whose_normalisation_is_folded_is_one_kernel_too():
-    net = build("resnet50", 10, width=8).eval()
-    for stage in fold_stages(net)[:-1]:
-        unit = Unit(stage, Calibration(temperature=1.0), Measure.MARGIN, None, torch.float32)
-        changed = everything(unit.eval())
+    for unit in units_of("resnet50")[:-1]:
+        changed = everything(unit)
         assert kinds(changed.stage).count("_Gate") == 1
         assert "call_function" not in kinds(changed.stage)
 
@@ -166,12 +150,12 @@ def test_only_what_is_between_no_others_becomes_one_convolution(what, left):
 
 
 @torch.inference_mode()
-def test_a_compiler_sees_all_elementwise_work_whole_at_every_batch_size(bundle):
+def test_a_compiler_sees_all_elementwise_work_whole_at_every_batch_size():
     torch._dynamo.reset()
-    units = make_units(bundle, CPU, torch.float32)
+    units = units_of("resnet10")
     changed = [everything(unit, traced) for unit in units]
     for n in (3, 1, 8):
-        assert_alike(units, changed, example_inputs(units, bundle, n, CPU))
+        assert_alike(units, changed, n)
 
 
 class Classifier(nn.Module):

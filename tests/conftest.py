@@ -200,7 +200,7 @@ def serve(bundle_path):
 
     @contextmanager
     def make(warm=True, **settings):
-        chosen = {"bundle": bundle_path, "device": "cpu", "threads": 1, "max_batch": 8}
+        chosen = {"bundle": bundle_path, "device": "cpu", "threads": 1, "max_batch": 2}
         chosen["audit_rate"] = 0.0
         with running(Served(Settings(**{**chosen, **settings})), warm) as server:
             yield server

@@ -152,6 +152,7 @@ def test_memory_that_grows_in_the_last_half_is_told_by_request():
     assert grown.bytes_per_request == pytest.approx(0.4 * MIB / 4900)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("allowed", "status"), [("1000", 0), ("-1000", 1)])
 def test_memory_is_watched_under_requests_of_every_kind(server, tmp_path, capsys, allowed, status):
     for i in range(4):
@@ -272,6 +273,7 @@ def test_images_leave_by_shares_and_run_on_in_full_batches(bundle):
     assert all(n % 8 == 0 for n in leaving.ran.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_engine_is_measured_beside_the_eager_network(device, tmp_path, capsys):
     out = tmp_path / "engine.json"

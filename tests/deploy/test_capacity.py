@@ -41,17 +41,20 @@ def test_capacity_is_what_full_batches_allow():
     assert 150 < found(said(SURE), Imagined()) <= 200 * 1.1
 
 
+@pytest.mark.slow
 def test_a_machine_twice_as_fast_takes_twice_as_much():
     once, twice = (found(said(SURE), Imagined(speed=s)) for s in (1.0, 2.0))
     assert 1.8 < twice / once < 2.4
 
 
+@pytest.mark.slow
 def test_faster_stages_leave_the_event_loop_as_it_is():
     slow_loop = said(SURE, begin=5e-3, answer=5e-3)
     assert found(slow_loop, Imagined(stage_speed=10.0)) < 110
     assert found(slow_loop, Imagined(stage_speed=10.0, speed=2.0)) > 120
 
 
+@pytest.mark.slow
 def test_a_second_worker_takes_as_much_again():
     one, two = (found(said(SURE), Imagined(workers=w)) for w in (1, 2))
     assert 1.7 < two / one < 2.2

@@ -225,6 +225,7 @@ def test_the_command_prints_a_table_and_writes_figures_and_a_picture(tmp_path, c
     assert picture.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_figures_are_there_even_if_the_picture_cannot_be_drawn(tmp_path, capsys):
     out = tmp_path / "x.json"
     assert run_main(tmp_path, "--json", str(out), "--plot", str(tmp_path / "x.nope"))[0] == 2

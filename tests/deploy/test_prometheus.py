@@ -123,7 +123,8 @@ def test_promtool_finds_no_fault(kind):
     subprocess.run([program("promtool"), "check", kind, *files], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("file", ["alerts.yml", pytest.param("trends.yml", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["alerts.yml", "trends.yml"])
 def test_alerts_fire_on_what_they_are_for_and_nothing_else_does(file):
     command = [program("promtool"), "test", "rules", RULE_TESTS / file]
     done = subprocess.run(command, capture_output=True, text=True)

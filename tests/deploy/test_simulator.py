@@ -136,6 +136,7 @@ OVERLOAD = 4000
 MILLISECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["begin_seconds", "answer_seconds", "refuse_seconds"])
 def test_where_the_loop_is_what_is_full_more_cost_never_gives_more(cost):
     usual = {"begin_seconds": 3e-4, "answer_seconds": 1e-4, "refuse_seconds": 5e-5}
@@ -146,6 +147,7 @@ def test_where_the_loop_is_what_is_full_more_cost_never_gives_more(cost):
     assert gained[-1] < 0.9 * gained[0]
 
 
+@pytest.mark.slow
 def test_refusing_what_is_late_keeps_a_loop_going_that_would_else_answer_all_late():
     own = {"begin_seconds": 5e-4, "answer_seconds": 3e-4}
     load = evenly(OVERLOAD)

@@ -53,6 +53,7 @@ def test_a_head_costs_what_its_layers_cost():
     assert costs[3].head_macs == 512 * 100
 
 
+@pytest.mark.slow
 def test_attention_gates_cost_what_they_add():
     with_gates = cumulative_macs(counted("resnet18", 32))[-1]
     without = cumulative_macs(counted("resnet18", 32, attention=False))[-1]

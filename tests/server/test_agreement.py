@@ -37,12 +37,13 @@ def offline(bundle, images, dtype):
     return list(zip(*said, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "every"),
     [
         ("float32", 5),
-        pytest.param("float32", 1, marks=pytest.mark.slow),
-        pytest.param("bfloat16", 1, marks=pytest.mark.slow),
+        ("float32", 1),
+        ("bfloat16", 1),
     ],
 )
 def test_answers_agree_with_the_offline_evaluation_exit_by_exit(cifar, dtype, every):

@@ -95,6 +95,7 @@ def test_a_sample_is_classified_and_its_exits_light_up(server, visit):
         assert page.locator("#preview").evaluate("image => image.naturalWidth") == 32
 
 
+@pytest.mark.slow
 def test_a_file_that_is_chosen_is_classified(server, visit, png):
     with visit(server) as page:
         file = {"name": "mine.png", "mimeType": "image/png", "buffer": png}
@@ -103,6 +104,7 @@ def test_a_file_that_is_chosen_is_classified(server, visit, png):
         assert page.locator("#preview").get_attribute("alt") == "Your image, mine.png"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_an_image_that_is_dropped_or_pasted_is_classified(server, visit, png, kind):
     with visit(server) as page:
@@ -110,6 +112,7 @@ def test_an_image_that_is_dropped_or_pasted_is_classified(server, visit, png, ki
         check_answer(server, page, png)
 
 
+@pytest.mark.slow
 def test_each_exit_lights_up_when_its_event_comes(serve, visit):
     with serve() as one, visit(one) as page:
         page.get_by_text("More ways to ask").click()
@@ -124,6 +127,7 @@ def test_each_exit_lights_up_when_its_event_comes(serve, visit):
         assert answered(page) == (4, 4)
 
 
+@pytest.mark.slow
 def test_the_slider_says_what_is_at_stake_and_asks_for_it(server, visit):
     with visit(server) as page:
         page.get_by_role("button", name="Sample: fox").click()
@@ -145,6 +149,7 @@ def test_the_slider_says_what_is_at_stake_and_asks_for_it(server, visit):
         assert server.client.get("/policy").json()["in_force"]["max_accuracy_loss"] == 0.01
 
 
+@pytest.mark.slow
 def test_the_options_go_with_the_request(server, visit):
     with visit(server) as page:
         page.get_by_text("More ways to ask").click()
@@ -159,6 +164,7 @@ def test_the_options_go_with_the_request(server, visit):
         assert last_query(page) == "threshold=0&min_exit=2"  # it is out of range, and marked so
 
 
+@pytest.mark.slow
 def test_the_live_figures_are_those_of_the_metrics(serve, visit):
     with serve() as one:
         answers = [one.post(encode(noise(seed=s))).json() for s in range(12)]
@@ -174,6 +180,7 @@ def test_the_live_figures_are_those_of_the_metrics(serve, visit):
             assert "at most 1 point" in page.locator("#in-force").inner_text()
 
 
+@pytest.mark.slow
 def test_what_is_no_image_is_said_kindly_and_the_next_image_works(server, visit):
     with visit(server, failures=["400"]) as page:
         text = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"}
@@ -185,6 +192,7 @@ def test_what_is_no_image_is_said_kindly_and_the_next_image_works(server, visit)
         assert not page.get_by_role("alert").is_visible()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_said_kindly_and_can_be_tried_again(serve, visit):
     with serve() as one, visit(one, failures=["ERR_FAILED"]) as page:
         page.route("**/classify*", lambda route: route.abort())
@@ -195,6 +203,7 @@ def test_a_server_that_is_gone_is_said_kindly_and_can_be_tried_again(serve, visi
         answered(page)
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_said_kindly(serve, visit):
     with serve(max_queue=1) as one, visit(one, failures=["429"]) as page:
         one.served.in_flight = 1
@@ -205,6 +214,7 @@ def test_a_busy_server_is_said_kindly(serve, visit):
         answered(page)
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_and_used(serve, visit):
     with serve(api_keys="right") as one, visit(one, failures=["401", "403"]) as page:
         key = page.get_by_label("This server asks for an API key")
@@ -219,6 +229,7 @@ def test_a_key_is_asked_for_and_used(serve, visit):
         answered(page)
 
 
+@pytest.mark.slow
 def test_all_can_be_done_with_the_keyboard_from_top_to_bottom(server, visit):
     with visit(server) as page:
         page.wait_for_selector("#point:enabled")
@@ -235,6 +246,7 @@ def test_all_can_be_done_with_the_keyboard_from_top_to_bottom(server, visit):
         assert page.locator("#samples button").nth(2).get_attribute("aria-pressed") == "true"
 
 
+@pytest.mark.slow
 def test_a_screen_reader_is_told_what_eyes_see(server, visit):
     with visit(server) as page:
         page.get_by_role("button", name="Sample: fox").click()
@@ -274,7 +286,8 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("path", ["/", pytest.param("/docs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/", "/docs"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_can_be_read_in_light_and_dark_and_on_a_phone(server, visit, scheme, path):
     with visit(server, path, color_scheme=scheme, **PHONE) as page:
@@ -291,6 +304,7 @@ def test_all_text_can_be_read_in_light_and_dark_and_on_a_phone(server, visit, sc
         assert page.evaluate(wide) == 0
 
 
+@pytest.mark.slow
 def test_the_policy_of_the_page_stops_code_and_requests_from_elsewhere(server, visit):
     blocked = ["Content Security Policy", "violates", "fetch"]
     with visit(server, failures=blocked) as page:
@@ -310,6 +324,7 @@ def test_the_policy_of_the_page_stops_code_and_requests_from_elsewhere(server, v
         assert sorted(violated) == ["connect-src", "script-src-elem"]
 
 
+@pytest.mark.slow
 def test_the_reference_shows_every_operation_of_the_document(serve, visit):
     with serve(admin_token="secret") as one, visit(one, "/docs") as page:
         page.wait_for_selector("article")

@@ -156,6 +156,7 @@ def test_model_and_policy_describe_what_is_served(server):
     assert policy["overloaded"] is False
 
 
+@pytest.mark.slow
 def test_audited_answers_are_compared_with_the_last_exit(serve, images, eager_path):
     with serve(bundle=eager_path, audit_rate=1.0) as one:
         for image in images:

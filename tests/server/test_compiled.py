@@ -185,6 +185,7 @@ def test_a_policy_for_several_numerics_leaves_the_choice_to_the_server(bundle, c
     assert caplog.text == ""
 
 
+@pytest.mark.slow
 def test_the_default_bundle_is_served_in_every_numerics_that_its_policy_names():
     bundle = load_servable(ROOT / "model" / "default")
     for name in bundle.policy.dtypes:

@@ -41,7 +41,6 @@ from tests.program import fake_program
 from tests.server.test_engine import FakeLoop, FakePromise
 
 CPU = torch.device("cpu")
-QUICKEST = ("resnet18-lite", "mobilenetv2")
 FULL_DEPTH = Rule((2.0, 2.0, 2.0, 0.0), 1, 4)
 
 
@@ -289,7 +288,14 @@ class Asking(threading.Thread):
 def compiled(bundle_path, tmp_path_factory):
     """A cache that a server filled, and what its clients were told from its start to then."""
     cache = tmp_path_factory.mktemp("cache")
-    chosen = Settings(bundle=bundle_path, cache_dir=cache, max_batch=1, threads=1, compile="auto")
+    chosen = Settings(
+        bundle=bundle_path,
+        cache_dir=cache,
+        max_batch=1,
+        threads=1,
+        compile="auto",
+        default_deadline_ms=None,  # however long a compiler keeps the cores
+    )
     with running(Served(chosen)) as server:
         clients = [Asking(server, encode(noise(seed=i))) for i in range(3)]
         for client in clients:
@@ -307,6 +313,7 @@ def compiled(bundle_path, tmp_path_factory):
     return cache, [client.answers for client in clients]
 
 
+@pytest.mark.slow
 def test_no_answer_is_lost_or_changed_while_a_server_compiles(compiled):
     for answers in compiled[1]:
         assert {status for status, _ in answers} == {200}
@@ -317,6 +324,7 @@ def test_no_answer_is_lost_or_changed_while_a_server_compiles(compiled):
             assert said == pytest.approx([s["confidence"] for s in first], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_compiled_units_equal_the_eager_ones_at_every_stage(compiled, bundle, units):
     files = {f.name: f for f in compiled[0].rglob("*.bin")}
     assert len(files) == len(units)
@@ -331,6 +339,7 @@ def test_compiled_units_equal_the_eager_ones_at_every_stage(compiled, bundle, un
             )
 
 
+@pytest.mark.slow
 def test_a_unit_keeps_to_one_thread(compiled):
     (file,) = compiled[0].rglob("stage1-batch1.bin")
     program = CompiledUnit(file, torch.float32)
@@ -343,6 +352,7 @@ def test_a_unit_keeps_to_one_thread(compiled):
     assert all_threads < 1.5 * own
 
 
+@pytest.mark.slow
 def test_a_team_gives_the_same_answer(compiled, bundle, units):
     (file,) = compiled[0].rglob("stage1-batch1.bin")
     team = CompiledUnit(file, torch.float32, threads=2)
@@ -351,6 +361,7 @@ def test_a_team_gives_the_same_answer(compiled, bundle, units):
     assert team._network.get_property("INFERENCE_NUM_THREADS") == 2
 
 
+@pytest.mark.slow
 def test_workers_may_call_a_unit_at_the_same_time(compiled, bundle, units):
     (file,) = compiled[0].rglob("stage1-batch1.bin")
     program = CompiledUnit(file, torch.float32, workers=2)
@@ -363,6 +374,7 @@ def test_workers_may_call_a_unit_at_the_same_time(compiled, bundle, units):
         torch.testing.assert_close(one, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_signal_is_heard_after_another_thread_frees_a_unit(compiled):
     (file,) = compiled[0].rglob("stage1-batch1.bin")
     units, heard = [CompiledUnit(file, torch.float32)], []
@@ -377,7 +389,8 @@ def test_a_signal_is_heard_after_another_thread_frees_a_unit(compiled):
     assert heard == [signal.SIGUSR1]
 
 
-@pytest.mark.parametrize("damage", ["cut", pytest.param("overwritten", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_program_is_compiled_anew(compiled, bundle, bundle_path, units, caplog, damage):
     cache, _ = compiled
     (file,) = cache.rglob("stage4-batch1.bin")
@@ -393,6 +406,7 @@ def test_a_damaged_program_is_compiled_anew(compiled, bundle, bundle_path, units
     assert compiling.complete
 
 
+@pytest.mark.slow
 def test_rows_that_are_kept_outlast_the_next_batch(compiled, bundle, units):
     """A compiled unit's outputs are overwritten by the thread's next call."""
     runner = Runner(bundle, CPU, torch.float32)
@@ -407,9 +421,10 @@ def test_rows_that_are_kept_outlast_the_next_batch(compiled, bundle, units):
     np.testing.assert_allclose(runner.run(2, kept).probabilities, expected.probabilities, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
-    [a if a in QUICKEST else pytest.param(a, marks=pytest.mark.slow) for a in FAMILIES],
+    FAMILIES,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.filterwarnings("ignore")  # torch's own
@@ -435,6 +450,7 @@ def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):
         inputs = features.clone(), state.clone()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere others compute")
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_no_compiled_unit_copies_features_at_its_borders(tmp_path):

@@ -111,6 +111,7 @@ def test_a_client_whose_image_came_in_large_pieces_is_heard_to_leave(serve, png,
         assert server.post(png).status_code == 200
 
 
+@pytest.mark.slow
 def test_pipelined_requests_of_a_client_that_leaves_are_all_ended(serve, png, caplog):
     """The first runs when the second is already read."""
     head = HEAD % len(png)

@@ -63,6 +63,7 @@ def refuses(server):
         return True
 
 
+@pytest.mark.slow
 def test_a_process_serves_until_its_notice_is_over_and_a_drain_answers_what_was_accepted(
     bundle_path, png
 ):
@@ -104,10 +105,11 @@ def test_a_process_serves_until_its_notice_is_over_and_a_drain_answers_what_was_
         assert told == ["Cancel 1 running task(s), timeout graceful shutdown exceeded"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "number"),
     [
-        pytest.param(os.kill, signal.SIGTERM, id="one", marks=pytest.mark.slow),
+        pytest.param(os.kill, signal.SIGTERM, id="one"),
         pytest.param(os.killpg, signal.SIGINT, id="group"),
     ],
 )

@@ -140,7 +140,8 @@ def watch(times):
     return controller.moves
 
 
-@pytest.mark.parametrize("load", [1.2, pytest.param(1.5, marks=pytest.mark.slow), 2.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [1.2, 1.5, 2.0])
 def test_a_steady_overload_settles_at_a_level(load):
     moves = watch(poisson(load * FULL_DEPTH, 9.0))
     assert moves, "the load is none"

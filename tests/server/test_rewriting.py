@@ -149,6 +149,7 @@ def test_only_what_is_between_no_others_becomes_one_convolution(what, left):
     torch.testing.assert_close(dense(x), unit(x))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_compiler_sees_all_elementwise_work_whole_at_every_batch_size():
     torch._dynamo.reset()
@@ -169,6 +170,7 @@ class Classifier(nn.Module):
         return x, self.fc(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", Measure)
 @torch.inference_mode()
 def test_a_compiler_sees_every_measure_whole(measure):

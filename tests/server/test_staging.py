@@ -59,6 +59,7 @@ def test_images_of_another_size_have_memory_of_their_own(staging):
     assert staging.images([np.ones((8, 8, 3), np.uint8)]).shape == (1, 8, 8, 3)
 
 
+@pytest.mark.slow
 def test_a_runner_says_the_same_through_it_and_waits_once_a_batch(bundle, staging, host):
     plain, staged = Runner(bundle, CPU, torch.float32), on_card(bundle, staging)
     rows = [IMAGES, IMAGES]

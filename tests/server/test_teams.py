@@ -61,6 +61,7 @@ class Folder:
         self.shares = {2: 0.7, 4: 0.5, 6: 0.6}
         self.off = {}
         self.broken = set()
+        self.failing = set()
         self.threads = {}
 
     def load(self, file, dtype, workers, threads):
@@ -75,6 +76,8 @@ class Folder:
 
     def share(self, team, one):
         assert self.threads[id(one)] == 1
+        if self.threads[id(team)] in self.failing:
+            raise RuntimeError("its threads cannot start")
         return self.shares[self.threads[id(team)]]
 
 
@@ -134,6 +137,12 @@ def test_a_team_that_cannot_be_loaded_is_a_warning(compiling, folder, caplog):
     folder.broken = {2, 4, 6}
     assert teams(compiling, folder) == {}
     assert "cannot be used with 6 threads (it is damaged)" in caplog.text
+
+
+def test_a_team_that_cannot_be_run_is_a_warning_and_others_are_tried(compiling, folder, caplog):
+    folder.failing = {4}
+    assert teams(compiling, folder) == {stage: (6, 0.6) for stage in (1, 2, 3, 4)}
+    assert "cannot be used with 4 threads (its threads cannot start)" in caplog.text
 
 
 def test_a_server_that_drains_looks_for_no_teams(compiling, folder):

@@ -20,7 +20,7 @@ HEAD = b"POST /classify?threshold=1 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\
 
 @pytest.fixture
 def one(serve):
-    with serve(default_deadline_ms=None) as server, ThreadPoolExecutor(8) as threads:
+    with serve(default_deadline_ms=None, max_batch=4) as server, ThreadPoolExecutor(8) as threads:
         server.later = lambda data, **parameters: threads.submit(server.post, data, **parameters)
         yield server
 

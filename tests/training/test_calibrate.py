@@ -80,6 +80,7 @@ def test_calibrating_makes_a_bundle_servable_and_says_what_it_did(command, bundl
     assert said.count("calibration error") == 4
 
 
+@pytest.mark.slow
 def test_a_small_chance_of_failing_is_not_rounded_away(command):
     assert "bounds hold with probability 99.9% over" in command("--delta", 0.001)[1]
 
@@ -99,6 +100,7 @@ def test_the_same_command_makes_the_same_policy_from_cached_logits(command, bund
     assert (bundle / "policy.json").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_logits_are_computed_again_for_other_numerics(command, bundle):
     command("--dtype", "float32")
     command("--dtype", "bfloat16", "float32")
@@ -106,6 +108,7 @@ def test_logits_are_computed_again_for_other_numerics(command, bundle):
     assert load_bundle(bundle).policy.dtypes == ("bfloat16", "float32")
 
 
+@pytest.mark.slow
 def test_logits_do_not_depend_on_the_numerics_computed_before(bundle, images):
     loaded = load_bundle(bundle)
     pixels = load_images(loaded, list_folder(images))
@@ -115,6 +118,7 @@ def test_logits_do_not_depend_on_the_numerics_computed_before(bundle, images):
     torch.testing.assert_close(compute_logits(loaded, pixels, torch.float32), expected)
 
 
+@pytest.mark.slow
 def test_int8_is_certified_with_what_it_costs_by_itself(command, bundle, tmp_path):
     status, said = command("--dtype", "auto", "int8")
     assert status == 0
@@ -200,6 +204,7 @@ def test_a_budget_adds_the_most_careful_point_that_keeps_it(command, bundle):
     assert added[0].certified
 
 
+@pytest.mark.slow
 def test_budgets_above_half_give_different_points(command, bundle):
     costs = []
     for budget in (0.95, 0.9, 0.8):
@@ -238,6 +243,7 @@ def test_a_budget_below_the_first_exit_is_out_of_reach(command):
     assert "mean MACs of 0.01 are out of reach" in said
 
 
+@pytest.mark.slow
 def test_images_without_labels_calibrate_disagreement_with_the_confidences_there_are(
     command, bundle, images, tmp_path
 ):
@@ -346,6 +352,7 @@ def test_damaged_logits_are_computed_again(bundle, images, tmp_path, spoil):
     assert len(file.read_bytes()) == len(whole)
 
 
+@pytest.mark.slow
 def test_calibrating_again_forgets_what_was_measured_with_another_policy(command, bundle):
     described = load_bundle(bundle).description
     exits = tuple(e.model_copy(update={"accuracy": 0.9, "alone": 0.8}) for e in described.exits)
@@ -397,6 +404,7 @@ def test_parts_too_small_to_resample_are_refused(command, share, message):
     assert message in said
 
 
+@pytest.mark.slow
 def test_resampling_reports_every_bound_and_leaves_the_bundle_as_it_was(command, bundle):
     before = sorted(p.name for p in bundle.iterdir())
     status, said = command("--splits", 2, command="resample")

@@ -20,6 +20,8 @@ from training.markdown import CAPTIONS, headline, render
 from training.outcomes import Outcomes
 from training.record import load_record
 
+pytestmark = pytest.mark.slow  # a report has many pictures
+
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):

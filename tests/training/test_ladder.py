@@ -56,13 +56,14 @@ def certify(path, bound, method):
     return lambda images: Certifier(images, DELTA, method).certified(tally(images, path), bound)
 
 
-@pytest.mark.parametrize("bound", [0.01, pytest.param(0.03, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bound", [0.01, 0.03])
 @pytest.mark.parametrize(
     "method",
     [
         Method.PAIRED,
-        pytest.param(Method.BINOMIAL, marks=pytest.mark.slow),
-        pytest.param(Method.HOEFFDING_BENTKUS, marks=pytest.mark.slow),
+        Method.BINOMIAL,
+        Method.HOEFFDING_BENTKUS,
     ],
 )
 def test_certified_points_break_their_bound_at_most_delta_of_the_time(
@@ -71,6 +72,7 @@ def test_certified_points_break_their_bound_at_most_delta_of_the_time(
     assert violations(population, path, bound, certify(path, bound, method)) <= DELTA + TOLERANCE
 
 
+@pytest.mark.slow
 def test_so_do_points_whose_tests_begin_where_the_search_says(population, path):
     """With so few images that the most careful thresholds could never be certified."""
     searched = judged(800, seed=1)
@@ -83,6 +85,7 @@ def test_so_do_points_whose_tests_begin_where_the_search_says(population, path):
     assert 0 < violations(population, path, 0.01, choose, n=225) <= DELTA + TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_naive_choice_breaks_the_bound_far_more_often(population, path):
     """The boldest step whose loss on the calibration images themselves is small enough."""
 
@@ -102,9 +105,8 @@ def at_the_edge(n, bound, gains):
     return Outcomes(np.ones((n, 2)), right.astype(int), right, right.astype(float))
 
 
-@pytest.mark.parametrize(
-    "method", [Method.PAIRED, pytest.param(Method.BINOMIAL, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [Method.PAIRED, Method.BINOMIAL])
 def test_coverage_at_the_edge_is_delta_itself_and_no_more(method):
     """A bound that were off by much would fail here, on either side."""
     bound = 0.02
@@ -115,6 +117,7 @@ def test_coverage_at_the_edge_is_delta_itself_and_no_more(method):
     assert DELTA / 2 <= broken <= DELTA + TOLERANCE
 
 
+@pytest.mark.slow
 def test_expected_loss_under_conformal_risk_control_is_within_its_bound(population, path):
     counts = tally(population, path)
     choose = certify(path, 0.03, Method.EXPECTATION)

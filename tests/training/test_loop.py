@@ -90,6 +90,7 @@ def after_another(finished, make_work):
     return make
 
 
+@pytest.mark.slow
 def test_a_run_repeats_itself_bit_for_bit(make_work, tmp_path):
     runs = []
     for name in ("once", "again"):

@@ -230,6 +230,7 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
         load_teacher(path, ("dark", "light", "middle"), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_student_comes_to_agree_with_its_teacher(make_work):
     taught = tiny_net(5)
     with torch.no_grad():  # a teacher with a mind of its own: everything is dark

@@ -179,6 +179,7 @@ def test_every_ablation_trains(folder, tmp_path):
     assert main(["report", *runs, "--out", str(tmp_path / "report")]) == 0
 
 
+@pytest.mark.slow
 def test_the_report_shows_runs_side_by_side(drawn, folder, tmp_path, capsys):
     for name, words in {"whole": ["--feature-weight", 0.1], "alone": ["--method", "plain"]}.items():
         out = tmp_path / name
@@ -321,6 +322,7 @@ def test_test_images_that_cannot_be_read_are_said_before_training(folder, tmp_pa
     assert capsys.readouterr().err == "error: none of 12 test images could be read\n"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_it_began_with(folder, tmp_path, capsys):
     common = ["--data", folder, *TINY, "--epochs", 1]
     assert train(*common, "--out", tmp_path / "teacher", "--size", 8) == 0
@@ -340,6 +342,7 @@ def test_a_run_goes_on_with_what_it_began_with(folder, tmp_path, capsys):
         assert f"was written with {name}" in error and "resume with the same options" in error
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_whole_of_a_bundle(folder, tmp_path):
     common = ["--data", folder, *TINY, "--epochs", 1]
     assert train(*common, "--out", tmp_path / "first") == 0

@@ -57,9 +57,8 @@ def brute_force(outcomes, costs, price):
     return min(values[everyone, outcomes.taken(v) - 1].mean() for v in vectors)
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(n, marks=pytest.mark.slow if n > 1 else []) for n in range(5)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
 def test_the_search_comes_within_three_percent_of_brute_force(seed):
     outcomes, costs = judged(16, seed, exits=4), COSTS
     path = nested_path(outcomes, costs)
@@ -98,6 +97,7 @@ def test_a_single_exit_has_nothing_to_search():
     assert fill(nested_path(outcomes, COSTS[-1:]), outcomes.confidence) == [()]
 
 
+@pytest.mark.slow
 def test_the_search_saves_what_it_is_told_costs(outcomes):
     """Where exit 2 costs as much as the whole network, nothing leaves there before it must."""
     dear = np.array([0.3, 1.0, 1.0, 1.0])

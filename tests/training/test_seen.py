@@ -151,6 +151,7 @@ def test_images_that_calibrated_are_not_tested_on(single, seen, tmp_path):
     assert [f.name for f in listing_to_test(other, half).files] == ["new.png"]
 
 
+@pytest.mark.slow
 def test_training_records_its_images_and_those_that_its_parents_saw(tmp_path, capsys):
     first, second = (write_images(tmp_path / n, n=k) for n, k in (("first", 12), ("second", 14)))
     for file in list_folder(first).files[:3]:

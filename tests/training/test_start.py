@@ -23,11 +23,13 @@ def path(searched):
     return fill(nested_path(searched, MACS), searched.confidence)
 
 
+@pytest.mark.slow
 def test_enough_images_begin_with_the_most_careful_thresholds(searched, path):
     first = first_steps(path, searched, 4000, Method.PAIRED, DELTA)
     assert first == {bound: 1 for bound in LOSSES if bound}
 
 
+@pytest.mark.slow
 def test_too_few_images_to_prove_anything_by_losing_none_begin_with_bolder_ones(searched, path):
     first = first_steps(path, searched, 225, Method.PAIRED, DELTA)
     assert 1 < first[0.01] < len(path)

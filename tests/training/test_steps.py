@@ -5,7 +5,6 @@ import torch
 
 from model.architectures import ARCHITECTURES
 from model.network import build
-from tests.model.networks import quick_or_slow
 from tests.training.conftest import CPU, tiny_net, tiny_recipe
 from training.losses import total
 from training.objective import objective
@@ -29,7 +28,8 @@ def two_steps(net, distill_from="next"):
     return terms
 
 
-@pytest.mark.parametrize("name", quick_or_slow(ARCHITECTURES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_takes_two_steps_with_every_term(name):
     torch.manual_seed(0)
     terms = two_steps(build(name, 3, width=16 if name.endswith("lite") else 8))

@@ -21,13 +21,12 @@ from tqdm import tqdm
 from deploy.files import need_writable
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.schedules import BURST_SECONDS, KINDS
-from deploy.options import positive
+from deploy.options import count, positive
 from deploy.peers import closed, goals, offered, profile
 from deploy.peers.peer import OTHERS, OUR_WAYS, OURS, Peer, PeerError, pinned
 from deploy.peers.running import prepare, started
 from model.bundle import DESCRIPTION, Description
 
-MOST_IMAGES = 500
 CLOSED_SECONDS, OFFERED_SECONDS = 8.0, 4.0
 Row = dict[str, Any]
 
@@ -39,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         need_writable(arguments.json, arguments.plot)
         if arguments.offered and (arguments.seconds or OFFERED_SECONDS) < 2 * BURST_SECONDS:
             raise ValueError("--seconds must hold a burst and a calm, so at least 2")
-        samples = read_samples(arguments.images, MOST_IMAGES)
+        samples = read_samples(arguments.images, arguments.most_images)
         said = _offered(arguments, samples) if arguments.offered else _closed(arguments, samples)
+        said["images"] = len(samples)
         _write(arguments.json, said)  # already here, since what is made of the rows may fail
         _report(arguments, said)
         _write(arguments.json, said)
@@ -147,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--images", type=Path, required=True, help="folder or tar of CLASS/*")
     parser.add_argument("--bundle", type=Path, default=Path("model/default"), help="what to serve")
+    parser.add_argument(
+        "--most-images",
+        type=count,
+        default=500,
+        help="images to send; each server's accuracy is that of its answers to all of them",
+    )
     parser.add_argument(
         "--offered",
         action="store_true",

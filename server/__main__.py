@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
         return Protocol(self.config, self.server_state, self.lifespan.state)
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end: when told to, or when warming up failed."""
+        """Whether to end: when told to, or when the network cannot run, or not any more."""
         if self._served.ready and not self._frozen:
             # A look through all that torch has brought takes 0.1 s, in which nothing is answered.
             gc.freeze()

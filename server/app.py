@@ -89,7 +89,7 @@ async def _warm_up(served: Served) -> None:
         await asyncio.to_thread(served.warm_up)
     except Exception:
         log.exception("the network cannot run here")
-        served.failed = True
+        served.give_up()
 
 
 async def _render(request: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from server.arrival import ARRIVED, READ
 from server.departure import CONNECTION, Connection
-from server.errors import BadRequest, HeadTooLarge, OfframpError
+from server.errors import BadRequest, HeadTooLarge, OfframpError, RequestTimeout
 from server.middleware import FAULT, refusal
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ LINGER_BYTES = 2**26
 LINGER_SECONDS = 30.0
 """And for how long."""
 DRAIN_LINGER_SECONDS = 0.5
+SILENCE_SECONDS = 30.0
+"""How long a client may send nothing amid a request, or before one."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -35,9 +37,9 @@ class Protocol(HttpToolsProtocol):
     A request's own code runs a turn of the event loop later or more, and under load a turn takes
     long: a deadline counted from there would be kept on paper alone.
 
-    What cannot be read is answered in its turn, and is the last thing that is read. A connection
-    that ends amid a request lingers: with bytes left unread, the system would reset it, and many
-    clients would not see their answer.
+    What cannot be read is answered in its turn, and is the last thing that is read; so is what
+    stops coming. A connection that ends amid a request lingers: with bytes left unread, the system
+    would reset it, and many clients would not see their answer.
     """
 
     __slots__ = (  # uvicorn's attributes fill what Python looks up fast
@@ -45,11 +47,13 @@ class Protocol(HttpToolsProtocol):
         "_cycles",
         "_deaf",
         "_ending",
+        "_heard",
         "_kept",
         "_linger_bytes",
         "_linger_seconds",
         "_lingering",
         "_read",
+        "_silence",
         "_whole",
     )
 
@@ -70,6 +74,9 @@ class Protocol(HttpToolsProtocol):
         self._linger_bytes = LINGER_BYTES
         self._linger_seconds = LINGER_SECONDS
         self._lingering: asyncio.TimerHandle | None = None
+        self._heard = self.loop.time()
+        """When the newest read was."""
+        self._silence = self.loop.call_later(SILENCE_SECONDS, self._end_silence)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -78,11 +85,13 @@ class Protocol(HttpToolsProtocol):
             cycle.message_event.set()
         self._connection.lost()
         self._ending.close = self.transport.close  # type: ignore[method-assign]
+        self._silence.cancel()
         if self._lingering is not None:
             self._lingering.cancel()
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        self._heard = self.loop.time()
         self._read = len(data)
         if self._deaf:
             self._discard()
@@ -224,6 +233,27 @@ class Protocol(HttpToolsProtocol):
             self.pipeline.appendleft((self.cycle, app))
         else:
             self._start_asgi_task(self.cycle, app)
+
+    def _end_silence(self) -> None:
+        """Let go of a client that has stopped sending; called again and again, for one timer takes
+        less than one for each read."""
+        left = self._heard + SILENCE_SECONDS - self.loop.time()
+        if left > 0 or not self._is_awaited():
+            again = left if left > 0 else SILENCE_SECONDS
+            self._silence = self.loop.call_later(again, self._end_silence)
+        elif self._whole:
+            self.transport.close()
+        else:
+            self._refuse(RequestTimeout())
+
+    def _is_awaited(self) -> bool:
+        """Whether nothing can be done before the client sends more."""
+        if self._deaf or self.flow.read_paused:
+            return False
+        if self._whole:
+            return not self._unanswered()
+        begun = self.cycle is not None and self.cycle.scope is self.scope
+        return not (begun and self.cycle.response_complete)  # then it lingers
 
     def _end(self) -> None:
         """Close, but amid a request not before the client has stopped sending."""

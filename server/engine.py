@@ -46,6 +46,7 @@ class Engine:
         runner: computes.
         metrics: records.
         audit_rate: share of the policy's early answers that are run to the last exit in idle time.
+        probe: runs what any device that works can run; asked when an image failed.
         clock: seconds; the same clock that arrivals and deadlines are on.
         chance: 0..1; decides which answers are audited.
         promise: makes what a client of a loop waits for.
@@ -57,6 +58,7 @@ class Engine:
         runner: StageRunner,
         metrics: EngineMetrics,
         audit_rate: float,
+        probe: Callable[[], object],
         clock: Callable[[], float] = time.perf_counter,
         chance: Callable[[], float] = random.random,
         promise: Callable[[Loop], Promise[Answer]] = Promise,
@@ -65,6 +67,7 @@ class Engine:
         self._runner = runner
         self._metrics = metrics
         self._audit_rate = audit_rate
+        self._probe = probe
         self._clock = clock
         self._chance = chance
         self._promise = promise
@@ -77,6 +80,9 @@ class Engine:
             for number in range(scheduler.most_workers)
         ]
         self._beat = clock()
+        self.broken = False
+        """Whether the device computes nothing any more: some errors of a card outlast whatever
+        caused them, until the process ends."""
         self._stopping = threading.Event()
         metrics.in_force(scheduler.controller.level)
         metrics.watch(scheduler.queued, lambda: scheduler.workers)
@@ -118,9 +124,10 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the workers still turn."""
+        """Whether the workers still turn and the device still computes."""
         beats = (self._clock() - self._beat) / BEAT_SECONDS
-        return all(worker.is_alive() for worker in self._workers) and beats < STUCK_BEATS
+        turning = all(worker.is_alive() for worker in self._workers) and beats < STUCK_BEATS
+        return turning and not self.broken
 
     def check(self, deadline: float) -> None:
         """Refuse an image before it is decoded, if it is sure to be refused when it is sent in.
@@ -262,6 +269,7 @@ class Engine:
             _say_why("failed", batch)
             if len(batch.jobs) == 1:
                 self._fail(batch)
+                self._look_at_device()
             else:
                 for job in batch.jobs:
                     self._run_batch(Batch(batch.stage, (job,), batch.seconds, batch.audit))
@@ -312,6 +320,16 @@ class Engine:
         for job in batch.jobs:
             if job.done:
                 job.payload.release()
+
+    def _look_at_device(self) -> None:
+        """Tell an image that fails from a device that fails whatever it is given."""
+        if self.broken:
+            return
+        try:
+            self._probe()
+        except Exception:
+            log.critical("the device computes nothing any more", exc_info=True)
+            self.broken = True
 
     def _fail(self, batch: Batch) -> None:
         with self._lock:

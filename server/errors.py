@@ -6,6 +6,7 @@ OfframpError 500 internal
 |  |- UnsupportedImage unsupported_image, BrokenImage broken_image
 |- Unauthenticated 401, Forbidden 403
 |- NotFound 404, MethodNotAllowed 405
+|- RequestTimeout 408
 |- TooLarge 413: BodyTooLarge body_too_large, ImageTooLarge image_too_large
 |- InvalidParameter 422
 |- Overloaded 429
@@ -88,6 +89,12 @@ class MethodNotAllowed(OfframpError):
     status = 405
     code = "method_not_allowed"
     sentence = "this path does not take that method"
+
+
+class RequestTimeout(OfframpError):
+    status = 408
+    code = "request_timeout"
+    sentence = "the request stopped coming before it was whole"
 
 
 class TooLarge(OfframpError):

@@ -73,7 +73,7 @@ class Served:
         self.leaving = False
         """Told to end and no longer ready, though what comes is answered until it drains."""
         self.draining = False
-        self.failed = False
+        self._unable = False
         self._engine: Engine | None = None
         self._compiling: Compiling | None = None
         if settings.compile == "require" and on_cpu:
@@ -93,7 +93,11 @@ class Served:
         )
         macs = [e.macs for e in self.bundle.description.exits]
         engine = Engine(
-            scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate
+            scheduler,
+            runner,
+            EngineMetrics(self.metrics, macs),
+            self.settings.audit_rate,
+            probe=runner.probe,
         )
 
         def use(stage: int, size: int, program: Program, share: float) -> None:
@@ -194,6 +198,15 @@ class Served:
     def alive(self) -> bool:
         """Whether the engine loop turns, or has yet to start."""
         return not self.failed and (self._engine is None or self._engine.alive)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the network cannot run here, from the start or any more."""
+        return self._unable or (self._engine is not None and self._engine.broken)
+
+    def give_up(self) -> None:
+        """The network could not be warmed up."""
+        self._unable = True
 
     @property
     def backlog_seconds(self) -> float:

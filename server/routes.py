@@ -107,6 +107,7 @@ admin = APIRouter(dependencies=[Depends(check_admin)], responses=openapi.failure
         **openapi.failures(
             *IMAGE_FAULTS,
             errors.BadMultipart,
+            errors.RequestTimeout,
             errors.BodyTooLarge,
             InvalidParameter,
             errors.Overloaded,
@@ -149,6 +150,7 @@ async def post_classify(
         **openapi.failures(
             errors.NoImage,
             errors.BadMultipart,
+            errors.RequestTimeout,
             errors.BodyTooLarge,
             InvalidParameter,
             errors.Overloaded,

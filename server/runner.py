@@ -75,7 +75,8 @@ class Runner:
     ) -> None:
         self.units = make_units(bundle, device, dtype)
         self._memory = memory or memory_of(device)
-        self._side = bundle.description.preprocess.size
+        side = bundle.description.preprocess.size
+        self._black = np.zeros((side, side, 3), np.uint8)
         self._eager: CostTable | None = None
         self._programs: dict[tuple[int, int], tuple[Program, float]] = {}
         self._teams: dict[int, Program] = {}
@@ -128,12 +129,20 @@ class Runner:
         """
         seconds: Seconds = {k: {} for k in range(1, self.exits + 1)}
         for size in sizes:
-            inputs: Inputs = [np.zeros((self._side, self._side, 3), np.uint8)] * size
+            inputs: Inputs = [self._black] * size
             for stage in seconds:
                 output, seconds[stage][size] = self._timed(stage, inputs, clock)
                 inputs = self.keep(output, range(size))
         self._eager = CostTable(seconds)
         return seconds
+
+    def probe(self) -> None:
+        """Run a black image through the first stage.
+
+        Raises:
+            Exception: whatever the device raises.
+        """
+        self.run(1, [self._black])
 
     def use_program(self, stage: int, size: int, program: Program, seconds: float) -> None:
         """Take a program that was compiled for batches of `size`.

@@ -17,8 +17,10 @@ from server.connection import (
     LINGER_BYTES,
     LINGER_SECONDS,
     MOST_HEAD_BYTES,
+    SILENCE_SECONDS,
     Protocol,
 )
+from server.middleware import FAULT, Context, send_error
 from tests.conftest import until
 
 LIVE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -247,6 +249,10 @@ class Loop:
 
     def __init__(self):
         self.timers = []
+        self.now = 0.0
+
+    def time(self):
+        return self.now
 
     def create_task(self, coroutine):
         return asyncio.get_running_loop().create_task(coroutine)
@@ -256,6 +262,17 @@ class Loop:
         timer.cancel = lambda: self.timers.remove(timer)
         self.timers.append(timer)
         return timer
+
+    def silence(self, protocol, seconds):
+        """Let time pass in which nothing is read, and the connection notice."""
+        self.now += seconds
+        (timer,) = [t for t in self.timers if t.callback == protocol._end_silence]
+        timer.cancel()
+        timer.callback()
+
+    def others(self, protocol):
+        """Timers but the one that every connection has."""
+        return [t for t in self.timers if t.callback != protocol._end_silence]
 
 
 LENGTH = (b"content-length", b"2")
@@ -353,7 +370,7 @@ def test_a_whole_request_leaves_nothing_to_linger_for():
         protocol, line = opened(answer_and_close)
         protocol.data_received(LIVE)
         await turns()
-        return line, protocol.loop.timers
+        return line, protocol.loop.others(protocol)
 
     line, timers = asyncio.run(scenario())
     assert line.closed and not line.ended and not timers
@@ -377,7 +394,7 @@ def test_what_is_left_of_a_body_is_read_for_so_long_and_no_longer(answered):
     async def scenario():
         protocol, line = await answered()
         protocol.data_received(b"x")  # it still sends: keep-alive's timer is none of its
-        (timer,) = protocol.loop.timers
+        (timer,) = protocol.loop.others(protocol)
         assert timer.seconds == LINGER_SECONDS
         timer.callback()
         assert line.closed
@@ -414,13 +431,129 @@ def test_once_a_body_is_whole_its_connection_waits_for_another_request_as_ever()
         protocol.data_received(POST + b"Content-Length: 5\r\n\r\n")
         await turns()
         protocol.data_received(b"hello")
-        (timer,) = protocol.loop.timers
+        (timer,) = protocol.loop.others(protocol)
         assert timer.seconds == protocol.timeout_keep_alive
         protocol.data_received(LIVE)
         await turns()
         assert line.written.count(b"200 OK") == 2
-        (timer,) = protocol.loop.timers
+        (timer,) = protocol.loop.others(protocol)
         timer.callback()
         assert line.closed
 
     asyncio.run(scenario())
+
+
+# --- clients that stop sending -------------------------------------------------------------------
+
+
+async def reads_its_body(scope, receive, send):
+    await receive()
+    while FAULT not in scope:
+        await receive()
+    await send_error(send, Context("7", 0.0), scope[FAULT])
+
+
+STOPPED = {
+    "a request line": LIVE[:9],
+    "a head": LIVE[:-2],
+    "a body": HALF,
+    "a chunk": CHUNKED + b"5\r\nhe",
+}
+
+
+@pytest.mark.parametrize("before", [b"", LIVE])
+@pytest.mark.parametrize("what", STOPPED)
+def test_a_client_that_stops_amid_a_request_is_told_so(what, before):
+    async def scenario():
+        async def app(scope, receive, send):
+            reads = reads_its_body if scope["method"] == "POST" else answer_at_once
+            await reads(scope, receive, send)
+
+        protocol, line = opened(app)
+        protocol.data_received(before + STOPPED[what])
+        await turns()
+        answered = line.written
+        protocol.loop.silence(protocol, SILENCE_SECONDS)
+        await turns()
+        return answered, line
+
+    answered, line = asyncio.run(scenario())
+    assert answered.count(b"HTTP/1.1 200") == bool(before)
+    said = line.written[len(answered) :]
+    assert said.startswith(b"HTTP/1.1 408") and b"request_timeout" in said
+    assert line.ended
+
+
+def test_a_client_that_sends_now_and_then_is_waited_for():
+    async def scenario():
+        protocol, line = opened()
+        for k in range(len(LIVE)):
+            protocol.data_received(LIVE[k : k + 1])
+            protocol.loop.silence(protocol, 0.9 * SILENCE_SECONDS)
+            assert not line.closed
+        await turns()
+        return line.written
+
+    assert asyncio.run(scenario()).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("sent", [b"", LIVE + b"\r\n"], ids=["nothing", "an empty line more"])
+def test_a_client_that_begins_no_request_is_let_go(sent):
+    async def scenario():
+        protocol, line = opened()
+        protocol.data_received(sent)
+        await turns()
+        protocol.data_received(b"\r\n")  # which ends keep-alive's patience
+        assert not protocol.loop.others(protocol)
+        written = line.written
+        protocol.loop.silence(protocol, SILENCE_SECONDS)
+        assert line.closed and line.written == written
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_waits_for_its_answer_is_not_cut_off():
+    async def scenario():
+        answer = asyncio.Event()
+
+        async def slow(scope, receive, send):
+            await answer.wait()
+            await answer_at_once(scope, receive, send)
+
+        protocol, line = opened(slow)
+        protocol.data_received(LIVE)
+        await turns()
+        for _ in range(3):
+            protocol.loop.silence(protocol, SILENCE_SECONDS)
+        assert not line.closed
+        answer.set()
+        await turns()
+        assert line.written.startswith(b"HTTP/1.1 200") and not line.closed
+
+    asyncio.run(scenario())
+
+
+def test_a_body_that_waits_to_be_taken_is_not_its_clients_silence():
+    async def scenario():
+        async def busy(scope, receive, send):
+            await asyncio.Event().wait()
+
+        protocol, line = opened(busy)
+        protocol.data_received(POST + b"Content-Length: 1000000\r\n\r\n" + b"x" * 100_000)
+        await turns()
+        protocol.loop.silence(protocol, SILENCE_SECONDS)
+        await turns()
+        assert not line.closed and not line.written
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_stops_coming_is_counted_and_its_neighbours_are_answered(
+    serve, png, monkeypatch
+):
+    monkeypatch.setattr("server.connection.SILENCE_SECONDS", 0.2)
+    with serve() as server, saying(server, HALF) as answers:
+        check_refusal(answers, 408, "request_timeout")
+        server.wait_for_a_turn()
+        assert server.metric("requests_total", route="/classify", code="408") == 1
+        assert server.post(png).status_code == 200

@@ -1,6 +1,7 @@
 """The engine's laws, driven step by step: a fake clock, runner and client loop; no torch."""
 
 import functools
+import logging
 import math
 import sys
 import threading
@@ -100,12 +101,14 @@ class World:
         controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], 1.0)
         self.metrics = Metrics("tiny", "1", STAGES, 4, 1.0, {})
         self.at_work, self.workers = 0, workers
+        self.probes, self.device_works = 0, True
         self.runner.meanwhile = self.others_work
         self.engine = Engine(
             Scheduler(CostTable(rows), controller, 4, workers, http_seconds),
             self.runner,
             EngineMetrics(self.metrics, [1, 2, 3]),
             audit_rate,
+            self.probe,
             clock=lambda: self.now,
             chance=lambda: 0.0,
             promise=FakePromise,
@@ -116,6 +119,11 @@ class World:
         deadline = self.now + seconds
         loop = loop or self.loop
         return self.engine.submit(image, rule, self.now, deadline, bends, loop=loop, **others)
+
+    def probe(self):
+        self.probes += 1
+        if not self.device_works:
+            raise RuntimeError("an illegal memory access was encountered")
 
     def others_work(self):
         self.at_work += 1
@@ -183,6 +191,20 @@ def test_a_confidence_that_is_no_number_is_an_internal_error_for_that_job_alone(
     world.finish()
     assert type(answer(bad)) is OfframpError
     assert answer(good).exit == 3
+
+
+def test_a_device_that_runs_nothing_any_more_is_told_from_an_image_that_fails(world, caplog):
+    world.runner.guilty = fails(1)
+    world.submit()
+    world.finish()
+    assert (world.probes, world.engine.broken) == (1, False)
+    world.runner.guilty, world.device_works = lambda images: True, False
+    tickets = [world.submit() for _ in range(3)]
+    world.finish()
+    assert {type(answer(ticket)) for ticket in tickets} == {OfframpError}
+    assert (world.probes, world.engine.broken) == (2, True)
+    said = [r for r in caplog.records if r.levelno == logging.CRITICAL]
+    assert [str(r.exc_info[1]) for r in said] == ["an illegal memory access was encountered"]
 
 
 def failures(caplog):

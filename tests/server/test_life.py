@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from server.__main__ import Server, main
+from server.repository import Served
 from tests.conftest import ROOT, RunningServer, until
 
 
@@ -192,6 +193,20 @@ def test_a_network_that_cannot_run_ends_the_process(bundle_path, monkeypatch, ca
     monkeypatch.setattr("server.repository.Served.warm_up", fail)
     assert main(["--bundle", str(bundle_path), "--port", "0"]) == 1
     assert "no kernel for this card" in caplog.text
+
+
+def test_a_device_that_runs_nothing_any_more_ends_the_process(bundle_path, monkeypatch):
+    warm_up = Served.warm_up
+
+    def break_after(served):
+        warm_up(served)
+        assert served.ready and served.alive
+        served._engine.broken = True
+        assert not served.ready and not served.alive
+
+    monkeypatch.setattr("server.__main__.configure", lambda *_: None)
+    monkeypatch.setattr("server.repository.Served.warm_up", break_after)
+    assert main(["--bundle", str(bundle_path), "--port", "0", "--max-batch", "1"]) == 1
 
 
 @pytest.fixture

@@ -364,10 +364,14 @@ def test_an_unknown_server_is_one_sentence(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_plainest_peer_answers_with_the_networks_own_labels(bundle_path, tmp_path):
     (tmp_path / CLASSES[0]).mkdir()
-    (tmp_path / CLASSES[0] / "x.png").write_bytes(encode(noise()))
+    for name in ("x.png", "y.png"):
+        (tmp_path / CLASSES[0] / name).write_bytes(encode(noise()))
     out = tmp_path / "peers.json"
     command = ["--images", str(tmp_path), "--bundle", str(bundle_path), "--only", "FastAPI"]
+    command += ["--most-images", "1"]
     assert peers.main([*command, "--seconds", "0.2", "--json", str(out)]) == 0
-    (row,) = json.loads(out.read_text())["rows"]
+    said = json.loads(out.read_text())
+    assert said["images"] == 1
+    (row,) = said["rows"]
     assert row["accuracy"] in (0.0, 1.0)
     assert row["clients"]["8"]["status"].keys() == {"200"}

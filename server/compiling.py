@@ -128,11 +128,13 @@ class Compiling:
             raise RuntimeError(said.removeprefix("error: ") or "the compiler failed")
 
     def compile_in_background(self, use: Use, use_team: UseTeam) -> None:
-        """Compile and hand over without being waited for; failing is a warning."""
+        """Hand over what the cache holds, then compile what it lacks and hand that over, without
+        being waited for; failing is a warning."""
 
         def work() -> None:
             try:
-                for line in self.compile():
+                self.use_ready(use)
+                for line in () if self.complete else self.compile():
                     log.debug(line)
                     self.use_ready(use)
                 if self.complete:

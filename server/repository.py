@@ -136,8 +136,7 @@ class Served:
         )
         if self.draining:  # since then, when there was nothing to stop
             return
-        compiling.use_ready(use)
-        if self.settings.compile == "auto" and not compiling.complete:
+        if self.settings.compile == "auto":
             compiling.compile_in_background(use, use_team)
             return
         try:
@@ -149,6 +148,7 @@ class Served:
             log.info("compiling ends early: the server drains")
 
     def _compile_all(self, compiling: Compiling, use: Use) -> None:
+        compiling.use_ready(use)
         if compiling.complete:
             return
         for line in compiling.compile():

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -113,6 +114,34 @@ def test_every_program_is_handed_over_once(compiling):
     assert sorted(handed_over(compiling)) == [(k, n) for k in (1, 2, 3, 4) for n in (1, 2)]
     assert compiling.complete
     assert handed_over(compiling) == []
+
+
+def test_what_the_cache_holds_is_handed_over_in_the_background_and_no_compiler_begun(compiling):
+    said, teams = [], []
+    compiling.compile_in_background(lambda *use: said.append(use[:2]), teams.append)
+    compiling._thread.join(20)
+    assert sorted(said) == [(k, n) for k in (1, 2, 3, 4) for n in (1, 2)]
+    assert compiling.complete and compiling._process is None
+
+
+@pytest.mark.parametrize(("compile", "waits"), [("auto", False), ("require", True)])
+def test_only_where_compiled_stages_are_required_is_a_full_cache_waited_for(
+    serve, bundle_path, compiling, folder, png, tmp_path, monkeypatch, compile, waits
+):
+    checked = threading.Event()
+
+    def load(*file):
+        assert waits or checked.wait(20)
+        return folder.load(*file)
+
+    monkeypatch.setattr("server.repository.Compiling", partial(Compiling, load=load))
+    with serve(compile=compile, cache_dir=tmp_path, max_batch=2) as server:
+        assert server.served.ready
+        assert server.served._compiling.complete == waits
+        assert server.post(png).status_code == 200
+        checked.set()
+        until(lambda: server.served._compiling.complete)
+        assert server.post(png).status_code == 200
 
 
 def test_a_broken_program_makes_way_for_a_new_one(compiling, folder, caplog):

@@ -199,14 +199,11 @@ class Compiling:
         for size in sizes:
             try:
                 team = self._load(file, self._dtype, 1, size)
-                off = disagreement(team, self._units[stage - 1], inputs, self._dtype)
-                outputs_of(one, inputs)  # so that both run on the same
-                share = share_of_one(team, one)
+                if disagreement(team, self._units[stage - 1], inputs, self._dtype) is None:
+                    outputs_of(one, inputs)  # so that both run on the same
+                    yield share_of_one(team, one), size, team
             except (RuntimeError, OSError) as error:
                 log.warning("%s cannot be used with %d threads (%s)", file, size, error)
-                continue
-            if off is None:
-                yield share, size, team
 
     def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
         file, unit = self._programs.file(stage, size), self._units[stage - 1]

@@ -107,7 +107,7 @@ class Compiling:
         return len(self._used) == len(self._units) * len(order(self._settings.max_batch))
 
     def compile(self) -> Iterator[str]:
-        """Compile what the cache lacks, in a process of its own.
+        """Compile what the cache lacks, in a process of its own; none where it lacks nothing.
 
         Yields:
             A line for each program.
@@ -115,7 +115,7 @@ class Compiling:
         Raises:
             RuntimeError: there is no compiler, or it failed.
         """
-        process = self._begin(self._command())
+        process = None if self.complete else self._begin(self._command())
         if process is None:
             return
         with process:
@@ -134,7 +134,7 @@ class Compiling:
         def work() -> None:
             try:
                 self.use_ready(use)
-                for line in () if self.complete else self.compile():
+                for line in self.compile():
                     log.debug(line)
                     self.use_ready(use)
                 if self.complete:

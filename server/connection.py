@@ -145,8 +145,8 @@ class Protocol(HttpToolsProtocol):
         self._kept = 0
         self.scope[READ] = time.perf_counter()  # type: ignore[literal-required]
         super().on_headers_complete()
-        cycle = self.cycle
-        if cycle is not None and cycle.scope is self.scope:
+        cycle = self._begun()
+        if cycle is not None:
             cycle.transport = self._ending
             self._cycles = [*self._unanswered(), cycle] if self.pipeline else [cycle]
 
@@ -195,6 +195,11 @@ class Protocol(HttpToolsProtocol):
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
+    def _begun(self) -> RequestResponseCycle | None:
+        """The newest request's, once its head was whole."""
+        cycle = self.cycle
+        return cycle if cycle is not None and cycle.scope is self.scope else None
+
     def _unanswered(self) -> list[RequestResponseCycle]:
         return [cycle for cycle in self._cycles if not cycle.response_complete]
 
@@ -203,14 +208,15 @@ class Protocol(HttpToolsProtocol):
         self._deaf = True
         if self._whole:
             self.on_message_begin()
-        if self.cycle is None or self.cycle.scope is not self.scope:
+        cycle = self._begun()
+        if cycle is None:
             self._answer(error)
-        elif self.cycle.response_complete:
+        elif cycle.response_complete:
             self._end()
         else:  # its application answers, once it asks for more of the body
-            self.cycle.keep_alive = False
+            cycle.keep_alive = False
             self.scope[FAULT] = error  # type: ignore[literal-required]
-            self.cycle.message_event.set()
+            cycle.message_event.set()
 
     def _answer(self, error: OfframpError) -> None:
         waiting = self._unanswered()
@@ -252,8 +258,8 @@ class Protocol(HttpToolsProtocol):
             return False
         if self._whole:
             return not self._unanswered()
-        begun = self.cycle is not None and self.cycle.scope is self.scope
-        return not (begun and self.cycle.response_complete)  # then it lingers
+        cycle = self._begun()
+        return cycle is None or not cycle.response_complete  # else it lingers
 
     def _end(self) -> None:
         """Close, but amid a request not before the client has stopped sending."""

@@ -46,7 +46,6 @@ class Engine:
         runner: computes.
         metrics: records.
         audit_rate: share of the policy's early answers that are run to the last exit in idle time.
-        probe: runs what any device that works can run; asked when an image failed.
         clock: seconds; the same clock that arrivals and deadlines are on.
         chance: 0..1; decides which answers are audited.
         promise: makes what a client of a loop waits for.
@@ -58,7 +57,6 @@ class Engine:
         runner: StageRunner,
         metrics: EngineMetrics,
         audit_rate: float,
-        probe: Callable[[], object],
         clock: Callable[[], float] = time.perf_counter,
         chance: Callable[[], float] = random.random,
         promise: Callable[[Loop], Promise[Answer]] = Promise,
@@ -67,7 +65,6 @@ class Engine:
         self._runner = runner
         self._metrics = metrics
         self._audit_rate = audit_rate
-        self._probe = probe
         self._clock = clock
         self._chance = chance
         self._promise = promise
@@ -326,7 +323,7 @@ class Engine:
         if self.broken:
             return
         try:
-            self._probe()
+            self._runner.probe()
         except Exception:
             log.critical("the device computes nothing any more", exc_info=True)
             self.broken = True

@@ -93,11 +93,7 @@ class Served:
         )
         macs = [e.macs for e in self.bundle.description.exits]
         engine = Engine(
-            scheduler,
-            runner,
-            EngineMetrics(self.metrics, macs),
-            self.settings.audit_rate,
-            probe=runner.probe,
+            scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate
         )
 
         def use(stage: int, size: int, program: Program, share: float) -> None:
@@ -149,8 +145,6 @@ class Served:
 
     def _compile_all(self, compiling: Compiling, use: Use) -> None:
         compiling.use_ready(use)
-        if compiling.complete:
-            return
         for line in compiling.compile():
             log.info(line)
             if self.draining:

@@ -51,6 +51,8 @@ class StageRunner(Protocol):
 
     def keep(self, output: StageOutput, places: Sequence[int]) -> list[Row]: ...
 
+    def probe(self) -> None: ...
+
 
 class Runner:
     """A bundle's network on a device, one stage batch at a time.
@@ -137,7 +139,7 @@ class Runner:
         return seconds
 
     def probe(self) -> None:
-        """Run a black image through the first stage.
+        """Run a black image through the first stage, which any device that works can.
 
         Raises:
             Exception: whatever the device raises.

@@ -254,9 +254,7 @@ class Swapping:
         controller = OverloadController([Level(0.01, FULL_DEPTH.thresholds[:-1])], None)
         metrics = EngineMetrics(Metrics("tiny", "1", 4, 4, None, {}), [1, 2, 3, 4])
         scheduler = Scheduler(self.costs, controller, 4)
-        self.engine = Engine(
-            scheduler, self.runner, metrics, 0.0, self.runner.probe, promise=FakePromise
-        )
+        self.engine = Engine(scheduler, self.runner, metrics, 0.0, promise=FakePromise)
         self.ran = 0
 
     def answers(self, images, swap_after):

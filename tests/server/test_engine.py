@@ -68,6 +68,7 @@ class FakeRunner:
         self.forgets_rows = False
         self.missing = 0
         self.meanwhile = lambda: None
+        self.probes, self.device_works = 0, True
 
     def run(self, stage, inputs, alone=False):
         self.alone.append(alone)
@@ -86,6 +87,11 @@ class FakeRunner:
         rows = [Row(output.features[place], None, 0) for place in places]
         return [] if self.forgets_rows else rows
 
+    def probe(self):
+        self.probes += 1
+        if not self.device_works:
+            raise RuntimeError("an illegal memory access was encountered")
+
 
 class World:
     """One engine with everything around it.
@@ -101,14 +107,12 @@ class World:
         controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], 1.0)
         self.metrics = Metrics("tiny", "1", STAGES, 4, 1.0, {})
         self.at_work, self.workers = 0, workers
-        self.probes, self.device_works = 0, True
         self.runner.meanwhile = self.others_work
         self.engine = Engine(
             Scheduler(CostTable(rows), controller, 4, workers, http_seconds),
             self.runner,
             EngineMetrics(self.metrics, [1, 2, 3]),
             audit_rate,
-            self.probe,
             clock=lambda: self.now,
             chance=lambda: 0.0,
             promise=FakePromise,
@@ -119,11 +123,6 @@ class World:
         deadline = self.now + seconds
         loop = loop or self.loop
         return self.engine.submit(image, rule, self.now, deadline, bends, loop=loop, **others)
-
-    def probe(self):
-        self.probes += 1
-        if not self.device_works:
-            raise RuntimeError("an illegal memory access was encountered")
 
     def others_work(self):
         self.at_work += 1
@@ -197,12 +196,12 @@ def test_a_device_that_runs_nothing_any_more_is_told_from_an_image_that_fails(wo
     world.runner.guilty = fails(1)
     world.submit()
     world.finish()
-    assert (world.probes, world.engine.broken) == (1, False)
-    world.runner.guilty, world.device_works = lambda images: True, False
+    assert (world.runner.probes, world.engine.broken) == (1, False)
+    world.runner.guilty, world.runner.device_works = lambda images: True, False
     tickets = [world.submit() for _ in range(3)]
     world.finish()
     assert {type(answer(ticket)) for ticket in tickets} == {OfframpError}
-    assert (world.probes, world.engine.broken) == (2, True)
+    assert (world.runner.probes, world.engine.broken) == (2, True)
     said = [r for r in caplog.records if r.levelno == logging.CRITICAL]
     assert [str(r.exc_info[1]) for r in said] == ["an illegal memory access was encountered"]
 

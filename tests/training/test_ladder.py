@@ -58,14 +58,7 @@ def certify(path, bound, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bound", [0.01, 0.03])
-@pytest.mark.parametrize(
-    "method",
-    [
-        Method.PAIRED,
-        Method.BINOMIAL,
-        Method.HOEFFDING_BENTKUS,
-    ],
-)
+@pytest.mark.parametrize("method", [Method.PAIRED, Method.BINOMIAL, Method.HOEFFDING_BENTKUS])
 def test_certified_points_break_their_bound_at_most_delta_of_the_time(
     population, path, bound, method
 ):

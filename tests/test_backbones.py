@@ -18,7 +18,7 @@ from training.programs import FORMATS, write_programs
 
 CLASSES = ("a", "b", "c")
 BATCH = 4
-QUICK = ("resnet18-lite", "resnet50", "mobilenetv2")
+QUICK = ("resnet18-lite",)
 
 
 def train_two_steps(net, size):
@@ -102,6 +102,7 @@ def test_a_backbone_is_trained_exported_loaded_and_served(architecture, stem, tm
     np.testing.assert_allclose(serve(load_servable(tmp_path / "cut"))[0], whole[1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_network_with_an_exit_after_every_block_is_served(tmp_path):
     arguments = {"width": 8, "stem": 32, "exits": "blocks"}
     net = build("resnet18", len(CLASSES), **arguments)

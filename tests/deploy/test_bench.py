@@ -174,6 +174,7 @@ def test_a_server_that_is_gone_is_one_sentence(tmp_path, capsys):
     assert "error: http://127.0.0.1:9 gives no metrics" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_event_loop_is_measured_for_requests_of_every_sort(bundle_path, tmp_path, capsys):
     (tmp_path / "0.png").write_bytes(encode(noise()))
     figures = tmp_path / "loop.json"
@@ -260,6 +261,7 @@ def test_rates_count_what_the_device_has_still_to_do():
     assert rates["lazy"] == pytest.approx(40 / 0.2, rel=0.15)
 
 
+@pytest.mark.slow
 def test_images_leave_by_shares_and_run_on_in_full_batches(bundle):
     runner = Runner(bundle, torch.device("cpu"), torch.float32)
     images = [np.asarray(noise(seed=i)) for i in range(8)]
@@ -291,6 +293,7 @@ def test_the_engine_is_measured_beside_the_eager_network(device, tmp_path, capsy
     assert "| staged / one graph" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_card_that_is_not_there_is_one_sentence(capsys):
     if torch.cuda.is_available():
         pytest.skip("it is there")

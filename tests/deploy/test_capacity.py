@@ -37,6 +37,7 @@ def test_a_machine_that_answers_nothing_has_none():
     assert capacity(lambda rate: False) == 0.0
 
 
+@pytest.mark.slow
 def test_capacity_is_what_full_batches_allow():
     assert 150 < found(said(SURE), Imagined()) <= 200 * 1.1
 
@@ -67,10 +68,12 @@ def test_workers_without_a_core_each_are_refused(tmp_path, capsys):
     assert capsys.readouterr().err == "error: 3 workers want a core each, and there are 2\n"
 
 
+@pytest.mark.slow
 def test_a_deadline_that_no_batch_can_keep_leaves_single_images():
     assert found(said(SURE), Imagined(deadline_ms=30.0)) < found(said(SURE), Imagined()) / 3
 
 
+@pytest.mark.slow
 def test_clients_on_the_same_cores_take_of_them():
     recorded = said(SURE)
     recorded["rows"][0]["client_ms"] = 50.0
@@ -107,6 +110,7 @@ def test_effective_accuracy_counts_what_is_right_and_in_time():
     assert simulated(said(SURE), Imagined(), "poisson", 9.0, 5.0)["effective_accuracy"] is None
 
 
+@pytest.mark.slow
 def test_the_command_prints_capacities_and_a_row_for_each_rate(tmp_path, capsys):
     file, out = tmp_path / "sweep.json", tmp_path / "found.json"
     file.write_text(json.dumps(said(SURE, UNSURE, right=[(True, True), (False, True)])))
@@ -143,6 +147,7 @@ def test_bursts_keep_their_mean_rate(rate):
     assert length % (2 * BURST_SECONDS) == 0
 
 
+@pytest.mark.slow
 def test_rates_around_the_capacity_are_shown_by_themselves(tmp_path, capsys):
     file = tmp_path / "sweep.json"
     file.write_text(json.dumps(said(SURE)))

@@ -86,6 +86,7 @@ def test_dependencies_are_installed_by_hash():
     assert "--require-hashes -r requirements.lock" in DOCKERFILE
 
 
+@pytest.mark.slow
 def test_the_health_check_tells_a_ready_server_from_none(server):
     (check,) = re.findall(r'CMD \["python", "-c", (".*")\]$', DOCKERFILE, re.MULTILINE)
     program = json.loads(check)

@@ -214,6 +214,7 @@ def run_main(folder, *arguments, image=b"otter"):
     return status, len(posted)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_figures_and_a_picture(tmp_path, capsys):
     out, picture = tmp_path / "x.json", tmp_path / "x.png"
     assert run_main(tmp_path, "--json", str(out), "--plot", str(picture))[0] == 0
@@ -235,6 +236,7 @@ def test_figures_are_there_even_if_the_picture_cannot_be_drawn(tmp_path, capsys)
     assert json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_requests_of_a_trace_that_come_all_at_once_have_no_rates(tmp_path, capsys):
     trace = tmp_path / "trace.txt"
     trace.write_text("7.0\n7.0\n")
@@ -332,6 +334,7 @@ def test_a_folder_without_images_is_an_error(tmp_path):
         read_samples(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_tester_knows_its_own_rate():
     assert asyncio.run(own_rate(OTTER)) > 0
 
@@ -354,6 +357,7 @@ def test_the_demo_comes_in_waves_with_a_peak():
     assert all(n < 64 for n in clients[:50] + clients[60:])
 
 
+@pytest.mark.slow
 def test_the_demo_sends_with_and_without_deadlines():
     asked = Counter()
 

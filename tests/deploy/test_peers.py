@@ -145,6 +145,7 @@ def test_a_peer_that_answers_nothing_under_load_has_no_row(answers, said):
         while_answering(answers, lambda peer: closed.measure(peer, 0, OTTERS, FEW_SECONDS))
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_under_more_clients_keeps_what_it_answered_before():
     row = while_answering(5, lambda peer: closed.measure(peer, 0, OTTERS, FEW_SECONDS))
     assert row["accuracy"] == 1.0
@@ -277,6 +278,7 @@ def test_a_port_that_is_taken_is_a_row_that_says_so(tmp_path, capsys, listener):
     assert f"port {running.PORT} is in use by another program" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_peer_that_ends_while_starting_is_a_row_that_says_so(
     tmp_path, capsys, monkeypatch, listener
 ):
@@ -307,6 +309,7 @@ http.server.HTTPServer(("127.0.0.1", int(os.environ["PEER_PORT"])), Once).serve_
 """
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_under_load_is_a_row_that_says_so(tmp_path, capsys, monkeypatch, listener):
     listener.close()
     (tmp_path / "x.png").write_bytes(encode(noise()))

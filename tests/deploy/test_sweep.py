@@ -41,6 +41,7 @@ def test_a_calm_load_is_answered_in_time_at_the_exit_that_suffices():
     assert predict(ENGINE, evenly(100), [UNSURE], 0.05, 1.0, NONE)["exits"] == {"1": 0, "2": 100}
 
 
+@pytest.mark.slow
 def test_beyond_capacity_goodput_stays_near_what_first_exits_allow():
     said = predict(ENGINE, evenly(8000), [UNSURE], 0.05, 1.0, NONE)
     assert 0.8 * 2000 < said["goodput_per_second"] <= 2000 * 1.01
@@ -56,6 +57,7 @@ def test_an_event_loop_lets_through_only_what_it_has_time_for():
     assert said["refused_share"] == pytest.approx(1 - said["in_time_share"], abs=0.1)
 
 
+@pytest.mark.slow
 def test_time_between_batches_is_lost_to_images():
     said = predict(ENGINE, evenly(8000), [UNSURE], 0.05, 1.0, Overhead(batch_seconds=0.004))
     assert 0.8 * 1000 < said["goodput_per_second"] <= 1000 * 1.01

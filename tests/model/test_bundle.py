@@ -53,6 +53,7 @@ def test_loaded_equals_saved_but_for_half_precision(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_saving_what_was_loaded_changes_nothing(folder, tmp_path):
     first = load_bundle(folder)

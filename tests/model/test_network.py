@@ -58,6 +58,7 @@ def test_weights_load_into_a_network_built_without_any(architecture, stem):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [True, False])
 @torch.inference_mode()
 def test_a_cut_network_says_what_the_whole_one_says_at_that_exit(attention):
@@ -155,6 +156,7 @@ def test_exits_after_blocks_leave_the_trunk_as_it_is(architecture):
         assert torch.equal(staged, whole)
 
 
+@pytest.mark.slow
 @BY_FAMILY
 @torch.inference_mode()
 def test_a_network_cut_at_any_block_says_what_the_whole_one_says_there(architecture):

@@ -8,7 +8,7 @@ from model.fold import fold_stages
 from model.quantisation import observe, quantise, quantised_stages
 from tests.model.networks import FAMILIES, images, tiny
 
-QUICK = ("resnet18-lite", "se-resnet18", "mobilenetv2")
+QUICK = ("resnet18-lite",)
 
 
 class OneConvolution(nn.Module):
@@ -65,6 +65,7 @@ def test_ranges_are_of_all_images_and_hold_zero():
     assert observe([stage], [low, high]) == ({"convolution": (0.0, 3.0)},)
 
 
+@pytest.mark.slow
 def test_ranges_of_another_network_are_refused():
     other = fold_stages(tiny("resnet10"))
     ranges = observe(other, [images(32, 2, seed=1)])

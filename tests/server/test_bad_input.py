@@ -248,6 +248,7 @@ def test_a_deadline_that_has_passed_on_arrival_is_a_504(server, png):
     check_error(server.post(png, deadline_ms=0.001), 504, "deadline_exceeded")
 
 
+@pytest.mark.slow
 def test_a_full_server_refuses_at_once(serve, png):
     with serve(max_queue=1) as one:
         one.served.in_flight = 1
@@ -258,6 +259,7 @@ def test_a_full_server_refuses_at_once(serve, png):
         assert one.metric("refused_total", reason="queue_full") == 1
 
 
+@pytest.mark.slow
 def test_an_image_that_is_sure_to_be_refused_is_not_decoded(serve):
     with serve() as one:
         one.served.engine.scheduler._refusing = (0.0, math.inf)
@@ -269,6 +271,7 @@ def test_an_image_that_is_sure_to_be_refused_is_not_decoded(serve):
         check_error(one.post(b"no image"), 400, "unsupported_image")
 
 
+@pytest.mark.slow
 def test_requests_before_warm_and_while_draining_are_503(serve, png):
     with serve(warm=False) as one:
         check_error(one.post(png), 503, "not_ready")
@@ -419,6 +422,7 @@ def test_an_operating_point_can_be_chosen_for_one_request(server, png):
     check_error(both, 422, "invalid_parameter")
 
 
+@pytest.mark.slow
 def test_the_engines_table_takes_the_admin_token_and_tells_every_stage(serve):
     with serve(admin_token="secret") as one:
         check_error(one.client.get("/engine"), 401, "unauthenticated")

@@ -87,6 +87,7 @@ def last_query(page):
     return sent[-1].partition("?")[2]
 
 
+@pytest.mark.slow
 def test_a_sample_is_classified_and_its_exits_light_up(server, visit):
     with visit(server) as page:
         page.get_by_role("button", name="Sample: tiger").click()

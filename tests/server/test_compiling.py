@@ -109,6 +109,7 @@ def handed_over(compiling):
     return said
 
 
+@pytest.mark.slow
 def test_every_program_is_handed_over_once(compiling):
     assert not compiling.complete
     assert sorted(handed_over(compiling)) == [(k, n) for k in (1, 2, 3, 4) for n in (1, 2)]
@@ -116,6 +117,7 @@ def test_every_program_is_handed_over_once(compiling):
     assert handed_over(compiling) == []
 
 
+@pytest.mark.slow
 def test_what_the_cache_holds_is_handed_over_in_the_background_and_no_compiler_begun(compiling):
     said, teams = [], []
     compiling.compile_in_background(lambda *use: said.append(use[:2]), teams.append)
@@ -124,6 +126,7 @@ def test_what_the_cache_holds_is_handed_over_in_the_background_and_no_compiler_b
     assert compiling.complete and compiling._process is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compile", "waits"), [("auto", False), ("require", True)])
 def test_only_where_compiled_stages_are_required_is_a_full_cache_waited_for(
     serve, bundle_path, compiling, folder, png, tmp_path, monkeypatch, compile, waits
@@ -144,6 +147,7 @@ def test_only_where_compiled_stages_are_required_is_a_full_cache_waited_for(
         assert server.post(png).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_broken_program_makes_way_for_a_new_one(compiling, folder, caplog):
     folder.broken = {"stage2-batch1.bin"}
     assert (2, 1) not in handed_over(compiling)
@@ -157,6 +161,7 @@ def test_a_broken_program_makes_way_for_a_new_one(compiling, folder, caplog):
     assert compiling.complete
 
 
+@pytest.mark.slow
 def test_a_program_that_disagrees_is_never_used_and_said_once(compiling, folder, caplog):
     folder.wrong = {"stage3-batch2.bin"}
     assert (3, 2) not in handed_over(compiling)
@@ -165,6 +170,7 @@ def test_a_program_that_disagrees_is_never_used_and_said_once(compiling, folder,
     assert caplog.text.count("differs from the eager stage by 5.0e-01") == 1
 
 
+@pytest.mark.slow
 def test_what_other_threads_do_meanwhile_does_not_make_a_program_slower(compiling, folder):
     folder.waiting = {"stage1-batch1.bin"}
     shares = {}
@@ -282,6 +288,7 @@ class Swapping:
         self.ran += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "swap_after", [pytest.param(n, marks=[] if n in (0, 3) else pytest.mark.slow) for n in range(7)]
 )

@@ -202,6 +202,7 @@ def post_all(server, sent, **headers):
         client.close()
 
 
+@pytest.mark.slow
 def test_a_client_that_sends_a_body_over_the_limit_to_its_end_gets_its_answer(serve):
     with serve(max_body_bytes=2**16) as small:
         assert [post_all(small, LARGE) for _ in range(3)] == [413] * 3
@@ -548,6 +549,7 @@ def test_a_body_that_waits_to_be_taken_is_not_its_clients_silence():
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_a_request_that_stops_coming_is_counted_and_its_neighbours_are_answered(
     serve, png, monkeypatch
 ):

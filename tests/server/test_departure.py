@@ -95,6 +95,7 @@ def test_behind_another_protocol_nobody_is_known_to_leave():
     assert run(scenario) == "answered"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [70_505, 587_310])
 def test_a_client_whose_image_came_in_large_pieces_is_heard_to_leave(serve, png, size):
     body = png + bytes(size - len(png))

@@ -262,6 +262,7 @@ def test_a_scrape_sees_how_many_workers_there_are():
     assert world.value("workers") == 2, "one leaves its core to HTTP"
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_frees_its_place_and_its_features(world):
     ticket = world.submit()
     world.engine.step(False)
@@ -619,6 +620,7 @@ def test_what_a_worker_cannot_prepare_is_raised_where_it_was_asked_for():
     world.engine.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_has_ended_is_not_waited_for():
     world = World()

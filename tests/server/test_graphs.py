@@ -89,6 +89,7 @@ def expected(eager):
     return said
 
 
+@pytest.mark.slow
 def test_every_stage_and_size_is_captured_and_preferred(captured):
     for stage in range(1, captured.exits + 1):
         for n in range(1, LARGEST + 1):
@@ -113,6 +114,7 @@ BATCHES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(BATCHES, st.randoms(use_true_random=False))
 def test_every_row_is_its_own_whatever_ran_before_beside_or_after_it(
@@ -202,6 +204,7 @@ def fails_at_the_last():
     return capture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capture", "said"),
     [
@@ -248,6 +251,7 @@ def in_parts(convolution, x, other):
     return torch.relu(out if other is None else out + other)
 
 
+@pytest.mark.slow
 def test_stages_are_captured_as_they_are_where_fusing_fails(bundle):
     def wrong(convolution, x, other):
         return in_parts(convolution, x, other) + 1
@@ -255,6 +259,7 @@ def test_stages_are_captured_as_they_are_where_fusing_fails(bundle):
     assert ways_taken(bundle, wrong) == [AS_IT_IS] * 8
 
 
+@pytest.mark.slow
 def test_stages_are_captured_as_they_are_where_fusing_gains_nothing(bundle):
     clock = Clock()
 
@@ -265,6 +270,7 @@ def test_stages_are_captured_as_they_are_where_fusing_gains_nothing(bundle):
     assert ways_taken(bundle, slow, clock) == [AS_IT_IS] * 8
 
 
+@pytest.mark.slow
 def test_a_fused_stage_is_taken_where_it_is_faster(bundle):
     clock = Clock()
     with torch.nn.modules.module.register_module_forward_pre_hook(
@@ -273,6 +279,7 @@ def test_a_fused_stage_is_taken_where_it_is_faster(bundle):
         assert ways_taken(bundle, in_parts, clock) == ["fused"] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory", "eagerly"), [(HostMemory, True), (card_memory, False)])
 def test_a_card_runs_nothing_eagerly_that_a_graph_can_run(bundle, memory, eagerly):
     runner = Runner(bundle, CPU, torch.float32, memory())
@@ -284,6 +291,7 @@ def test_a_card_runs_nothing_eagerly_that_a_graph_can_run(bundle, memory, eagerl
     assert runner._plan(1, 5) == (None, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draining", [False, True])
 def test_a_start_on_a_card_prepares_its_worker_unless_told_to_end(
     bundle_path, monkeypatch, draining

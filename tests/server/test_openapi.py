@@ -160,6 +160,7 @@ def test_the_example_of_a_stream_has_the_shape_of_a_real_one(one, png):
     assert shape(real) == shape(SimpleNamespace(text=EVENTS_EXAMPLE))
 
 
+@pytest.mark.slow
 def test_each_command_line_of_the_document_works(one, operations, png):
     """Sends what curl would; curl itself may not be there."""
     ran = 0

@@ -54,6 +54,7 @@ def test_the_files_refer_to_nothing_outside_and_hold_no_inline_code():
             assert not re.search(r"<style|<script(?![^>]*src=)| style=| on\w+=", text), name
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_key_but_its_requests_do(serve):
     with serve(api_keys="one") as locked:
         assert locked.client.get("/").status_code == 200

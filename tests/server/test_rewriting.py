@@ -69,7 +69,12 @@ def assert_alike(units, changed, n):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "architecture", ["resnet10", "resnet50", "mobilenetv2", "vgg19-bn", "shufflenetv2"]
+    "architecture",
+    [
+        "resnet10",
+        "shufflenetv2",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ("resnet50", "mobilenetv2", "vgg19-bn")),
+    ],
 )
 @torch.inference_mode()
 def test_a_changed_unit_says_what_the_unit_says(architecture, way):
@@ -77,6 +82,7 @@ def test_a_changed_unit_says_what_the_unit_says(architecture, way):
     assert_alike(units, map(WAYS[way], units), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @torch.inference_mode()
 def test_the_unit_itself_stays_as_it_was(bundle, way):
@@ -113,6 +119,7 @@ def test_a_head_is_left_with_one_convolution_for_two_and_one_gate(bundle):
     assert not {"BatchNorm2d", "ReLU", "call_function"} & set(kinds(changed))
 
 
+@pytest.mark.slow
 def test_a_gate_whose_normalisation_is_folded_is_one_kernel_too():
     for unit in units_of("resnet50")[:-1]:
         changed = everything(unit)

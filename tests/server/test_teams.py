@@ -115,6 +115,7 @@ def teams(compiling, folder):
     return said
 
 
+@pytest.mark.slow
 def test_every_stage_gets_its_fastest_team(compiling, folder, caplog):
     caplog.set_level(logging.INFO)
     assert teams(compiling, folder) == {stage: (4, 0.5) for stage in (1, 2, 3, 4)}

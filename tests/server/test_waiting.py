@@ -67,6 +67,7 @@ def test_a_client_that_goes_away_frees_its_place_and_is_never_run(one, png):
     assert one.metric("in_flight_jobs") == 0
 
 
+@pytest.mark.slow
 def test_a_streaming_client_that_goes_away_frees_its_place(one, png):
     with gated(one) as gate:
         head = (HEAD % len(png)).replace(b"Host", b"Accept: text/event-stream\r\nHost")
@@ -77,6 +78,7 @@ def test_a_streaming_client_that_goes_away_frees_its_place(one, png):
     assert one.post(png).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_its_whole_batch_behind_frees_every_place(one, png):
     part = b'--X\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n%s\r\n'
     body = b"".join(part % encode(noise(seed=s)) for s in range(20)) + b"--X--\r\n"
@@ -86,6 +88,7 @@ def test_a_client_that_leaves_its_whole_batch_behind_frees_every_place(one, png)
     until(lambda: one.metric("requests_total", route="/classify/batch", code="499") == 1)
 
 
+@pytest.mark.slow
 def test_bad_requests_neither_slow_nor_fail_their_neighbours(one, png):
     """Everything bad is answered while the device is busy; the good ones share a batch."""
     with gated(one) as gate:
@@ -125,6 +128,7 @@ def test_an_image_that_the_network_fails_on_fails_alone(one, png):
     until(lambda: one.metric("failed_images_total", code="internal") == 1)
 
 
+@pytest.mark.slow
 def test_images_that_fail_in_a_batch_are_counted_and_logged_though_it_succeeds(one, png, caplog):
     caplog.set_level(logging.INFO)
     headers = {"x-request-id": "r1"}
@@ -145,6 +149,7 @@ def logged(caplog, name):
     return [record.fields for record in caplog.records if record.name == name]
 
 
+@pytest.mark.slow
 def test_a_failed_request_counts_as_one_failed_image_if_that_was_not_its_client(one, png):
     one.served.in_flight = one.served.settings.max_queue
     assert one.post(png).status_code == 429
@@ -178,6 +183,7 @@ def test_a_deadline_that_passes_in_the_queue_is_a_504(one, png):
     assert one.metric("deadlines_total", outcome="missed") == 1
 
 
+@pytest.mark.slow
 def test_a_deadline_that_even_one_image_alone_would_miss_is_a_504(one, png):
     one.served.engine.scheduler.costs = CostTable({k: {1: 3.0} for k in range(1, 5)})
     check_error(one.post(png, deadline_ms=1000), 504, "deadline_exceeded")
@@ -209,6 +215,7 @@ def test_a_stream_that_would_be_late_has_the_status_of_any_request(one, png):
     assert one.metric("requests_total", route="/classify", code="504") == 1
 
 
+@pytest.mark.slow
 def test_a_stream_that_fails_after_an_exit_ends_with_the_error(one, png):
     with broken_at(one, stage=2):
         response = one.client.post("/classify?threshold=1", content=png, headers=STREAMED)

@@ -92,6 +92,7 @@ def test_an_expectation_is_said_to_hold_on_average(command):
     assert "certified" not in said and "probability" not in said and "delta" not in said
 
 
+@pytest.mark.slow
 def test_the_same_command_makes_the_same_policy_from_cached_logits(command, bundle, monkeypatch):
     command()
     first = (bundle / "policy.json").read_bytes()
@@ -173,6 +174,7 @@ def test_the_cost_of_int8_is_counted_by_changed_answers(labelled):
     assert paired_p_value(losses, gains, 400, cost.accuracy_loss_bound - 0.001) > policy.delta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", Method)
 def test_every_method_names_itself_in_the_policy(command, bundle, method):
     assert command("--method", method)[0] == 0
@@ -195,6 +197,7 @@ def test_measured_costs_can_replace_macs(command, bundle, monkeypatch):
     assert measured
 
 
+@pytest.mark.slow
 def test_a_budget_adds_the_most_careful_point_that_keeps_it(command, bundle):
     assert command("--mean-macs", 0.7)[0] == 0
     points = load_bundle(bundle).policy.operating_points
@@ -226,6 +229,7 @@ def test_a_budget_never_takes_the_place_of_a_row_of_the_ladder():
     assert beside.thresholds == alone.thresholds
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_accuracy_whatever_is_certified(bundle):
     logits, class_ids = world(2000, seed=2, classes=3)
     loaded = load_bundle(bundle)
@@ -319,6 +323,7 @@ def test_logits_that_are_not_numbers_are_refused(command, bundle):
     assert not list(bundle.parent.glob(".cache/*"))
 
 
+@pytest.mark.slow
 def test_a_policy_for_other_weights_is_replaced_by_calibrating_and_refused_elsewhere(
     command, bundle
 ):
@@ -364,6 +369,7 @@ def test_calibrating_again_forgets_what_was_measured_with_another_policy(command
     assert f"run: python -m training evaluate {bundle} --data DIR" in said
 
 
+@pytest.mark.slow
 def test_the_images_that_calibrated_are_not_tested_on(command):
     command("--dtype", "float32")
     status, said = command(command="evaluate")
@@ -371,6 +377,7 @@ def test_the_images_that_calibrated_are_not_tested_on(command):
     assert "was calibrated on all of these images; take others" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["calibrate", "resample", "evaluate"])
 def test_no_command_takes_images_that_were_trained_on(command, bundle, images, name):
     if name == "evaluate":
@@ -441,6 +448,7 @@ def test_calibration_error_is_the_mean_gap_between_sureness_and_being_right():
     assert calibration_error(confidence, right) == pytest.approx(0.05)
 
 
+@pytest.mark.slow
 def test_the_images_that_choose_and_that_certify_are_disjoint(bundle):
     logits, class_ids = world(1000, seed=2, classes=3)
     result = calibrate(load_bundle(bundle), logits, class_ids, Options())
@@ -449,6 +457,7 @@ def test_the_images_that_choose_and_that_certify_are_disjoint(bundle):
     assert len(found) == 250
 
 
+@pytest.mark.slow
 def test_labels_of_the_certifying_images_change_no_threshold_on_the_path(bundle):
     logits, class_ids = world(1000, seed=2, classes=3)
     loaded = load_bundle(bundle)

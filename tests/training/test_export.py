@@ -32,6 +32,7 @@ def export(bundle_path, out, *options):
     return main(["export", str(bundle_path), "--out", str(out), *map(str, options)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exit", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_a_cut_bundle_serves_alone_what_that_exit_said(bundle_path, net, tmp_path, exit, capsys):
     assert export(bundle_path, tmp_path / "cut", "--exit", exit) == 0
@@ -54,6 +55,7 @@ def test_cutting_drops_the_other_heads_and_the_deeper_stages(bundle_path, tmp_pa
     assert sizes[1] < sizes[0] / 2
 
 
+@pytest.mark.slow
 def test_a_cut_bundle_keeps_its_numerics_and_can_be_calibrated(bundle_path, tmp_path, capsys):
     export(bundle_path, tmp_path / "cut", "--exit", 2)
     whole, small = load_bundle(bundle_path).policy, load_bundle(tmp_path / "cut").policy

@@ -125,6 +125,7 @@ def points(population, path):
     return ladder([Certifier(images, DELTA, Method.PAIRED)], path, images, MACS)
 
 
+@pytest.mark.slow
 def test_the_ladder_starts_at_the_full_network_and_gets_cheaper(points):
     assert [p.max_accuracy_loss for p in points] == list(LOSSES)
     assert points[0].thresholds == (NEVER,) * 3
@@ -134,6 +135,7 @@ def test_the_ladder_starts_at_the_full_network_and_gets_cheaper(points):
     assert costs[-1] < 0.6
 
 
+@pytest.mark.slow
 def test_a_ladder_for_several_numerics_is_as_careful_as_the_most_careful_of_them(population, path):
     certifiers = [
         Certifier(population.pick(np.arange(start, start + 3000)), DELTA, Method.PAIRED)
@@ -147,6 +149,7 @@ def test_a_ladder_for_several_numerics_is_as_careful_as_the_most_careful_of_them
     assert together not in alone  # none of them is the most careful everywhere
 
 
+@pytest.mark.slow
 def test_too_few_images_fall_back_to_the_full_network_and_say_how_many_it_takes(path):
     images = judged(150, seed=1)
     certifier = Certifier(images, DELTA, Method.PAIRED)

@@ -101,6 +101,7 @@ def test_a_run_repeats_itself_bit_for_bit(make_work, tmp_path):
     assert told(runs[0].history) == told(runs[1].history)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(make_work, tmp_path):
     first, work = make_work(tmp_path / "a", net=tiny_net())
     fit(first, work)
@@ -115,8 +116,8 @@ def test_another_seed_is_another_run(make_work, tmp_path):
         (1, {}),
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(0, EVERYTHING, marks=pytest.mark.slow),
-        (4, EVERYTHING),
-        (0, EVERYTHING | ON_A_CARD),
+        pytest.param(4, EVERYTHING, marks=pytest.mark.slow),
+        pytest.param(0, EVERYTHING | ON_A_CARD, marks=pytest.mark.slow),
         pytest.param(1, ON_A_CARD, marks=pytest.mark.slow),
     ],
     ids=[
@@ -151,6 +152,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(make_work, tmp_path, st
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(make_work, number, status):
     run, work = make_work(after_step=lambda step: step == 1 and signal.raise_signal(number))
@@ -165,6 +167,7 @@ def test_a_signal_saves_and_says_how_to_go_on(make_work, number, status):
         assert left.status == status
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_lets_the_run_finish(make_work):
     run, work = make_work(after_step=stop_at(5))
     fit(run, work)
@@ -184,6 +187,7 @@ def test_a_second_signal_is_not_held_back(make_work):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_what_it_was(make_work):
     run, work = make_work()
     accuracy = fit(run, work)
@@ -193,6 +197,7 @@ def test_a_finished_run_resumes_to_what_it_was(make_work):
     assert same(weights(run), weights(again))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_belongs_to_its_recipe(after_another):
     other, work = after_another(learning_rate=0.2)
     with pytest.raises(TrainingError, match=r"learning_rate 0\.1 and not 0\.2"):
@@ -205,6 +210,7 @@ def test_a_checkpoint_belongs_to_its_data(after_another):
         resume(other, work.recipe, work.origin, work.folder)
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_without_newer_options_still_resumes(make_work):
     run, work = make_work()
     fit(run, work)
@@ -266,6 +272,7 @@ def test_a_damaged_checkpoint_is_said(after_another, part):
         resume(run, work.recipe, work.origin, work.folder)
 
 
+@pytest.mark.slow
 def test_a_resumed_epoch_took_the_time_of_both_its_parts(make_work):
     stopped, work = make_work(after_step=stop_at(1))
     with pytest.raises(Interrupted):
@@ -293,6 +300,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(after_another, monkeypat
     assert (work.folder / CHECKPOINT).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_just_written_is_not_replaced_before_the_end(make_work, monkeypatch):
     saved, logged = [], []
     monkeypatch.setattr("training.loop.save_checkpoint", lambda run, *_: saved.append(run.epoch))
@@ -330,6 +338,7 @@ def test_weights_that_the_last_step_broke_are_not_saved(make_work):
     assert saved["epoch"] == 1 and saved["net"]["heads.1.fc.weight"].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_seconds", [0.0, 1000.0])
 @pytest.mark.parametrize("name", ["adapters.0.bias", "net.backbone.bn1.running_var"])
 def test_whatever_is_broken_is_not_saved_over_what_was_whole(make_work, name, save_seconds):
@@ -365,6 +374,7 @@ def test_images_augmented_together_are_validated_together(make_work):
     assert spy.seen == [20, 4]
 
 
+@pytest.mark.slow
 def test_every_step_is_taken_at_the_schedules_pace(make_work):
     paces = []
 
@@ -398,6 +408,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(make_work, make_student):
         torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_step_in_parts_is_the_step_in_one(make_work, parts):
     """Uneven parts, whose statistics are frozen so that they do not differ by them."""

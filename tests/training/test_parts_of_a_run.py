@@ -244,6 +244,7 @@ def test_a_student_comes_to_agree_with_its_teacher(make_work):
     assert {"teacher/1", "teacher/4"} <= set(run.names)
 
 
+@pytest.mark.slow
 def test_a_bundle_is_where_training_goes_on(tmp_path):
     trained, net = tiny_net(5), tiny_net(1)
     load_trained(net, save(tmp_path, trained))

@@ -387,6 +387,7 @@ def test_ctrl_c_before_training_leaves_without_a_traceback(folder, tmp_path, cap
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_single_folder_of_six_images_a_class_becomes_a_bundle(tmp_path, capsys):
     data = write_images(tmp_path / "data", n=6)
     words = ["--batch-size", 15, "--epochs", 1]
@@ -416,6 +417,7 @@ def test_a_class_called_train_is_trained_calibrated_tested(tmp_path):
     assert listing_to_test(data, known).files == parts.test.files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_every_unreadable_file_is_told_once(folder, tmp_path, capsys, storage):
     parts = find_parts(folder)
@@ -446,6 +448,7 @@ def test_unreadable_files_are_told_of_a_run_that_was_stopped(folder, tmp_path, c
     assert error.count(str(spoiled)) == 1 and error.endswith("stopped\n")
 
 
+@pytest.mark.slow
 def test_unreadable_files_are_named_up_to_a_limit(folder, tmp_path, capsys):
     spoiled = find_parts(folder).training.files[:8]
     for file in spoiled:
@@ -456,6 +459,7 @@ def test_unreadable_files_are_named_up_to_a_limit(folder, tmp_path, capsys):
     assert "and 3 more" in error and str(spoiled[7]) not in error
 
 
+@pytest.mark.slow
 def test_the_kept_weights_are_the_averaged_ones(folder, tmp_path):
     out = tmp_path / "run"
     assert train("--data", folder, "--out", out, *TINY, "--epochs", 1, "--ema", 0.9) == 0

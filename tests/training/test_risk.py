@@ -122,6 +122,7 @@ def test_a_level_is_the_probability_of_the_outcomes_with_such_a_score(v):
     assert risk._rejected(most, n, v, (1 + bound / v) / 2) == pytest.approx(level, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_critical_score_is_where_the_p_value_crosses_delta():
     n, bound = 800, 0.02
     critical = risk.critical_score(n, bound, 0.1)
@@ -140,6 +141,7 @@ def binomial_upper_bound(failures, n, delta):
     return risk.upper_bound(lambda b: risk.binomial_p_value(failures, n, b) <= delta)
 
 
+@pytest.mark.slow
 def test_the_upper_bound_of_a_binomial_covers():
     n, delta = 80, 0.1
     for p in (0.01, 0.1, 0.5):

@@ -30,6 +30,7 @@ def spent_and_lost(outcomes, path, costs=COSTS):
     return np.array([[costs[t - 1].mean(), loss[everyone, t - 1].mean()] for t in taken]).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exits", [2, 3, 4])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_no_image_leaves_later_further_down_a_path(seed, exits):
@@ -83,6 +84,7 @@ def test_filling_a_path_keeps_its_steps_and_makes_them_small(outcomes, path):
     assert abs(filled_gap) < abs(gap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exits", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4])
 def test_a_filled_path_lets_few_images_leave_early_before_it_lets_more(exits):
     outcomes = judged(1500, exits=exits)

@@ -36,6 +36,7 @@ def test_too_few_images_to_prove_anything_by_losing_none_begin_with_bolder_ones(
     assert (first[0.03], first[0.05]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_beginning_there_certifies_where_beginning_with_the_most_careful_cannot(searched, path):
     population, rng = judged(20_000, seed=1), np.random.default_rng(0)
     first = first_steps(path, searched, 225, Method.PAIRED, DELTA)[0.01]
@@ -51,6 +52,7 @@ def test_beginning_there_certifies_where_beginning_with_the_most_careful_cannot(
     assert certified[first] > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in Method if m is not Method.PAIRED])
 def test_methods_that_count_no_gains_begin_with_the_most_careful(searched, path, method):
     assert first_steps(path, searched, 225, method, DELTA) == {}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +25,11 @@ from server.teams import WORTH_ITS_CORES, share_of_one, team_sizes
 from server.units import Unit, example_inputs
 
 log = logging.getLogger("offramp")
+
+PAUSE_SECONDS = 15.0
+"""Until stages without a team are timed again; twice as long each time…"""
+LONGEST_PAUSE_SECONDS = 3600.0
+"""…up to this."""
 
 Use = Callable[[int, int, Program, float], None]
 """Takes a stage, a batch size, the program for both and its time as a share of the eager one's."""
@@ -43,6 +48,7 @@ class Compiling:
         dtype: their numerics.
         workers: how many threads run programs at the same time.
         load: a program from its file, its numerics, and for how many workers and threads of each.
+        closing: set when nothing more is to be handed over.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Compiling:
         dtype: torch.dtype,
         workers: int = 1,
         load: Callable[[Path, torch.dtype, int, int], Program] = CompiledUnit,
+        closing: threading.Event | None = None,
     ) -> None:
         self._settings = settings
         self._bundle = bundle
@@ -65,9 +72,14 @@ class Compiling:
         self._clock = time.thread_time if settings.threads == 1 else time.perf_counter
         self._used: dict[tuple[int, int], Program] = {}
         self._refused: set[tuple[int, int]] = set()
+        most = settings.threads * workers
+        self._teams = {
+            stage: team_sizes(settings.threads, most) for stage in range(1, len(units) + 1)
+        }
+        """By stage, how many threads to try; none any more where a team was handed over."""
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closing = closing or threading.Event()
         self._beginning = threading.Lock()
 
     def use_ready(self, use: Use) -> None:
@@ -76,7 +88,7 @@ class Compiling:
             inputs: list[tuple[Tensor, ...]] = []
             for stage in range(1, len(self._units) + 1):
                 known = self._used.keys() | self._refused
-                wanted = (stage, size) not in known and not self._closed
+                wanted = (stage, size) not in known and not self._closing.is_set()
                 if wanted and self._programs.file(stage, size).exists():
                     inputs = inputs or self._examples(size)
                     self._use(stage, size, inputs[stage - 1], use)
@@ -86,20 +98,27 @@ class Compiling:
 
         To be called when nothing is left to compile, which would take the cores that teams need.
         """
-        sizes = team_sizes(self._settings.threads, self._settings.threads * self._workers)
-        if not sizes:
-            return
         said = []
-        for stage, inputs in enumerate(self._examples(1), start=1):
-            if self._closed:
+        examples = self._examples(1) if self._lacks_teams else []
+        for stage, inputs in enumerate(examples, start=1):
+            if self._closing.is_set():
                 return
-            measured = self._measured_teams(stage, inputs, sizes)
+            measured = self._measured_teams(stage, inputs)
             share, threads, team = min(measured, default=(1.0, 1, None))
             if team and share <= WORTH_ITS_CORES:
                 use(stage, team, share)
+                self._teams[stage] = []
                 said.append(f"{threads} in stage {stage} ({share:.0%} of one thread's time)")
         if said:
             log.info("an image that is alone has threads: %s", ", ".join(said))
+
+    def use_teams_later(self, use: UseTeam) -> None:
+        """Time teams again and again, in the background, until each stage has one.
+
+        A team needs all cores at once: whatever else ran hides what it gains, and where one server
+        starts others often do.
+        """
+        self._begin_thread(lambda: self._use_teams_later(use))
 
     @property
     def complete(self) -> bool:
@@ -124,7 +143,7 @@ class Compiling:
                 if line.startswith(READY):
                     yield line.strip()
             said = process.stderr.read().strip().rpartition("\n")[2]
-        if process.returncode and not self._closed:
+        if process.returncode and not self._closing.is_set():
             raise RuntimeError(said.removeprefix("error: ") or "the compiler failed")
 
     def compile_in_background(self, use: Use, use_team: UseTeam) -> None:
@@ -137,19 +156,20 @@ class Compiling:
                 for line in self.compile():
                     log.debug(line)
                     self.use_ready(use)
-                if self.complete:
-                    log.info("every stage is compiled")
-                    self.use_teams(use_team)
             except Exception as error:
                 log.warning("stages stay uncompiled, so answers take longer: %s", error)
+                return
+            if self.complete:
+                log.info("every stage is compiled")
+                self.use_teams(use_team)
+                self._use_teams_later(use_team)
 
-        self._thread = threading.Thread(target=work, name="compiling", daemon=True)
-        self._thread.start()
+        self._begin_thread(work)
 
     def stop(self) -> None:
         """End the compiler and hand over nothing more."""
         with self._beginning:
-            self._closed = True
+            self._closing.set()
             if self._process and self._process.poll() is None:
                 self._process.terminate()
 
@@ -160,10 +180,24 @@ class Compiling:
             self._thread.join()
         self._programs.close()
 
+    def _begin_thread(self, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=work, name="compiling", daemon=True)
+        self._thread.start()
+
+    @property
+    def _lacks_teams(self) -> bool:
+        return any(self._teams.values())
+
+    def _use_teams_later(self, use: UseTeam) -> None:
+        pause = PAUSE_SECONDS
+        while self._lacks_teams and not self._closing.wait(pause):
+            self.use_teams(use)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
     def _begin(self, command: list[str]) -> subprocess.Popen[str] | None:
         """The compiler; None where it was stopped before it began."""
         with self._beginning:
-            if self._closed:
+            if self._closing.is_set():
                 return None
             # Ctrl-C would end it before this process knows that it drains. It begins in the same
             # group, where a signal can meet it before it has left for its own.
@@ -192,18 +226,23 @@ class Compiling:
         return example_inputs(self._units, self._bundle, size, torch.device("cpu"))
 
     def _measured_teams(
-        self, stage: int, inputs: tuple[Tensor, ...], sizes: Sequence[int]
+        self, stage: int, inputs: tuple[Tensor, ...]
     ) -> Iterator[tuple[float, int, Program]]:
         """Of each team: its time as a share of one thread's, how many threads, its program."""
         one, file = self._used[stage, 1], self._programs.file(stage, 1)
-        for size in sizes:
+        for size in tuple(self._teams[stage]):
             try:
                 team = self._load(file, self._dtype, 1, size)
-                if disagreement(team, self._units[stage - 1], inputs, self._dtype) is None:
+                off = disagreement(team, self._units[stage - 1], inputs, self._dtype)
+                if off is None:
                     outputs_of(one, inputs)  # so that both run on the same
                     yield share_of_one(team, one), size, team
-            except (RuntimeError, OSError) as error:
-                log.warning("%s cannot be used with %d threads (%s)", file, size, error)
+                    continue
+                fault = f"it differs from the eager stage by {off:.1e}"
+            except Exception as error:
+                fault = str(error)
+            log.warning("%s cannot be used with %d threads (%s)", file, size, fault)
+            self._teams[stage].remove(size)  # which would be no better later
 
     def _use(self, stage: int, size: int, inputs: tuple[Tensor, ...], use: Use) -> None:
         file, unit = self._programs.file(stage, size), self._units[stage - 1]

@@ -138,6 +138,7 @@ class Served:
         try:
             self._compile_all(compiling, use)
             compiling.use_teams(use_team)
+            compiling.use_teams_later(use_team)
         except RuntimeError:
             if not self.draining:  # then the compiler was stopped, by this process or with it
                 raise

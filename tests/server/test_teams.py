@@ -1,12 +1,13 @@
 """A single image that has the cores to itself has several threads, where that is faster."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from server.compiling import Compiling
+from server.compiling import LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Compiling
 from server.runner import Runner
 from server.settings import Settings
 from server.teams import RUNS, WORTH_ITS_CORES, share_of_one, team_sizes
@@ -93,25 +94,53 @@ def folder(bundle, units, monkeypatch):
     return one
 
 
+class Closing(threading.Event):
+    """Time passes at once; what is `next` happens in the pauses, and after that it is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.next = []
+        self.pauses = []
+
+    def wait(self, timeout=None):
+        self.pauses.append(timeout)
+        if not self.next:
+            self.set()
+        else:
+            self.next.pop(0)()
+        return self.is_set()
+
+
 @pytest.fixture
-def compiling(bundle, bundle_path, units, folder, tmp_path):
+def closing():
+    return Closing()
+
+
+@pytest.fixture
+def compiling(bundle, bundle_path, units, folder, closing, tmp_path):
     """On six cores, with every single image's program handed over."""
     chosen = Settings(bundle=bundle_path, cache_dir=tmp_path, max_batch=1)
-    one = Compiling(chosen, bundle, units, torch.float32, workers=6, load=folder.load)
+    one = Compiling(
+        chosen, bundle, units, torch.float32, workers=6, load=folder.load, closing=closing
+    )
     for stage in (1, 2, 3, 4):
         one._programs.file(stage, 1).touch()
     one.use_ready(lambda *_: None)
     return one
 
 
-def teams(compiling, folder):
+def teams(compiling, folder, later=False):
     """Threads and share of the team that each stage was given."""
     said = {}
 
     def use(stage, team, share):
+        assert stage not in said
         said[stage] = folder.threads[id(team)], share
 
     compiling.use_teams(use)
+    if later:
+        compiling.use_teams_later(use)
+        compiling._thread.join(20)
     return said
 
 
@@ -129,9 +158,32 @@ def test_a_team_that_gains_next_to_nothing_is_not_used(compiling, folder, caplog
     assert "an image that is alone" not in caplog.text
 
 
+def test_what_gained_nothing_on_a_busy_machine_is_tried_again(compiling, folder, closing):
+    quiet, folder.shares = folder.shares, dict.fromkeys(folder.shares, 1.0)
+    closing.next = [lambda: None, lambda: folder.shares.update(quiet)]
+    assert teams(compiling, folder, later=True) == {stage: (4, 0.5) for stage in (1, 2, 3, 4)}
+    assert closing.pauses == [PAUSE_SECONDS, 2 * PAUSE_SECONDS]
+
+
+def test_what_gains_nothing_is_tried_more_and_more_seldom(compiling, folder, closing):
+    folder.shares = dict.fromkeys(folder.shares, 1.0)
+    closing.next = [lambda: None] * 12
+    assert teams(compiling, folder, later=True) == {}
+    assert closing.pauses[-2:] == [LONGEST_PAUSE_SECONDS] * 2
+    assert sum(closing.pauses[:7]) < LONGEST_PAUSE_SECONDS
+
+
 def test_a_team_that_disagrees_with_the_eager_stage_is_not_used(compiling, folder):
     folder.off = {(3, 4): 0.5}
     assert teams(compiling, folder)[3] == (6, 0.6)
+
+
+def test_what_cannot_be_used_is_not_tried_again(compiling, folder, closing, caplog):
+    folder.off = dict.fromkeys([(3, 2), (3, 4), (3, 6)], 0.5)
+    closing.next = [lambda: None] * 3
+    assert 3 not in teams(compiling, folder, later=True)
+    assert closing.pauses == []
+    assert caplog.text.count("differs from the eager stage") == 3
 
 
 def test_a_team_that_cannot_be_loaded_is_a_warning(compiling, folder, caplog):

@@ -41,6 +41,7 @@ def surround(app: ASGIApp, served: Served) -> ASGIApp:
         app,
         metrics=served.metrics,
         max_body_bytes=served.settings.max_body_bytes,
+        max_bodies_bytes=served.settings.max_bodies_bytes,
         deadline_ms=served.settings.default_deadline_ms,
         tracer=served.tracer,
     )

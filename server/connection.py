@@ -29,6 +29,8 @@ LINGER_SECONDS = 30.0
 DRAIN_LINGER_SECONDS = 0.5
 SILENCE_SECONDS = 30.0
 """How long a client may send nothing amid a request, or before one."""
+SLOWEST_BYTES_A_SECOND = 500
+"""What a client must send amid a request, on average and after as long, as Apache has it."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -43,6 +45,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     __slots__ = (  # uvicorn's attributes fill what Python looks up fast
+        "_came",
         "_connection",
         "_cycles",
         "_deaf",
@@ -53,6 +56,7 @@ class Protocol(HttpToolsProtocol):
         "_linger_seconds",
         "_lingering",
         "_read",
+        "_sent",
         "_silence",
         "_whole",
     )
@@ -74,8 +78,10 @@ class Protocol(HttpToolsProtocol):
         self._linger_bytes = LINGER_BYTES
         self._linger_seconds = LINGER_SECONDS
         self._lingering: asyncio.TimerHandle | None = None
-        self._heard = self.loop.time()
-        """When the newest read was."""
+        self._heard = self._came = self.loop.time()
+        """When the newest read was, and that in which the newest request began…"""
+        self._sent = 0
+        """…and bytes since then."""
         self._silence = self.loop.call_later(SILENCE_SECONDS, self._end_silence)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -93,6 +99,7 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._heard = self.loop.time()
         self._read = len(data)
+        self._sent += self._read
         if self._deaf:
             self._discard()
             return
@@ -136,6 +143,7 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.scope[ARRIVED] = time.perf_counter()  # type: ignore[literal-required]
         self.scope[CONNECTION] = self._connection  # type: ignore[literal-required]
+        self._came, self._sent = self._heard, self._read
         self._kept = 0
         self._whole = False
 
@@ -241,9 +249,9 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(self.cycle, app)
 
     def _end_silence(self) -> None:
-        """Let go of a client that has stopped sending; called again and again, for one timer takes
-        less than one for each read."""
-        left = self._heard + SILENCE_SECONDS - self.loop.time()
+        """Let go of a client that has stopped sending, or as good as stopped; called again and
+        again, for one timer takes less than one for each read."""
+        left = self._patience_ends() - self.loop.time()
         if left > 0 or not self._is_awaited():
             again = left if left > 0 else SILENCE_SECONDS
             self._silence = self.loop.call_later(again, self._end_silence)
@@ -251,6 +259,13 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self._refuse(RequestTimeout())
+
+    def _patience_ends(self) -> float:
+        """When the client will have kept the connection waiting for too long."""
+        since = self._heard
+        if not self._whole:
+            since = min(since, self._came + self._sent / SLOWEST_BYTES_A_SECOND)
+        return since + SILENCE_SECONDS
 
     def _is_awaited(self) -> bool:
         """Whether nothing can be done before the client sends more."""

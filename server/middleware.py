@@ -48,6 +48,8 @@ class Context:
     trace: RequestTrace | None = None
     """Its spans, where somebody wants them."""
     started: bool = False
+    body_bytes: int = 0
+    """Of its body, those that have been read."""
 
 
 class Surroundings:
@@ -57,6 +59,8 @@ class Surroundings:
         app: what it surrounds.
         metrics: where requests are counted.
         max_body_bytes: where a body is cut off, announced or not.
+        max_bodies_bytes: of all requests that are not answered yet; one whose body would be more
+            is refused.
         deadline_ms: of requests that name none, if they have one.
         tracer: makes its spans, where somebody wants them.
     """
@@ -66,6 +70,7 @@ class Surroundings:
         app: ASGIApp,
         metrics: Metrics,
         max_body_bytes: int,
+        max_bodies_bytes: int,
         deadline_ms: float | None,
         tracer: RequestTracer | None = None,
     ) -> None:
@@ -73,6 +78,8 @@ class Surroundings:
         self._gate = Gate()
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._max_bodies_bytes = max_bodies_bytes
+        self._bodies_bytes = 0
         self._deadline_ms = deadline_ms
         self._tracer = tracer
 
@@ -93,7 +100,7 @@ class Surroundings:
         try:
             self._refuse_hopeless(scope, context)
             self._refuse_announced(scope)
-            await self._app(scope, self._limited(scope, receive), sender)
+            await self._app(scope, self._limited(scope, context, receive), sender)
         except ClientDisconnect:
             context.status = CLIENT_CLOSED
         except asyncio.CancelledError:  # the time to drain is over, and this is still being sent
@@ -104,6 +111,7 @@ class Surroundings:
             log.exception("request %s failed", context.request_id)
             await send_error(sender, context, OfframpError())
         finally:
+            self._bodies_bytes -= context.body_bytes
             seconds = time.perf_counter() - context.arrived
             # In the next turn, since the response is sent at the end of this one.
             asyncio.get_running_loop().call_soon(self._record, scope, context, seconds)
@@ -126,20 +134,25 @@ class Surroundings:
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is over {self._max_body_bytes} bytes")
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        taken = 0
-
+    def _limited(self, scope: Scope, context: Context, receive: Receive) -> Receive:
         async def limited() -> Message:
-            nonlocal taken
             message = await receive()
             if FAULT in scope:
                 raise scope[FAULT]
-            taken += len(message.get("body", b""))
-            if taken > self._max_body_bytes:
-                raise self._too_large()
+            self._hold(len(message.get("body", b"")), context)
             return message
 
         return limited
+
+    def _hold(self, size: int, context: Context) -> None:
+        """Count a part of a body until its request is answered, which may need it so long."""
+        context.body_bytes += size
+        self._bodies_bytes += size
+        if context.body_bytes > self._max_body_bytes:
+            raise self._too_large()
+        if self._bodies_bytes > self._max_bodies_bytes:
+            self._metrics.refused.labels("bodies_full").inc()
+            raise Overloaded
 
     def _record(self, scope: Scope, context: Context, seconds: float) -> None:
         path = scope["path"]

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -102,6 +109,12 @@ class Settings(BaseSettings):
     max_batch: int = Field(32, ge=1, le=1024, description="most images in one stage batch")
     max_queue: int = Field(1024, ge=1, description="most images accepted and not yet answered")
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="most bytes of a request body")
+    max_bodies_bytes: int = Field(
+        512 * 2**20,
+        validate_default=True,
+        description="most bytes of request bodies in memory, all together; what would be more is "
+        "refused",
+    )
     max_pixels: int = Field(50_000_000, ge=1, description="most pixels an image may announce")
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode large images")
     audit_rate: float = Field(
@@ -144,6 +157,13 @@ class Settings(BaseSettings):
         if value and not keys:
             raise ValueError("holds no key, so nobody would need one")
         return keys
+
+    @field_validator("max_bodies_bytes")
+    @classmethod
+    def _hold_one(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("max_body_bytes", 0):
+            raise ValueError("must not be less than MAX_BODY_BYTES")
+        return value
 
     @field_validator("admin_token", mode="before")
     @classmethod

@@ -126,8 +126,8 @@ PROMISES = Row(
         Panel(
             "Refusals",
             "Images refused with 429 by reason: not_in_time, since even the first exit would be "
-            "late; queue_full, since MAX_QUEUE were in flight. Both mean too much load for this "
-            "server: add replicas.",
+            "late; queue_full, since MAX_QUEUE were in flight; bodies_full, since there were "
+            "MAX_BODIES_BYTES in memory. All mean too much load for this server: add replicas.",
             "reqps",
             [Query(rate("offramp_refused_total", "reason", selector=HERE), "{{reason}}")],
             Kind.STACK,

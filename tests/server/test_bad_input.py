@@ -259,6 +259,21 @@ def test_a_full_server_refuses_at_once(serve, png):
         assert one.metric("refused_total", reason="queue_full") == 1
 
 
+def test_bodies_share_a_limit_of_their_own(serve):
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n"
+    with serve(max_body_bytes=1000, max_bodies_bytes=1500) as one:
+        with one.send(head + b"x" * 800):
+            until(lambda: one.post(b"x" * 900).status_code == 429)
+            response = one.post(b"x" * 900)
+            check_error(response, 429, "overloaded")
+            assert int(response.headers["retry-after"]) >= 1
+            assert one.metric("refused_total", reason="bodies_full") == 2
+            assert one.post(b"x" * 600).status_code == 400  # for which there is room
+        until(lambda: one.post(b"x" * 900).status_code == 400)
+        for _ in range(3):
+            assert one.post(b"x" * 900).status_code == 400
+
+
 @pytest.mark.slow
 def test_an_image_that_is_sure_to_be_refused_is_not_decoded(serve):
     with serve() as one:

@@ -18,6 +18,7 @@ from server.connection import (
     LINGER_SECONDS,
     MOST_HEAD_BYTES,
     SILENCE_SECONDS,
+    SLOWEST_BYTES_A_SECOND,
     Protocol,
 )
 from server.middleware import FAULT, Context, send_error
@@ -485,17 +486,63 @@ def test_a_client_that_stops_amid_a_request_is_told_so(what, before):
     assert line.ended
 
 
-def test_a_client_that_sends_now_and_then_is_waited_for():
+def slowly(bytes_a_second, seconds):
+    """What a connection writes while a client sends a body at this pace, for so long or until it
+    is answered."""
+
     async def scenario():
-        protocol, line = opened()
-        for k in range(len(LIVE)):
-            protocol.data_received(LIVE[k : k + 1])
-            protocol.loop.silence(protocol, 0.9 * SILENCE_SECONDS)
-            assert not line.closed
+        protocol, line = opened(reads_its_body)
+        protocol.data_received(POST + b"Content-Length: 1000000\r\n\r\n")
+        await turns()
+        for _ in range(int(seconds / PIECE_SECONDS)):
+            protocol.data_received(b"x" * int(bytes_a_second * PIECE_SECONDS))
+            protocol.loop.silence(protocol, PIECE_SECONDS)
+            await turns()
+            if line.written:
+                return line.written, protocol.loop.now
+        return line.written, protocol.loop.now
+
+    return asyncio.run(scenario())
+
+
+PIECE_SECONDS = 0.6 * SILENCE_SECONDS
+
+
+def test_a_client_that_sends_a_little_now_and_then_is_told_so():
+    written, seconds = slowly(0.1 * SLOWEST_BYTES_A_SECOND, 600)
+    assert written.startswith(b"HTTP/1.1 408")
+    assert SILENCE_SECONDS < seconds < 2 * SILENCE_SECONDS
+
+
+def test_a_client_on_a_slow_line_is_waited_for():
+    assert slowly(1.1 * SLOWEST_BYTES_A_SECOND, 600)[0] == b""
+
+
+def test_a_client_that_sent_much_may_not_be_silent_for_longer():
+    async def scenario():
+        protocol, line = opened(reads_its_body)
+        protocol.data_received(POST + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000)
+        await turns()
+        protocol.loop.silence(protocol, SILENCE_SECONDS)
         await turns()
         return line.written
 
-    assert asyncio.run(scenario()).startswith(b"HTTP/1.1 200")
+    assert asyncio.run(scenario()).startswith(b"HTTP/1.1 408")
+
+
+def test_a_request_has_its_own_patience_however_old_its_connection_is():
+    async def scenario():
+        protocol, line = opened()
+        for _ in range(9):
+            protocol.data_received(LIVE[:9])
+            protocol.loop.silence(protocol, 0.9 * SILENCE_SECONDS)
+            protocol.data_received(LIVE[9:])
+            await turns()
+            protocol.loop.silence(protocol, 0.9 * SILENCE_SECONDS)
+        return line
+
+    line = asyncio.run(scenario())
+    assert line.written.count(b"HTTP/1.1 200") == 9 and not line.closed
 
 
 @pytest.mark.parametrize("sent", [b"", LIVE + b"\r\n"], ids=["nothing", "an empty line more"])

@@ -42,6 +42,7 @@ BAD = {
     "max_accuracy_loss": ["2", "-0.1", "nan", "much"],
     "default_deadline_ms": ["0", "-5", "soon", "inf", "1e400", "1e300", "nan"],
     "max_batch": ["0", "1.5"],
+    "max_bodies_bytes": ["0", "16777215", "many"],
     "device": ["gpu"],
     "log_level": ["loud"],
     "audit_rate": ["1.1"],
@@ -60,6 +61,13 @@ def test_a_bad_value_stops_the_start_and_names_the_setting(environment, name, va
         load_settings([])
     with pytest.raises(SettingsError, match=f"^OFFRAMP_{name.upper()}: "):
         load_settings([f"--{name.replace('_', '-')}={value}"])
+
+
+def test_one_body_fits_into_what_all_may_take(environment):
+    environment("OFFRAMP_MAX_BODY_BYTES", str(2**30))
+    with pytest.raises(SettingsError, match=r"^OFFRAMP_MAX_BODIES_BYTES: must not be less than"):
+        load_settings([])
+    assert load_settings([f"--max-bodies-bytes={2**30}"]).max_bodies_bytes == 2**30
 
 
 def test_every_bad_value_is_named_at_once(environment):

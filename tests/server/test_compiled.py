@@ -45,6 +45,22 @@ def runner(bundle):
     return one
 
 
+@pytest.mark.parametrize(
+    ("readings", "seconds"),
+    [
+        ([0.01, 0.02, 0.01, 0.03, 0.01], 0.01),
+        ([0.03, 0.02, 0.04, 0.05], 0.035),
+        ([0.5], 0.5),
+    ],
+)
+def test_a_batch_is_timed_until_it_is_known_or_has_taken_long(runner, readings, seconds):
+    ends = np.cumsum(readings).tolist()
+    clock = iter([0.0, *(t for end in ends for t in (end, end))])
+    _, taken = runner._timed(1, [runner._black], clock.__next__)
+    assert taken == pytest.approx(seconds)
+    assert list(clock) == ends[-1:]
+
+
 def test_a_batch_is_padded_only_where_that_is_cheaper(runner):
     runner.use_program(1, 4, object(), 2.5)
     assert [runner._plan(1, n)[1] for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 5]

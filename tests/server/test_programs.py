@@ -1,6 +1,7 @@
 """How programs come into their folder, and when one may stand in for an eager unit."""
 
 import errno
+import itertools
 import math
 import os
 import tempfile
@@ -77,6 +78,13 @@ def test_a_program_is_as_fast_against_the_eager_unit_beside_traffic_as_alone(loa
     machine = BusyMachine((loads * runs)[:runs])
     program, unit = FakeProgram(machine.taking(0.001), INPUTS), machine.taking(0.002)
     assert share_of_eager(program, unit, INPUTS, machine.clock) == pytest.approx(0.5)
+
+
+def test_what_takes_long_is_compared_once():
+    machine = BusyMachine(itertools.repeat(1.0))
+    program, unit = FakeProgram(machine.taking(0.25), INPUTS), machine.taking(0.5)
+    assert share_of_eager(program, unit, INPUTS, machine.clock) == pytest.approx(0.5)
+    assert machine.now == 0.75
 
 
 def test_only_what_a_killed_compiler_left_is_removed(bundle, tmp_path):

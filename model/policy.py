@@ -84,6 +84,11 @@ class OperatingPoint(BaseModel):
     exit_shares: tuple[Probability, ...] = Field(
         description="share of the calibration images that leave at each exit"
     )
+    budget: Probability | None = Field(
+        None,
+        description="mean_macs that it was chosen for; a point of the ladder was chosen for its "
+        "bound instead",
+    )
 
 
 class Calibration(BaseModel):
@@ -182,19 +187,27 @@ class Policy(BaseModel):
         return self.quantisation
 
     def point_for(self, max_accuracy_loss: float) -> OperatingPoint:
-        """The cheapest operating point that may lose no more than this share of accuracy.
+        """The operating point with this bound, else the one of the ladder with the next smaller.
+
+        It is taken whatever was certified for it: were a cheaper one beside it taken where it runs
+        the full network, or one that was chosen for its cost, then the images that certify would
+        choose between tests, and the bound fail as often as both together.
 
         Raises:
             ValueError: every operating point may lose more.
         """
-        allowed = [p for p in self.operating_points if p.max_accuracy_loss <= max_accuracy_loss]
+        allowed = [
+            point
+            for point in self.operating_points
+            if point.max_accuracy_loss == max_accuracy_loss
+            or (point.max_accuracy_loss < max_accuracy_loss and point.budget is None)
+        ]
         if not allowed:
             least = self.operating_points[0].max_accuracy_loss
             raise ValueError(
                 f"no operating point loses at most {max_accuracy_loss:g}; the least is {least:g}"
             )
-        # Not always the last: a row that could not be certified runs the full network.
-        return min(reversed(allowed), key=lambda p: p.mean_macs)
+        return allowed[-1]
 
     def rule(
         self,

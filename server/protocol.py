@@ -40,7 +40,7 @@ class Parameters(BaseModel):
         None,
         ge=0,
         le=1,
-        description="accuracy that early exits may cost this request, as a share: the cheapest "
+        description="accuracy that early exits may cost this request, as a share: the largest "
         "operating point within it replaces the one in force",
         examples=[0.02],
     )

@@ -250,7 +250,7 @@ def ladder(policy: Policy, peace: OperatingPoint, settings: Settings) -> list[Le
     for point in policy.operating_points:
         loss = point.max_accuracy_loss
         beyond = peace.max_accuracy_loss < loss <= settings.overload_accuracy_loss
-        if beyond and point.mean_macs < points[-1].mean_macs:
+        if beyond and point.budget is None and point.mean_macs < points[-1].mean_macs:
             points.append(point)
     levels = [Level(p.max_accuracy_loss, p.thresholds) for p in points]
     if settings.overload_first_exit:

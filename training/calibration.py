@@ -101,6 +101,7 @@ def calibrate(
     if options.mean_macs is not None:
         thresholds = within_budget(searched, path, macs, options.mean_macs)
         point = budget_point(certifiers, thresholds, everything, macs, taken=points)
+        point = point.model_copy(update={"budget": options.mean_macs})
         points[point.max_accuracy_loss] = point
     policy = Policy(
         weights_sha256=bundle.description.weights_sha256,

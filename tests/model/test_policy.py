@@ -81,16 +81,25 @@ def test_a_rule_takes_the_points_thresholds_and_all_exits_by_default():
     assert policy().rule(policy().operating_points[1]) == Rule((0.9, 0.8, 0.7, 0.0), 1, 4)
 
 
-def test_the_point_for_a_loss_is_the_cheapest_allowed():
+def test_the_point_for_a_loss_is_the_next_on_the_ladder():
     three = policy(point(0.0, 1, 1, 1), point(0.01, 0.9, 0.9, 0.9), point(0.05, 0.5, 0.5, 0.5))
     for loss, chosen in [(0.0, 0.0), (0.009, 0.0), (0.01, 0.01), (0.04, 0.01), (1.0, 0.05)]:
         assert three.point_for(loss).max_accuracy_loss == chosen
 
 
-def test_a_row_that_runs_the_full_network_is_never_taken_for_a_cheaper_one_before_it():
-    fallen_back = point(0.02, 1, 1, 1).model_copy(update={"mean_macs": 1.0})
+def test_no_row_takes_the_place_of_one_that_could_not_be_certified():
+    """Else the images that certify would choose, and the bound fail by either test."""
+    fallen_back = point(0.02, NEVER, NEVER, NEVER).model_copy(update={"mean_macs": 1.0})
     cheap = point(0.01, 0.9, 0.9, 0.9).model_copy(update={"mean_macs": 0.5})
-    assert policy(cheap, fallen_back).point_for(0.03) == cheap
+    assert policy(cheap, fallen_back).point_for(0.03) == fallen_back
+
+
+def test_a_row_that_was_chosen_for_its_cost_is_taken_by_its_own_bound_alone():
+    row, next_row = point(0.01, 0.9, 0.9, 0.9), point(0.02, 0.8, 0.8, 0.8)
+    cheap = point(0.0143, 0.5, 0.5, 0.5).model_copy(update={"budget": 0.4, "mean_macs": 0.4})
+    three = policy(row, cheap, next_row)
+    for loss, chosen in [(0.0142, row), (0.0143, cheap), (0.0144, row), (0.02, next_row)]:
+        assert three.point_for(loss) == chosen
 
 
 def test_a_loss_below_every_point_is_refused_with_the_least():

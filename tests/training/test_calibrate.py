@@ -203,6 +203,7 @@ def test_a_budget_adds_the_most_careful_point_that_keeps_it(command, bundle):
     points = load_bundle(bundle).policy.operating_points
     added = [p for p in points if p.max_accuracy_loss not in LOSSES]
     assert len(added) == 1
+    assert added[0].budget == 0.7
     assert added[0].mean_macs == pytest.approx(0.7, abs=0.08)
     assert added[0].certified
 

@@ -68,9 +68,8 @@ def write_bundle(done: Finished, path: Path, name: str, version: str) -> None:
             training=provenance(done),
         )
     write_report(done, path)
-    given = [Path(p) for p in (done.pretrained, done.teacher) if p]
-    bundles = [p for p in given if p.is_dir()]  # or the file of a plain backbone
-    for sentence in save_trained(path, done.digests, bundles):
+    parents = [Path(p) for p in (done.pretrained, done.teacher) if p]
+    for sentence in save_trained(path, done.digests, parents):
         print(sentence)
 
 

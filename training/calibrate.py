@@ -27,7 +27,7 @@ from training.outcomes import outcomes_of
 from training.parts import HELD_OUT, has_classes, part_of
 from training.record import save_record
 from training.reliability import exit_errors
-from training.seen import Seen, save_calibrated, seen_by
+from training.seen import Seen, digests_of, save_calibrated, seen_by
 from training.timing import stage_seconds
 
 SHOWN_LOSS = 0.01
@@ -137,9 +137,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         labels = None if class_ids is None else class_ids[result.tested]
         priced = price(ranges, exact, rounded, labels, policy)
         policy = policy.model_copy(update={"quantisation": priced})
+    digests = digests_of(images.files)  # takes long, and a policy must not be there without them
+    save_calibrated(seen, digests, labelled)
     save_policy(bundle.path, policy)
     save_record(bundle, result)
-    save_calibrated(seen, images.files, labelled)
     forget_accuracy(bundle)
     for line in summary(replace(result, policy=policy)):
         print(line)

@@ -106,10 +106,11 @@ def distillation_terms(
 
 def feature_terms(adapted: Sequence[Tensor], teachers: Sequence[Tensor], weight: float) -> Terms:
     """Every exit but the deepest against its teacher's pooled features, unless `weight` is zero."""
+    if not weight:  # then nothing is adapted
+        return {}
     return {
         f"feature/{k}": weight * feature_loss(x, teacher)
         for k, (x, teacher) in enumerate(zip(adapted, teachers, strict=True), start=1)
-        if weight
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.backbone import Backbone
-from model.bundle import load_bundle
+from model.bundle import WEIGHTS, load_bundle
 from model.network import MultiExitNet
 from training.run import TrainingError
 from training.tensor_file import read_tensor_file
@@ -63,6 +64,12 @@ def load_trained(net: MultiExitNet, path: Path) -> None:
     if odd - fresh:
         raise TrainingError(f"{path} is of another network: it differs at {min(odd - fresh)}")
     net.load_state_dict(trained | {k: own[k] for k in fresh})
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of the weights in a bundle, or of the file of a plain backbone."""
+    with (path / WEIGHTS if path.is_dir() else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -148,14 +148,15 @@ def shared_digests(files: Sequence[Path], mine: Processes) -> np.ndarray:
     return mine.sum(found).numpy()
 
 
-def save_calibrated(seen: Seen, files: Sequence[Path], labelled: bool) -> None:
-    """Record what a policy comes from; without labels, its confidences come from the one before."""
+def save_calibrated(seen: Seen, digests: np.ndarray, labelled: bool) -> None:
+    """Record the files that a policy comes from; without labels, its confidences come from those of
+    the one before."""
     fitted = None if labelled else seen.heard
     if fitted is None:
         (seen.path / REPORT / FITTED).unlink(missing_ok=True)
     else:
         save_digests(seen.path, FITTED, fitted.astype(np.int64))
-    save_digests(seen.path, CALIBRATED, digests_of(files))
+    save_digests(seen.path, CALIBRATED, digests)
 
 
 def save_digests(path: Path, name: str, digests: np.ndarray) -> None:
@@ -200,7 +201,8 @@ def save_trained(path: Path, own: np.ndarray, parents: Sequence[Path]) -> Iterat
     Args:
         path: its folder.
         own: digests of the files that it was trained on, -1 where one cannot be read.
-        parents: bundles that it started from or that taught it: what they saw, it has seen too.
+        parents: what it started from or was taught by: what they saw, it has seen too; the file of
+            a plain backbone never says.
     """
     if gone := np.count_nonzero(own < 0):
         yield f"{gone} of {len(own)} training images cannot be read, so would not be known again"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from model.bundle import POLICY
 from model.network import MultiExitNet
 from model.numerics import suits_cpu
 from training import checkpoint, loop
@@ -27,13 +28,13 @@ from training.interrupt import Interrupted
 from training.options import add_options, given
 from training.parts import HELD_OUT
 from training.presets import PRESETS, Preset, Shape
-from training.pretrained import load_pretrained, load_trained
+from training.pretrained import load_pretrained, load_trained, weights_digest
 from training.recipe import PLAIN, Recipe
 from training.room import check_disk
 from training.run import Run, start
 from training.seen import TRAINED, load_digests, shared_digests
 from training.shapes import build_net, whole_backbone
-from training.teacher import Teacher, load_teacher
+from training.teacher import load_teacher
 from training.work import Work
 
 AT_ONCE = 2**22
@@ -120,6 +121,11 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         arguments.held_out,
     )
     run, work = _prepare(arguments, preset, mine, data)
+    bundle = arguments.out / BUNDLE
+    if run.epoch == recipe.epochs and (bundle / POLICY).exists():
+        if mine.first:
+            print(f"{bundle} is trained and calibrated already: it stays as it is")
+        return
     announce(run.net, data, preset, mine)
     warn_of_detour(recipe.precision, mine)
     validation, test, unreadable = _fit(run, work, data)
@@ -141,8 +147,8 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
             pretrained=arguments.pretrained and str(arguments.pretrained),
         )
         name = arguments.name or arguments.out.resolve().name
-        write_bundle(done, arguments.out / BUNDLE, name, arguments.bundle_version)
-        print(f"wrote {arguments.out / BUNDLE}")
+        write_bundle(done, bundle, name, arguments.bundle_version)
+        print(f"wrote {bundle}")
 
 
 def _check_options(arguments: argparse.Namespace, recipe: Recipe, mine: Processes) -> None:
@@ -173,13 +179,23 @@ def _prepare(
     run = start(net, recipe, device)
     classes = data.training.classes
     teacher = load_teacher(arguments.teacher, classes, device) if arguments.teacher else None
-    origin = _origin(preset.shape.architecture, described, data, teacher)
+    record, steps_at_once = short_steps(data, recipe, mine)
+    origin = {
+        "architecture": preset.shape.architecture,
+        "arguments": described,
+        "files": data.digest,
+        "training_images": len(data.training),
+        "preprocess": data.preprocess.model_dump(mode="json"),
+        "teacher": teacher and teacher.digest,
+        "pretrained": arguments.pretrained and weights_digest(arguments.pretrained),
+        "processes": mine.count,
+        "steps_at_once": steps_at_once,
+    }
     if arguments.resume:
         checkpoint.resume(run, recipe, origin, out)
     forward = mine.wrapped(run.student)
     if teacher and arguments.compile:
         teacher.compile()
-    record, steps_at_once = short_steps(data, recipe, mine)
     return run, Work(
         recipe=recipe,
         training=data.training,
@@ -220,20 +236,6 @@ def _make_net(
     elif pretrained:
         load_pretrained(net, whole_backbone(shape.architecture, classes, described), pretrained)
     return net, described
-
-
-def _origin(
-    architecture: str, described: dict[str, Any], data: Folder, teacher: Teacher | None
-) -> checkpoint.Origin:
-    """What must be the same where a run goes on."""
-    return {
-        "architecture": architecture,
-        "arguments": described,
-        "files": data.digest,
-        "training_images": len(data.training),
-        "preprocess": data.preprocess.model_dump(mode="json"),
-        "teacher": teacher and teacher.digest,
-    }
 
 
 def _fit(run: Run, work: Work, data: Folder) -> tuple[Accuracy, Accuracy | None, int]:

@@ -187,6 +187,12 @@ def test_next_deeper_features_teach_where_logits_do():
     close(terms["distillation/1"], 0.3 * float(distillation_loss(*out.logits[:2], 3.0)))
 
 
+def test_the_next_deeper_exit_teaches_without_features_too():
+    out, ids = outputs()._replace(adapted=[]), torch.tensor([0, 1, 2, 3])
+    terms = objective(Recipe(distill_from="next", feature_weight=0.0), out, ids)
+    assert [n for n in terms if not n.startswith("label")] == ["distillation/1", "distillation/2"]
+
+
 def test_a_separate_teacher_alone_teaches_every_exit():
     out, ids, teacher = outputs(), torch.tensor([0, 1, 2, 3]), torch.randn(4, 5)
     recipe = Recipe(distillation_weight=0.0, teacher_weight=0.4)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from model.bundle import load_bundle
+from model.bundle import DESCRIPTION, POLICY, load_bundle
 from tests.conftest import ROOT
 from tests.training.conftest import tiny_net, write_images
 from training import loop
@@ -351,6 +351,34 @@ def test_a_run_goes_on_from_the_whole_of_a_bundle(folder, tmp_path):
     first, second = (load_bundle(tmp_path / n / "bundle").net for n in ("first", "second"))
     for name, weight in first.named_parameters():
         torch.testing.assert_close(second.get_parameter(name), weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_still_knows_what_it_started_from(folder, tmp_path, capsys):
+    """Else its bundle would not say which images its parent saw, and calibrate on them."""
+    common = ["--data", folder, *TINY, "--epochs", 1]
+    assert train(*common, "--out", tmp_path / "first") == 0
+    words = [*common, "--out", tmp_path / "second"]
+    assert train(*words, "--pretrained", tmp_path / "first/bundle") == 0
+    assert train(*words, "--resume") == 2
+    assert "was written with pretrained" in capsys.readouterr().err
+    assert train(*words, "--pretrained", tmp_path / "first/bundle", "--resume") == 0
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_started_again_keeps_its_calibration(folder, tmp_path, capsys):
+    words = ["--data", folder, *TINY, "--epochs", 1, "--out", tmp_path / "run"]
+    assert train(*words) == 0
+    bundle = tmp_path / "run/bundle"
+    before = (bundle / DESCRIPTION).read_bytes()
+    (bundle / POLICY).write_text("calibrated")
+    assert train(*words, "--resume") == 0
+    assert (bundle / POLICY).read_text() == "calibrated"
+    assert (bundle / DESCRIPTION).read_bytes() == before
+    assert "it stays as it is" in capsys.readouterr().out
+    (bundle / POLICY).unlink()
+    assert train(*words, "--resume") == 0
+    assert f"wrote {bundle}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -241,13 +241,13 @@ def test_what_confidences_come_from_outlives_a_calibration_without_labels(tmp_pa
     def but(*indices):
         return listing.pick([i for i in range(len(listing)) if i not in indices]).files
 
-    save_calibrated(seen(), labelled.files, labelled=True)
+    save_calibrated(seen(), digests_of(labelled.files), labelled=True)
     assert seen().left_by_confidences(listing).files == but(0, 5)
     for _ in range(2):
-        save_calibrated(seen(), bare.files, labelled=False)
+        save_calibrated(seen(), digests_of(bare.files), labelled=False)
         assert seen().left_by_confidences(bare).files == bare.files
         assert seen().left_by_calibration(listing).files == but(0, 5, 2, 3, 6)
-    save_calibrated(seen(), bare.files, labelled=True)
+    save_calibrated(seen(), digests_of(bare.files), labelled=True)
     assert seen().left_by_confidences(listing).files == but(2, 3, 6)
 
 

@@ -33,9 +33,10 @@ from server.tickets import Answer, Outbox, Seen, Ticket
 log = logging.getLogger("offramp.engine")
 
 BEAT_SECONDS = 1.0
-"""The loop turns at least this often, so that /livez can tell a stuck loop from an idle one."""
+"""A worker turns at least this often, so that /livez can tell a stuck one from an idle one."""
 STUCK_BEATS = 10
-"""After so many beats without a turn the loop counts as stuck."""
+"""After so many beats without a turn a worker counts as stuck, beyond what its batch was expected
+to take."""
 
 
 class Engine:
@@ -76,7 +77,8 @@ class Engine:
             threading.Thread(target=self._run, args=(number,), name=f"engine-{number}", daemon=True)
             for number in range(scheduler.most_workers)
         ]
-        self._beat = clock()
+        self._beats = [clock()] * len(self._workers)
+        """When each worker turned last, or when the batch that it runs is expected to end."""
         self.broken = False
         """Whether the device computes nothing any more: some errors of a card outlast whatever
         caused them, until the process ends."""
@@ -105,7 +107,7 @@ class Engine:
                 done.set_result(work())
             except Exception as error:
                 done.set_exception(error)
-            self._beat = self._clock()  # it may have taken longer than a beat
+            self._beats = [self._clock() for _ in self._beats]  # it may have taken many of them
 
         self.call(do)
         while not wait_for([done], BEAT_SECONDS).done:
@@ -121,8 +123,8 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the workers still turn and the device still computes."""
-        beats = (self._clock() - self._beat) / BEAT_SECONDS
+        """Whether every worker still turns and the device still computes."""
+        beats = (self._clock() - min(self._beats)) / BEAT_SECONDS
         turning = all(worker.is_alive() for worker in self._workers) and beats < STUCK_BEATS
         return turning and not self.broken
 
@@ -201,13 +203,14 @@ class Engine:
             if number < self.scheduler.workers or self._stopping.is_set():
                 busy = self.step(wait=not busy, worker=number)
             else:
-                self._sleep(leaving_jobs=busy)
+                self._sleep(number, leaving_jobs=busy)
                 busy = False
         self._take_messages(number)  # jobs sent too late are told so
         self._inbox.put(None)  # for the next worker
 
-    def _sleep(self, leaving_jobs: bool) -> None:
+    def _sleep(self, worker: int, leaving_jobs: bool) -> None:
         """Wait for the end, or to be wanted again; no message wakes it, since each would."""
+        self._beats[worker] = self._clock()
         if leaving_jobs:
             self.call(_wake)  # another worker, which may wait for a message
         self._stopping.wait(BEAT_SECONDS)
@@ -222,17 +225,17 @@ class Engine:
         Returns:
             Whether there was anything to run.
         """
-        self._take_messages(worker, self._patience() if wait else 0.0)
-        batch = self._next_batch()
+        self._take_messages(worker, self._patience(worker) if wait else 0.0)
+        batch = self._next_batch(worker)
         if batch is None or (self._stopping.is_set() and batch.audit):
             return False
         self._run_batch(batch)
         return True
 
-    def _patience(self) -> float:
+    def _patience(self, worker: int) -> float:
         with self._lock:
-            self._beat = self._clock()
-            return min(BEAT_SECONDS, self.scheduler.next_audit(self._beat))
+            now = self._beats[worker] = self._clock()
+            return min(BEAT_SECONDS, self.scheduler.next_audit(now))
 
     def _take_messages(self, worker: int, seconds: float = 0.0) -> None:
         self._inbox.wait(worker, seconds)
@@ -246,10 +249,12 @@ class Engine:
                     message()
             self._outbox.send()
 
-    def _next_batch(self) -> Batch | None:
+    def _next_batch(self, worker: int) -> Batch | None:
         with self._lock:
-            self._beat = self._clock()
-            step = self.scheduler.next_step(self._beat)
+            now = self._beats[worker] = self._clock()
+            step = self.scheduler.next_step(now)
+            if step.batch:
+                self._beats[worker] += step.batch.seconds
             self._metrics.in_force(self.scheduler.controller.level)
             for job in step.overdue:
                 self._answer_overdue(job)

@@ -357,11 +357,11 @@ def _text(yes: str, no: str | None = None) -> dict[str, Any]:
 @public.get(
     "/livez",
     summary="Whether the process works",
-    **_text("It does", "It should be restarted: the engine loop is stuck"),
+    **_text("It does", "It should be restarted: a worker of the engine is stuck"),
 )
 async def get_livez(served: Served_) -> Response:
     """200 while the engine loop turns, whether or not requests are taken."""
-    return _health(served.alive, "live", "the engine loop is stuck")
+    return _health(served.alive, "live", "a worker of the engine is stuck")
 
 
 @public.head("/readyz", include_in_schema=False)

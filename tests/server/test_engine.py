@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from model.policy import Reason, Rule
 from server.costs import CostTable
-from server.engine import Engine
+from server.engine import BEAT_SECONDS, STUCK_BEATS, Engine
 from server.errors import DeadlineExceeded, Draining, OfframpError, Overloaded
 from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
 from server.rows import Row
 from server.runner import StageOutput
 from server.scheduler import QUIET_SECONDS, Scheduler
+from tests.conftest import until
 from tests.examples import examples
 
 STAGES = 3
@@ -283,7 +284,7 @@ def test_a_job_cancelled_before_it_ran_never_runs(world):
 def test_a_job_cancelled_as_its_batch_begins_takes_nothing_from_its_neighbours(world):
     tickets = [world.submit(0.9, 0.9, 0.9), world.submit(), world.submit(0.1, 0.9, 0.9)]
     world.engine._take_messages(0)
-    batch = world.engine._next_batch()
+    batch = world.engine._next_batch(0)
     world.engine.cancel(tickets[1])
     world.engine._take_messages(1)  # by another worker, before this one has gathered its inputs
     world.engine._run_batch(batch)
@@ -578,7 +579,7 @@ def test_a_worker_that_leaves_jobs_waiting_wakes_another():
 def test_a_worker_that_goes_to_sleep_wakes_another_only_for_the_jobs_it_leaves(leaving_jobs):
     world = World(workers=2)
     world.engine._stopping.set()  # so that sleep is short
-    world.engine._sleep(leaving_jobs)
+    world.engine._sleep(0, leaving_jobs)
     assert len(world.engine._inbox) == leaving_jobs
 
 
@@ -628,6 +629,45 @@ def test_a_worker_that_has_ended_is_not_waited_for():
     world.engine.call(lambda: 1 / 0)
     with pytest.raises(RuntimeError, match="ended"):
         world.engine.prepare(lambda: None)
+
+
+def test_a_worker_that_is_stuck_is_seen_though_another_turns():
+    """Ten seconds after its batch should have ended."""
+    world, hangs, goes_on = World(workers=2), threading.Event(), threading.Event()
+
+    def hang_once():
+        if not hangs.is_set():
+            hangs.set()
+            assert goes_on.wait(20)
+
+    world.runner.meanwhile = hang_once
+    world.engine.start()
+    first = world.submit(0.9)
+    assert hangs.wait(10)
+    world.now += STUCK_BEATS * BEAT_SECONDS + SECONDS
+    second = world.submit(0.9)
+    until(lambda: second.promise.results)
+    assert not first.promise.results
+    assert not world.engine.alive
+    goes_on.set()
+    until(lambda: first.promise.results)
+    until(lambda: world.engine.alive)
+    world.engine.stop()
+
+
+def test_a_worker_with_a_long_batch_is_not_stuck():
+    world, hangs, goes_on = World(), threading.Event(), threading.Event()
+    world.engine.scheduler.costs.replace(1, {1: 60.0})
+    world.runner.meanwhile = lambda: (hangs.set(), goes_on.wait(20))
+    world.engine.start()
+    world.submit(0.9)
+    assert hangs.wait(10)
+    world.now += 60.0
+    assert world.engine.alive
+    world.now += STUCK_BEATS * BEAT_SECONDS
+    assert not world.engine.alive
+    goes_on.set()
+    world.engine.stop()
 
 
 @pytest.mark.parametrize("http_seconds", [0.0, 1.0])

@@ -94,7 +94,7 @@ class MethodNotAllowed(OfframpError):
 class RequestTimeout(OfframpError):
     status = 408
     code = "request_timeout"
-    sentence = "the request stopped coming before it was whole"
+    sentence = "the request stopped coming, or came too slowly"
 
 
 class TooLarge(OfframpError):

@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     max_queue: int = Field(1024, ge=1, description="most images accepted and not yet answered")
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="most bytes of a request body")
     max_bodies_bytes: int = Field(
-        512 * 2**20,
+        256 * 2**20,
         validate_default=True,
         description="most bytes of request bodies in memory, all together; what would be more is "
         "refused",

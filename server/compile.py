@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=int,
         default=defaults["threads"],
-        help="as it will serve; 0: as it does by default",
+        help="inside one operation, as it will serve",
     )
     parser.add_argument(
         "--max-batch", type=int, default=defaults["max_batch"], help="as it will serve"

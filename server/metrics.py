@@ -118,7 +118,9 @@ class Metrics:
             ["code"],
         )
         self.deadlines = self._counter(
-            "deadlines_total", "Images with a deadline that were not refused, by outcome", ["outcome"]
+            "deadlines_total",
+            "Images with a deadline that were not refused, by outcome",
+            ["outcome"],
         )
         self.in_flight = self._gauge("in_flight_jobs", "Images accepted and not yet answered")
         self.max_queue = self._gauge("max_queue_jobs", "Most images that may be in flight")

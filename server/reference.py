@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from fastapi import FastAPI
+from prometheus_client.metrics_core import Metric
 from pydantic_core import PydanticUndefined
 
 from model.table import markdown_table
@@ -20,8 +21,11 @@ from server.settings import PREFIX, Settings
 
 NOTICE = "<!-- Made from the code by: python -m server.reference docs -->\n"
 INFO_LABELS = ("architecture", "device", "dtype", "weights_sha256")
+NUMBERED = {"exit", "stage", "model", "version", "code", "le", *INFO_LABELS}
+"""Labels whose values need no list: of a bundle, or every code."""
 BODIES = ("AnswerBody", "Label", "SeenBody", "Timing", "BatchBody", "ErrorBody", "ModelBody")
 POLICY_BODIES = ("ExitBody", "PolicyBody", "OperatingPoint", "PolicyChange")
+ENGINE_BODIES = ("EngineBody", "LevelBody")
 
 Json = dict[str, Any]
 
@@ -54,7 +58,7 @@ def settings_page() -> str:
             f"`{PREFIX}{name.upper()}`",
             f"`--{name.replace('_', '-')}`",
             _default(field.default),
-            field.description or "",
+            f"{field.description}{_choices(field.annotation)}",
         )
         for name, field in Settings.model_fields.items()
     ]
@@ -97,7 +101,7 @@ def metrics_page() -> str:
         if family.name.startswith("offramp_"):
             labels = sorted({name for sample in family.samples for name in sample.labels} - {"le"})
             name = f"{family.name}_total" if family.type == "counter" else family.name
-            shown = ", ".join(f"`{label}`" for label in labels)
+            shown = "; ".join(f"`{label}`{_values(family, label)}" for label in labels)
             rows.append((f"`{name}`", family.type, shown, family.documentation))
     return "\n".join(
         [
@@ -122,14 +126,16 @@ def http_page(openapi: Json) -> str:
         "# HTTP reference",
         "",
         "A running server shows the same at `/docs`, and the OpenAPI document at `/openapi.json`.",
-        "Every response carries `X-Request-ID`, taken from the request or made.",
+        "Every response carries `X-Request-ID`, taken from the request or made; refusals carry",
+        "`Retry-After` in seconds, answers of one image `Server-Timing`, and what is traced",
+        "`traceresponse`. A `threshold` beside `max_accuracy_loss` is a 422.",
     ]
     for path, item in openapi["paths"].items():
         for method, operation in item.items():
             lines += _operation(method, path, operation)
     schemas = openapi["components"]["schemas"]
     reasons = ", ".join(f"`{reason}`" for reason in schemas["Reason"]["enum"])
-    for name in (*BODIES, *POLICY_BODIES):
+    for name in (*BODIES, *POLICY_BODIES, *ENGINE_BODIES):
         lines += ["", f"## {name}", "", _one_line(schemas[name]["description"]), ""]
         properties = schemas[name]["properties"].items()
         rows = [(f"`{field}`", _type(one), one["description"]) for field, one in properties]
@@ -163,7 +169,7 @@ def _type(schema: Json) -> str:
     kinds = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
     words = [" or ".join(_name(kind) for kind in kinds)]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
-    words += [f"{sign} {kinds[0][key]}" for key, sign in signs.items() if key in kinds[0]]
+    words += [f"{sign} {kinds[0][key]:.10g}" for key, sign in signs.items() if key in kinds[0]]
     if schema.get("default") is not None:
         words.append(f"default {str(schema['default']).lower()}")
     return ", ".join(words)
@@ -179,6 +185,20 @@ def _name(kind: Json) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _choices(annotation: Any) -> str:
+    """The values that a setting may have, where they are few."""
+    given = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return f" ({', '.join(f'`{value}`' for value in given)})" if given else ""
+
+
+def _values(family: Metric, label: str) -> str:
+    """The values of a label that every server has."""
+    if label in NUMBERED:
+        return ""
+    given = dict.fromkeys(s.labels[label] for s in family.samples if label in s.labels)
+    return f" ({', '.join(given)})"
 
 
 def _default(value: object) -> str:

@@ -75,9 +75,12 @@ def save_bundle(path: Path, net: MultiExitNet, **description: Any) -> Descriptio
         path: the bundle's folder, made if missing.
         net: the trained network.
         description: the fields of `Description` that the weights do not determine.
+
+    Raises:
+        BundleError: a weight is too large for half precision.
     """
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {k: _halved(v) for k, v in net.state_dict().items()}
+    tensors = {k: _halved(k, v) for k, v in net.state_dict().items()}
     weights = save(tensors)
     size = description["preprocess"].size
     costs = count_stages(net, size)
@@ -180,8 +183,10 @@ def _read(path: Path, name: str) -> bytes:
         ) from error
 
 
-def _halved(tensor: torch.Tensor) -> torch.Tensor:
+def _halved(name: str, tensor: torch.Tensor) -> torch.Tensor:
     half = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
+    if (half.isinf() & tensor.isfinite()).any():
+        raise BundleError(f"{name} has numbers that are too large for half precision")
     return half.cpu().contiguous()
 
 

@@ -24,6 +24,7 @@ from training.calibrate import (
 from training.data import DataError, ImageSet, Listing, list_folder
 from training.evaluation import Measured, Report
 from training.logits import cached_logits
+from training.normalisation import is_cifar100
 from training.outcomes import outcomes_of
 from training.parts import find_parts, part_of
 from training.record import load_record
@@ -145,7 +146,7 @@ def write_report(report: Report, m: Measured, images: ImageSet, out: Path) -> No
     """Write report.json, report.md, plots and contact sheets."""
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "report.json", report.model_dump_json(indent=1).encode() + b"\n")
-    files = plots.draw_all(report, _is_cifar100(images), out)
+    files = plots.draw_all(report, is_cifar100(images.classes), out)
     files += sheets.draw_all(m, images, out)
     trained = PAGE if (out / PAGE).exists() else None
     write_atomically(out / "report.md", markdown.render(report, files, trained).encode())
@@ -158,7 +159,3 @@ def record_accuracy(bundle: Bundle, report: Report) -> None:
         for described, measured in zip(bundle.description.exits, report.exits, strict=True)
     )
     save_description(bundle.path, bundle.description.model_copy(update={"exits": exits}))
-
-
-def _is_cifar100(images: ImageSet) -> bool:
-    return len(images.classes) == 100 and {"aquarium_fish", "sweet_pepper"} <= set(images.classes)

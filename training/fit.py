@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from model.confidence import judge, score
 from model.policy import Calibration, Measure
 
-MOST_IMAGES = 20_000
-"""Enough to fit a handful of parameters; more only takes longer."""
 RIDGE = 1.0
 """Weight, in images, of the prior that a confidence is the score itself."""
 
@@ -30,7 +28,6 @@ def fit_calibrations(
         measure: what confidences are made from.
         ensemble: whether answers come from all exits passed so far.
     """
-    logits, class_ids = logits[:MOST_IMAGES], class_ids[:MOST_IMAGES]
     calibrations: list[Calibration] = []
     passed: Tensor | None = None
     for exit in range(logits.shape[1]):

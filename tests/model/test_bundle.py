@@ -1,5 +1,6 @@
 """A bundle comes back as it was saved, or is refused with a sentence that says what to run."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -51,6 +52,14 @@ def test_loaded_equals_saved_but_for_half_precision(tmp_path):
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     for ours, theirs in zip(loaded(x), net(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_a_weight_too_large_for_half_precision_is_said(tmp_path):
+    net = copy.deepcopy(tiny("resnet10"))
+    net.backbone.bn1.running_var[0] = 1e5
+    with pytest.raises(BundleError, match=r"backbone\.bn1\.running_var has numbers that are too"):
+        save(tmp_path, net)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,7 +27,7 @@ SMALL_PIXELS = 128 * 128
 """Decoding fewer takes about 0.2 ms at most, which is what a thread hop may cost under load."""
 
 SMALL_BYTES = 1 << 18
-"""More for so few pixels is no honest image, and may take seconds."""
+"""More for so few pixels is no honest image, and reading its header alone may take minutes."""
 
 ERRORS: dict[type[image.ImageError], type[OfframpError]] = {
     image.UnsupportedImage: UnsupportedImage,
@@ -92,13 +93,21 @@ class Decoder:
             raise NoImage
         if (plain := image.decode_quickly(data, self._max_pixels)) is not None:
             return self._preprocess.pixels(plain)
-        header = image.read_header(data, self._max_pixels)
-        if header.width * header.height <= SMALL_PIXELS and len(data) <= SMALL_BYTES:
+        if len(data) > SMALL_BYTES:
+            return await self._in_pool(seconds, lambda: self._render(self._read_header(data)))
+        header = self._read_header(data)
+        if header.width * header.height <= SMALL_PIXELS:
             return self._render(header)
+        return await self._in_pool(seconds, lambda: self._render(header))
+
+    async def _in_pool(self, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:
         loop = asyncio.get_running_loop()
         # Whoever gives up while the image still waits for a thread takes it out of the queue.
         async with asyncio.timeout(seconds if math.isfinite(seconds) else None):
-            return await loop.run_in_executor(self._pool, self._render, header)
+            return await loop.run_in_executor(self._pool, work)
+
+    def _read_header(self, data: bytes) -> image.Header:
+        return image.read_header(data, self._max_pixels)
 
     def _render(self, header: image.Header) -> np.ndarray:
         return self._preprocess.pixels(image.render(header, self._preprocess.size))

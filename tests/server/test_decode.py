@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from server.decode import Decoder
-from server.errors import DeadlineExceeded
+from server.decode import SMALL_BYTES, Decoder
+from server.errors import DeadlineExceeded, UnsupportedImage
 from server.metrics import Metrics
 from tests.conftest import PREPROCESS, ROOT, encode, noise
 
@@ -79,6 +79,23 @@ def test_a_small_image_overtakes_large_ones(decoder, slow, png):
 
     assert all(asyncio.run(run()))
     assert slow.threads[2] == threading.main_thread().name
+
+
+def test_not_even_the_header_of_a_large_body_is_read_outside_the_pool(decoder, slow):
+    """Some headers take Pillow minutes, in which the event loop would answer nobody."""
+
+    async def run():
+        waiting = await crowd(decoder, slow)
+        large = asyncio.ensure_future(decoder(b"x" * (SMALL_BYTES + 1)))
+        with pytest.raises(UnsupportedImage):
+            await decoder(b"x" * SMALL_BYTES)
+        assert not large.done()
+        slow.end.set()
+        await asyncio.gather(*waiting)
+        with pytest.raises(UnsupportedImage):
+            await large
+
+    asyncio.run(run())
 
 
 def test_what_waits_for_a_thread_until_its_deadline_is_told_so_and_never_decoded(decoder, slow):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -28,9 +29,9 @@ LINGER_SECONDS = 30.0
 """And for how long."""
 DRAIN_LINGER_SECONDS = 0.5
 SILENCE_SECONDS = 30.0
-"""How long a client may send nothing amid a request, or before one."""
+"""How long a client may send nothing amid a request or before one, or take nothing of answers."""
 SLOWEST_BYTES_A_SECOND = 500
-"""What a client must send amid a request, on average and after as long, as Apache has it."""
+"""The pace, Apache's, that a client must keep amid a request; it may fall behind by as long."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -45,7 +46,6 @@ class Protocol(HttpToolsProtocol):
     """
 
     __slots__ = (  # uvicorn's attributes fill what Python looks up fast
-        "_came",
         "_connection",
         "_cycles",
         "_deaf",
@@ -55,17 +55,20 @@ class Protocol(HttpToolsProtocol):
         "_linger_bytes",
         "_linger_seconds",
         "_lingering",
+        "_paced",
         "_read",
-        "_sent",
         "_silence",
+        "_unsent",
+        "_unsent_since",
         "_whole",
     )
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._connection = Connection()
-        self._cycles: list[RequestResponseCycle] = []
-        """Of requests that are not answered, pipelined ones too; uvicorn knows the newest."""
+        self._cycles: deque[RequestResponseCycle] = deque()
+        """Of requests that are not answered, pipelined ones too, with some that are before them;
+        uvicorn knows the newest."""
         self._ending = _Ending(transport, self._end)
         self._read = 0
         """Bytes of the newest read."""
@@ -78,10 +81,12 @@ class Protocol(HttpToolsProtocol):
         self._linger_bytes = LINGER_BYTES
         self._linger_seconds = LINGER_SECONDS
         self._lingering: asyncio.TimerHandle | None = None
-        self._heard = self._came = self.loop.time()
-        """When the newest read was, and that in which the newest request began…"""
-        self._sent = 0
-        """…and bytes since then."""
+        self._heard = self._paced = self.loop.time()
+        """When the newest read was, and until when the newest request has kept the pace; what came
+        sooner than it had to is no credit for later."""
+        self._unsent, self._unsent_since = 0, self._heard
+        """Bytes of answers that the client has not taken, when they were last looked at, and since
+        when there are so many."""
         self._silence = self.loop.call_later(SILENCE_SECONDS, self._end_silence)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -99,7 +104,7 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._heard = self.loop.time()
         self._read = len(data)
-        self._sent += self._read
+        self._paced = min(self._heard, self._paced + self._read / SLOWEST_BYTES_A_SECOND)
         if self._deaf:
             self._discard()
             return
@@ -143,7 +148,7 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.scope[ARRIVED] = time.perf_counter()  # type: ignore[literal-required]
         self.scope[CONNECTION] = self._connection  # type: ignore[literal-required]
-        self._came, self._sent = self._heard, self._read
+        self._paced = self._heard
         self._kept = 0
         self._whole = False
 
@@ -156,7 +161,7 @@ class Protocol(HttpToolsProtocol):
         cycle = self._begun()
         if cycle is not None:
             cycle.transport = self._ending
-            self._cycles = [*self._unanswered(), cycle] if self.pipeline else [cycle]
+            self._await_answer(cycle)
 
     def on_body(self, body: bytes) -> None:
         """As uvicorn's, which would ask the parser for an upgrade first."""
@@ -182,8 +187,15 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not (self._whole or self._deaf or self.pipeline or self.transport.is_closing()):
+        if self.pipeline:  # uvicorn would read more after each answer, whatever waits here
+            self.flow.pause_reading()
+        if self._is_answered_amid_its_body() and not (self._deaf or self.transport.is_closing()):
             self._lingering = self.loop.call_later(self._linger_seconds, self.transport.close)
+
+    def _is_answered_amid_its_body(self) -> bool:
+        """Whether that is so of the newest request: behind the one just answered may be another."""
+        cycle = self._begun()
+        return not self._whole and cycle is not None and cycle.response_complete
 
     def _rest(self) -> None:
         """Wait for the next request, now that this one's body is over."""
@@ -208,8 +220,14 @@ class Protocol(HttpToolsProtocol):
         cycle = self.cycle
         return cycle if cycle is not None and cycle.scope is self.scope else None
 
-    def _unanswered(self) -> list[RequestResponseCycle]:
-        return [cycle for cycle in self._cycles if not cycle.response_complete]
+    def _await_answer(self, cycle: RequestResponseCycle) -> None:
+        self._unanswered().append(cycle)
+
+    def _unanswered(self) -> deque[RequestResponseCycle]:
+        """Oldest first, as they are answered: a read may hold thousands."""
+        while self._cycles and self._cycles[0].response_complete:
+            self._cycles.popleft()
+        return self._cycles
 
     def _refuse(self, error: OfframpError) -> None:
         """Answer what cannot be read, after what came before it, and read nothing more."""
@@ -227,7 +245,7 @@ class Protocol(HttpToolsProtocol):
             cycle.message_event.set()
 
     def _answer(self, error: OfframpError) -> None:
-        waiting = self._unanswered()
+        first = not self._unanswered()
         self.cycle = RequestResponseCycle(
             scope=self.scope,
             transport=self._ending,
@@ -241,31 +259,46 @@ class Protocol(HttpToolsProtocol):
             keep_alive=False,
             on_response=self.on_response_complete,
         )
-        self._cycles = [*waiting, self.cycle]
+        self._await_answer(self.cycle)
         app = cast("ASGI3Application", refusal(error))
-        if waiting:
-            self.pipeline.appendleft((self.cycle, app))
-        else:
+        if first:
             self._start_asgi_task(self.cycle, app)
+        else:
+            self.pipeline.appendleft((self.cycle, app))
 
     def _end_silence(self) -> None:
-        """Let go of a client that has stopped sending, or as good as stopped; called again and
-        again, for one timer takes less than one for each read."""
-        left = self._patience_ends() - self.loop.time()
-        if left > 0 or not self._is_awaited():
-            again = left if left > 0 else SILENCE_SECONDS
-            self._silence = self.loop.call_later(again, self._end_silence)
-        elif self._whole:
+        """Let go of a client that has stopped sending or taking, or as good as stopped; called
+        again and again, for one timer takes less than one for each read."""
+        now = self.loop.time()
+        if self._takes_nothing(now):
+            self.transport.abort()  # which drops what is unsent; closing would wait for it
+            return
+        left = self._patience_ends() - now
+        if not self._is_awaited():
+            self._paced = now + SILENCE_SECONDS  # it owes nothing while it is not its turn
+            left = SILENCE_SECONDS
+        elif left <= 0:
+            self._let_go()
+        # Let go too, since a connection closes once its client has taken everything.
+        again = left if left > 0 else SILENCE_SECONDS
+        self._silence = self.loop.call_later(again, self._end_silence)
+
+    def _let_go(self) -> None:
+        if self._whole:
             self.transport.close()
         else:
             self._refuse(RequestTimeout())
 
+    def _takes_nothing(self, now: float) -> bool:
+        """Whether the client has taken nothing of its answers for too long."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self._unsent:
+            self._unsent, self._unsent_since = unsent, now
+        return unsent > 0 and now - self._unsent_since >= SILENCE_SECONDS
+
     def _patience_ends(self) -> float:
         """When the client will have kept the connection waiting for too long."""
-        since = self._heard
-        if not self._whole:
-            since = min(since, self._came + self._sent / SLOWEST_BYTES_A_SECOND)
-        return since + SILENCE_SECONDS
+        return (self._heard if self._whole else self._paced) + SILENCE_SECONDS
 
     def _is_awaited(self) -> bool:
         """Whether nothing can be done before the client sends more."""
@@ -273,8 +306,7 @@ class Protocol(HttpToolsProtocol):
             return False
         if self._whole:
             return not self._unanswered()
-        cycle = self._begun()
-        return cycle is None or not cycle.response_complete  # else it lingers
+        return not self._is_answered_amid_its_body()  # else it lingers
 
     def _end(self) -> None:
         """Close, but amid a request not before the client has stopped sending."""

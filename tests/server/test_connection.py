@@ -224,7 +224,8 @@ class Line(asyncio.Transport):
 
     def __init__(self):
         super().__init__()
-        self.written, self.ended, self.closed = b"", False, False
+        self.written, self.ended, self.closed, self.aborted = b"", False, False, False
+        self.unsent, self.reads = 0, True
 
     def write(self, data):
         assert not self.ended
@@ -236,14 +237,20 @@ class Line(asyncio.Transport):
     def close(self):
         self.closed = True
 
+    def abort(self):
+        self.aborted = True
+
     def is_closing(self):
         return self.closed
 
+    def get_write_buffer_size(self):
+        return self.unsent
+
     def pause_reading(self):
-        pass
+        self.reads = False
 
     def resume_reading(self):
-        pass
+        self.reads = True
 
 
 class Loop:
@@ -530,6 +537,22 @@ def test_a_client_that_sent_much_may_not_be_silent_for_longer():
     assert asyncio.run(scenario()).startswith(b"HTTP/1.1 408")
 
 
+def test_a_client_that_sends_much_and_then_a_little_is_told_so():
+    async def scenario():
+        protocol, line = opened(reads_its_body)
+        protocol.data_received(POST + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000)
+        while not line.written and protocol.loop.now < 600:
+            await turns()
+            protocol.data_received(b"x")
+            protocol.loop.silence(protocol, PIECE_SECONDS)
+            await turns()
+        return line.written, protocol.loop.now
+
+    written, seconds = asyncio.run(scenario())
+    assert written.startswith(b"HTTP/1.1 408")
+    assert seconds < 3 * SILENCE_SECONDS
+
+
 def test_a_request_has_its_own_patience_however_old_its_connection_is():
     async def scenario():
         protocol, line = opened()
@@ -596,6 +619,67 @@ def test_a_body_that_waits_to_be_taken_is_not_its_clients_silence():
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("app", [answer_at_once, answer_and_close])
+def test_a_client_that_takes_nothing_of_its_answer_is_let_go(app):
+    async def scenario():
+        protocol, line = opened(app)
+        protocol.data_received(LIVE)
+        await turns()
+        for line.unsent in (5000, 4000, 4000):  # it takes a little, and then no more
+            assert not line.aborted
+            protocol.loop.silence(protocol, SILENCE_SECONDS)
+        assert line.aborted
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_comes_while_another_is_answered_is_not_cut_off():
+    """Its head is there, and its body on the way, when the answer before it is sent."""
+
+    async def scenario():
+        answer = asyncio.Event()
+
+        async def app(scope, receive, send):
+            if scope["method"] == "GET":
+                await answer.wait()
+            else:
+                while (await receive())["more_body"]:
+                    pass
+            await answer_at_once(scope, receive, send)
+
+        protocol, line = opened(app)
+        protocol.data_received(LIVE + HALF)
+        answer.set()
+        await turns()
+        assert line.written.count(b"200 OK") == 1
+        assert not protocol.loop.others(protocol)  # such as a timer that ends it
+        protocol.data_received(b"x" * 1000)
+        await turns()
+        assert line.written.count(b"200 OK") == 2
+
+    asyncio.run(scenario())
+
+
+def test_nothing_more_is_read_while_requests_wait_behind_one_another():
+    async def scenario():
+        answers = asyncio.Semaphore(0)
+
+        async def app(scope, receive, send):
+            await answers.acquire()
+            await answer_at_once(scope, receive, send)
+
+        protocol, line = opened(app)
+        protocol.data_received(LIVE * 4)
+        for answered in range(4):
+            assert line.written.count(b"200 OK") == answered
+            assert line.reads == (answered == 3)
+            answers.release()
+            await turns()
+        assert line.reads
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.slow
 def test_a_request_that_stops_coming_is_counted_and_its_neighbours_are_answered(
     serve, png, monkeypatch
@@ -606,3 +690,14 @@ def test_a_request_that_stops_coming_is_counted_and_its_neighbours_are_answered(
         server.wait_for_a_turn()
         assert server.metric("requests_total", route="/classify", code="408") == 1
         assert server.post(png).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_client_that_never_reads_is_let_go_with_all_it_was_to_be_sent(serve, monkeypatch):
+    monkeypatch.setattr("server.connection.SILENCE_SECONDS", 0.2)
+    model = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serve() as server, server.send(model * 1000, timeout=20) as connection:
+        with pytest.raises(ConnectionResetError):
+            while True:
+                connection.sendall(model)
+        assert server.client.get("/readyz").status_code == 200

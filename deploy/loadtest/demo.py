@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from deploy.loadtest.client import Client
 from deploy.loadtest.samples import Sample, read_samples
@@ -55,7 +56,7 @@ class Crowd:
 
     def __init__(self, url: str, samples: Sequence[Sample], most: int, period: float) -> None:
         self._clients = {
-            ms: Client(url if ms is None else f"{url}?deadline_ms={ms}")
+            ms: Client(url if ms is None else _asking(url, f"deadline_ms={ms}"))
             for ms in dict.fromkeys(DEADLINES_MS)
         }
         self._samples = samples
@@ -89,6 +90,10 @@ class Crowd:
         client = self._clients[chance.choice(DEADLINES_MS)]
         status, _ = await client.post(data)
         return status
+
+
+def _asking(url: str, parameter: str) -> str:
+    return f"{url}{'&' if urlsplit(url).query else '?'}{parameter}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,8 @@ def read_samples(source: Path, most: int = 10_000) -> list[Sample]:
     chosen = sorted(n for n in names if n.suffix.lower() in SUFFIXES)
     if not chosen:
         raise ValueError(f"{source} has no image")
-    chosen = chosen[:: max(1, len(chosen) // most)][:most]
+    taken = min(most, len(chosen))
+    chosen = [chosen[i * len(chosen) // taken] for i in range(taken)]
     return [Sample(data, name.parent.name or None) for name, data in _read(source, chosen)]
 
 

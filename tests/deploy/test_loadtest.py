@@ -349,6 +349,13 @@ def test_samples_are_the_same_from_a_folder_and_from_its_archive(tmp_path):
     assert read_samples(tmp_path) == [BEAR, OTTER] == read_samples(tmp_path / "all.tar")
 
 
+def test_samples_are_taken_evenly_over_all_files(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_bytes(b"%d" % i)
+    taken = [int(sample.data) for sample in read_samples(tmp_path, most=6)]
+    assert taken == [0, 1, 3, 4, 6, 7]
+
+
 def test_the_demo_comes_in_waves_with_a_peak():
     clients = [demo.wanted_clients(t, most=64, period=100) for t in range(100)]
     assert clients[0] == 1
@@ -364,7 +371,8 @@ def test_the_demo_sends_with_and_without_deadlines():
     async def run():
         server = await asyncio.start_server(note, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        crowd = demo.Crowd(f"http://127.0.0.1:{port}/classify", [OTTER], most=8, period=0.2)
+        url = f"http://127.0.0.1:{port}/classify?top_k=1"
+        crowd = demo.Crowd(url, [OTTER], most=8, period=0.2)
         await crowd.run(1.0)
         server.close()
         return crowd.statuses
@@ -377,4 +385,4 @@ def test_the_demo_sends_with_and_without_deadlines():
 
     statuses = asyncio.run(run())
     assert statuses[200] > 20
-    assert asked["/classify"] and asked["/classify?deadline_ms=25"]
+    assert asked["/classify?top_k=1"] and asked["/classify?top_k=1&deadline_ms=25"]

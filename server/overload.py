@@ -31,6 +31,10 @@ FADING_SECONDS = 60.0
 UNLIMITED_BUDGET_SECONDS = 0.5
 """What counts as the usual deadline where requests have none."""
 LEARNING_RATE = 0.05
+"""Weight of one request in the usual deadline, a mean of logarithms…"""
+MOST_FACTOR = 2.0
+"""…in which none counts as being further than this factor away: a few requests that allow an hour
+must not keep the others' answers from bending."""
 WORK_LEARNING_RATE = 0.01
 """Weight of one answer in the work known of a level."""
 
@@ -96,8 +100,9 @@ class OverloadController:
         self._work[self._index] = known + weight * (work_seconds - known)
 
     def saw_deadline(self, seconds: float) -> None:
-        """Learn how long requests usually allow."""
-        self._budget += LEARNING_RATE * (seconds - self._budget)
+        """Learn how long requests usually allow, from one that allows more than nothing."""
+        factor = min(max(seconds / self._budget, 1 / MOST_FACTOR), MOST_FACTOR)
+        self._budget *= factor**LEARNING_RATE
 
     def update(self, predicted_wait_seconds: float, now: float) -> Level:
         """The level for this predicted wait."""

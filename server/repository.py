@@ -116,6 +116,7 @@ class Served:
             # cuDNN plans every shape anew in each thread: the first request would wait for it.
             engine.prepare(lambda: runner.warm_up(batch_sizes(max_batch)))
         self._engine = engine
+        engine.use(self._controller())  # another point may have been put in force since it was made
         engine.call(lambda: self._say_ready(costs))  # after the programs handed over before
 
     def _use_programs(self, runner: Runner, use: Use, use_team: UseTeam) -> None:

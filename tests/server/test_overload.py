@@ -7,7 +7,7 @@ from deploy.simulator import Arrival, simulate
 from model.policy import NEVER, Rule
 from server.costs import CostTable
 from server.overload import RECOVERY_SECONDS, Level, OverloadController
-from server.repository import ladder
+from server.repository import Served, ladder
 from server.scheduler import Scheduler
 from server.settings import Settings
 
@@ -67,6 +67,27 @@ def test_the_budget_follows_the_deadlines_that_requests_have(controller):
         controller.saw_deadline(0.05)
     controller.update(0.05, now=0.0)
     assert controller.bent
+
+
+def test_a_few_requests_that_allow_an_hour_or_nothing_change_the_usual_deadline_little(controller):
+    usual = controller.calm_seconds
+    for far in (3600.0, 1e-6):
+        for i in range(1000):
+            controller.saw_deadline(far if i % 20 == 0 else DEADLINE)
+            assert 0.9 * usual < controller.calm_seconds < 1.1 * usual
+
+
+def test_a_point_put_in_force_amid_warm_up_is_that_of_the_ladder(bundle_path):
+    class Changed(Served):
+        def _use_programs(self, *handing_over):
+            self.use(self.policy.point_for(0.05))
+
+    served = Changed(Settings(bundle=bundle_path, device="cpu", threads=1, max_batch=1))
+    served.warm_up()
+    served.engine.prepare(lambda: None)  # it has taken what was sent before
+    level = served.engine.scheduler.controller.level
+    served.close()
+    assert (level.max_accuracy_loss, served.point.max_accuracy_loss) == (0.05, 0.05)
 
 
 def test_a_ladder_of_one_level_never_bends():

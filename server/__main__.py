@@ -121,7 +121,8 @@ def _config(served: Served, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nothing here asks who the client is
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        # Without any time uvicorn would not look whether there is anything to wait for.
+        timeout_graceful_shutdown=max(0.1, settings.drain_seconds),  # type: ignore[arg-type]
     )
 
 

@@ -116,17 +116,20 @@ class Engine:
         done.result()
 
     def stop(self) -> None:
-        """End the workers once every job sent so far is settled, and wait for them."""
+        """End the workers once every job sent so far is settled; one that is stuck is left so."""
         self._inbox.put(None)
-        for worker in self._workers:
-            worker.join()
+        for number, worker in enumerate(self._workers):
+            while worker.is_alive() and self._turns(number):
+                worker.join(BEAT_SECONDS)
 
     @property
     def alive(self) -> bool:
         """Whether every worker still turns and the device still computes."""
-        beats = (self._clock() - min(self._beats)) / BEAT_SECONDS
-        turning = all(worker.is_alive() for worker in self._workers) and beats < STUCK_BEATS
-        return turning and not self.broken
+        workers = enumerate(self._workers)
+        return not self.broken and all(w.is_alive() and self._turns(n) for n, w in workers)
+
+    def _turns(self, worker: int) -> bool:
+        return self._clock() - self._beats[worker] < STUCK_BEATS * BEAT_SECONDS
 
     def check(self, deadline: float) -> None:
         """Refuse an image before it is decoded, if it is sure to be refused when it is sent in.

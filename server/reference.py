@@ -21,7 +21,7 @@ from server.settings import PREFIX, Settings
 
 NOTICE = "<!-- Made from the code by: python -m server.reference docs -->\n"
 INFO_LABELS = ("architecture", "device", "dtype", "weights_sha256")
-NUMBERED = {"exit", "stage", "model", "version", "code", "le", *INFO_LABELS}
+NUMBERED = {"exit", "stage", "model", "version", "code", *INFO_LABELS}
 """Labels whose values need no list: of a bundle, or every code."""
 BODIES = ("AnswerBody", "Label", "SeenBody", "Timing", "BatchBody", "ErrorBody", "ModelBody")
 POLICY_BODIES = ("ExitBody", "PolicyBody", "OperatingPoint", "PolicyChange")

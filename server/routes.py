@@ -6,12 +6,14 @@ import asyncio
 import hmac
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
 
 from model.numerics import name_of
 from server import errors, openapi, uploads
@@ -39,6 +41,7 @@ from server.tickets import Seen
 
 Query_ = Annotated[Parameters, Query()]
 MAX_BATCH_IMAGES = 256
+STUCK = "a worker of the engine is stuck, or the device computes nothing"
 NOT_WANTED = re.compile(r"q=0(\.0*)?")
 """The weight of what a client would rather not have (RFC 9110, 12.4.2)."""
 
@@ -135,9 +138,11 @@ async def post_classify(
     """
     admission = admit(parameters, served)  # say no before the body is read
     data = await uploads.read_image(request)
-    if wants_events(request.headers.get("accept", "")):
-        return await _stream(_events(data, admission, served, context, request))
     with ending_with_client(request.scope):
+        if wants_events(request.headers.get("accept", "")):
+            events = _events(data, admission, served, context)
+            # With its first event, so that what fails before it still has its status.
+            return EventStream(await anext(events), events)
         body = await classify(data, admission, served, context)
     return _encoded(body, served)
 
@@ -199,32 +204,44 @@ def wants_events(accept: str) -> bool:
     )
 
 
-async def _stream(events: AsyncIterator[bytes]) -> Response:
-    """Begin to answer with the first event, so that what fails before it still has its status."""
-    first = await anext(events)
+class EventStream(StreamingResponse):
+    """Ends with its client, by an error: Starlette's would count as sent whole.
 
-    async def all_events() -> AsyncIterator[bytes]:
-        yield first
-        async for each in events:
-            yield each
+    Args:
+        first: the event that there is already.
+        others: gives those that follow.
+    """
 
-    return StreamingResponse(
-        all_events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
-    )
+    def __init__(self, first: bytes, others: AsyncGenerator[bytes]) -> None:
+        headers = {"cache-control": "no-store"}
+        super().__init__(_after(first, others), headers=headers, media_type="text/event-stream")
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ending_with_client(scope):
+            async with aclosing(self._others):
+                await self.stream_response(send)
+
+
+async def _after(first: bytes, others: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for each in others:
+        yield each
 
 
 async def _events(
-    data: bytes, admission: Admission, served: Served, context: Context, request: Request
-) -> AsyncIterator[bytes]:
+    data: bytes, admission: Admission, served: Served, context: Context
+) -> AsyncGenerator[bytes]:
     labels = served.bundle.description.classes
     passed: asyncio.Queue[Seen | None] = asyncio.Queue()
 
-    async def answer() -> dict[str, Any]:
-        with ending_with_client(request.scope):
-            return await classify(data, admission, served, context, passed.put_nowait)
+    def end(done: asyncio.Task[dict[str, Any]]) -> None:
+        passed.put_nowait(None)
+        if not done.cancelled():
+            done.exception()  # which asyncio would log, where nobody asks any more
 
-    work = asyncio.ensure_future(answer())
-    work.add_done_callback(lambda _: passed.put_nowait(None))
+    work = asyncio.ensure_future(classify(data, admission, served, context, passed.put_nowait))
+    work.add_done_callback(end)
     begun = False
     try:
         while (seen := await passed.get()) is not None:
@@ -357,24 +374,30 @@ def _text(yes: str, no: str | None = None) -> dict[str, Any]:
 @public.get(
     "/livez",
     summary="Whether the process works",
-    **_text("It does", "It should be restarted: a worker of the engine is stuck"),
+    **_text("It does", f"It should be restarted: {STUCK}"),
 )
 async def get_livez(served: Served_) -> Response:
     """200 while the engine loop turns, whether or not requests are taken."""
-    return _health(served.alive, "live", "a worker of the engine is stuck")
+    return _health(served.alive, "live", STUCK)
 
 
 @public.head("/readyz", include_in_schema=False)
 @public.get(
     "/readyz",
     summary="Whether requests are taken",
-    **_text("They are", "Not now: warming up, or draining"),
+    **_text("They are", f"Not now: warming up, draining, or {STUCK}"),
 )
 async def get_readyz(served: Served_) -> Response:
-    """200 once every stage and batch size is warm, 503 before that and once told to end."""
-    return _health(
-        served.ready, "ready", "draining" if served.leaving or served.draining else "warming up"
-    )
+    """200 once every stage and batch size is warm, 503 before that, once told to end, and
+    while /livez says no.
+    """
+    return _health(served.ready, "ready", _why_unready(served))
+
+
+def _why_unready(served: Served) -> str:
+    if served.leaving or served.draining:
+        return "draining"
+    return "warming up" if served.alive else STUCK
 
 
 def _health(good: bool, yes: str, no: str) -> Response:

@@ -27,6 +27,8 @@ from model.cores import usable_cores
 
 PREFIX = "OFFRAMP_"
 DAY_SECONDS = 86_400.0
+MOST_PIXELS = 178_956_970
+"""Pillow opens no image of more."""
 
 
 class SettingsError(Exception):
@@ -115,7 +117,9 @@ class Settings(BaseSettings):
         description="most bytes of request bodies in memory, all together; what would be more is "
         "refused",
     )
-    max_pixels: int = Field(50_000_000, ge=1, description="most pixels an image may announce")
+    max_pixels: int = Field(
+        50_000_000, ge=1, le=MOST_PIXELS, description="most pixels an image may announce"
+    )
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode large images")
     audit_rate: float = Field(
         0.01,

@@ -655,6 +655,18 @@ def test_a_worker_that_is_stuck_is_seen_though_another_turns():
     world.engine.stop()
 
 
+def test_the_end_does_not_wait_for_a_worker_that_is_stuck():
+    world, hangs, goes_on = World(workers=2), threading.Event(), threading.Event()
+    world.runner.meanwhile = lambda: (hangs.set(), goes_on.wait(20))
+    world.engine.start()
+    world.submit(0.9)
+    assert hangs.wait(10)
+    world.now += STUCK_BEATS * BEAT_SECONDS + SECONDS
+    world.engine.stop()
+    assert not goes_on.is_set()
+    goes_on.set()
+
+
 def test_a_worker_with_a_long_batch_is_not_stuck():
     world, hangs, goes_on = World(), threading.Event(), threading.Event()
     world.engine.scheduler.costs.replace(1, {1: 60.0})

@@ -78,6 +78,18 @@ def test_a_streaming_client_that_goes_away_frees_its_place(one, png):
     assert one.post(png).status_code == 200
 
 
+def test_a_streaming_client_that_goes_away_after_an_exit_was_not_answered(one, png, caplog):
+    head = HEAD.replace(b"Host", b"Accept: text/event-stream\r\nHost") % len(png)
+    with gated(one) as gate, one.send(head + png) as connection:
+        gate.let_through()
+        until(lambda: b"event: exit" in connection.recv(4096))
+        connection.close()
+        until(lambda: one.metric("requests_total", route="/classify", code="499") == 1)
+    assert one.metric("requests_total", route="/classify", code="200") == 0
+    assert one.post(png).status_code == 200
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 @pytest.mark.slow
 def test_a_client_that_leaves_its_whole_batch_behind_frees_every_place(one, png):
     part = b'--X\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n%s\r\n'

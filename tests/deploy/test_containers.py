@@ -224,6 +224,13 @@ def test_the_cache_is_mounted_where_the_image_writes():
     assert dict(mounts("server"))["cache"] == variables()["XDG_CACHE_HOME"]
 
 
+@pytest.mark.parametrize("compose", [SERVICES, {**SERVICES, **GPU["services"]}])
+def test_every_image_that_is_built_is_built_once(compose):
+    """Two builds of one tag at once may fail."""
+    assert [name for name, service in compose.items() if "build" in service] == ["server"]
+    assert compose["load"]["image"] == compose["server"]["image"]
+
+
 def test_every_setting_that_is_given_exists():
     given = {*variables(), *SERVICES["server"]["environment"], *GPU_SERVER["environment"]}
     known = {PREFIX + name.upper() for name in Settings.model_fields}
@@ -263,8 +270,7 @@ def test_the_demo_load_comes_by_profile_only_and_has_its_images():
 
 def test_the_gpu_override_changes_services_that_exist_and_asks_for_a_card():
     assert set(GPU["services"]) <= set(SERVICES)
-    for service in GPU["services"].values():
-        assert set(service["build"]["args"]) <= {a.split("=")[0] for a in instructions("ARG")}
+    assert set(GPU_SERVER["build"]["args"]) <= {a.split("=")[0] for a in instructions("ARG")}
     (device,) = GPU_SERVER["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
 

@@ -210,6 +210,11 @@ def load_settings(argv: Sequence[str]) -> Settings:
     """
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     unknown = sorted(n for n in os.environ if n.upper().startswith(PREFIX) and n not in known)
+    if any(name.endswith("_SERVICE_HOST") for name in unknown):
+        raise SettingsError(
+            f"Kubernetes sets {', '.join(unknown)} for a Service called as the settings are; "
+            "set enableServiceLinks: false in the pod's spec"
+        )
     if unknown:
         raise SettingsError(f"unknown setting {', '.join(unknown)}; see python -m server --help")
     command_line: CliSettingsSource[Settings] = CliSettingsSource(

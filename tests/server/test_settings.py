@@ -30,6 +30,13 @@ def test_an_unknown_name_in_the_environment_stops_the_start(environment, name):
         load_settings([])
 
 
+def test_what_kubernetes_sets_for_a_service_of_the_same_name_is_told_from_a_setting(environment):
+    environment("OFFRAMP_SERVICE_HOST", "10.0.0.1")
+    environment("OFFRAMP_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(SettingsError, match=r"OFFRAMP_SERVICE_HOST.* enableServiceLinks: false"):
+        load_settings([])
+
+
 def test_an_unknown_flag_stops_the_start_by_name(capsys):
     with pytest.raises(SystemExit) as stop:
         load_settings(["--max-bacth", "1"])

@@ -161,7 +161,7 @@ def _table(summaries: dict[str, Any]) -> str:
     add("accuracy of answers", "accuracy_of_answers", form="{:.1%}")
     add("effective accuracy", "effective_accuracy", form="{:.1%}")
     for p in ("p50", "p95", "p99"):
-        add(f"latency {p}, ms", "latency_ms", p)
+        add(f"latency of answers {p}, ms", "latency_ms", p)
     for name in ("status", "exits", "reasons"):
         add(name, name, form="{}")
     add("tester could send, times this", "tester_headroom")

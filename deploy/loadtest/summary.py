@@ -20,8 +20,8 @@ def summarise(
 
     Rates are over the length of the load, whenever its last answer came: a single late one would
     make all of them small. They count the answers that came within it, since a server that still
-    works off a backlog afterwards does so without being loaded. Shares, percentiles and counts are
-    of all requests.
+    works off a backlog afterwards does so without being loaded. Shares and counts are of all
+    requests, latencies of the answers: of two servers that answer unequally many, compare goodput.
 
     Args:
         results: of one load against one server.

@@ -46,14 +46,19 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    _keep(said, arguments.json)  # before the simulations, which may fail
     for row in tqdm(said["rows"], "simulations", leave=False, disable=None):
         row["simulated"] = _simulated(said, row)
     print(f"{_costs(said)}\n\n{table(said['rows'])}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(said) + "\n")
+    _keep(said, arguments.json)
     if arguments.plot:
         plot(said["rows"], arguments.plot)
     return 0
+
+
+def _keep(said: Row, file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(said) + "\n")
 
 
 def _measured(arguments: argparse.Namespace) -> Row:
@@ -69,13 +74,15 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
     loads = list(itertools.product(KINDS, FACTORS))
     seconds = len(loads) * arguments.seconds + 5 * COSTS_SECONDS
     print(f"{len(loads)} loads, about {1.3 * seconds / 60:.1f} minutes", file=sys.stderr)
-    confidences, right = await record_exits(arguments.url, samples)
+    confidences, right = await record_exits(arguments.url, arguments.admin_token, samples)
     costs = await measure(arguments.url, arguments.admin_token, samples, COSTS_SECONDS)
     rows = []
     with tqdm(loads, "loads", leave=False, disable=None) as bar:
         for kind, factor in bar:
             bar.set_description(f"{kind} at {factor:g} of full depth")
             times = KINDS[kind](factor * costs.full_depth_per_second, arguments.seconds)
+            if not times:
+                raise ValueError("no request comes at the smallest load; ask for more --seconds")
             row = await record(
                 arguments.url,
                 arguments.admin_token,

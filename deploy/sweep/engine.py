@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
+from urllib.error import HTTPError, URLError
 
 from server.costs import CostTable
 
@@ -13,13 +14,23 @@ Row = dict[str, Any]
 
 
 def engine(url: str, admin_token: str) -> Row:
-    """As `GET /engine` gives it now."""
+    """As `GET /engine` gives it now.
+
+    Raises:
+        OSError: it does not; the message says what a person can do about it.
+    """
     request = urllib.request.Request(
         f"{url}/engine", headers={"Authorization": f"Bearer {admin_token}"}
     )
-    with urllib.request.urlopen(request, timeout=10) as response:
-        said: Row = json.load(response)
-    return said
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return cast(Row, json.load(response))
+    except HTTPError as error:
+        error.close()  # it is the response, too
+        said = f"{url}/engine answers {error.code}; is it the server's admin token?"
+        raise OSError(said) from None
+    except URLError as error:
+        raise OSError(f"{url} gives no answer: {error.reason}") from None
 
 
 def cost_table(said: Mapping[str, Any], times: float = 1.0) -> CostTable:

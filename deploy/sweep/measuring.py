@@ -109,10 +109,11 @@ async def measure(url: str, admin_token: str, samples: Sequence[Sample], seconds
     beginning and answering is seen in the timings of requests sent one by one.
     """
     share = await _begin_share(url, samples)
+    full_depth = full_depth_query(url, admin_token)
     some = await _flood(url, samples, f"threshold=0&{UNHURRIED}", CLIENTS, seconds)
-    deep = await _flood(url, samples, f"threshold=1&{UNHURRIED}", CLIENTS, seconds)
+    deep = await _flood(url, samples, full_depth, CLIENTS, seconds)
     some += await _flood(url, samples, f"threshold=0&{UNHURRIED}", CLIENTS, seconds)
-    deep += await _flood(url, samples, f"threshold=1&{UNHURRIED}", CLIENTS, seconds)
+    deep += await _flood(url, samples, full_depth, CLIENTS, seconds)
     refused = await _flood(url, samples, "deadline_ms=1", IMPATIENT, seconds)
     request = (some + deep).request_seconds
     return Costs(
@@ -148,11 +149,17 @@ async def _begin_share(url: str, samples: Sequence[Sample]) -> float:
     return statistics.median(shares)
 
 
+def full_depth_query(url: str, admin_token: str) -> str:
+    """What has every image pass all exits; a threshold of 1 is reached by what rounds to it."""
+    exits = 1 + len(engine(url, admin_token)["ladder"][0]["thresholds"])
+    return f"min_exit={exits}&{UNHURRIED}"
+
+
 async def record_exits(
-    url: str, samples: Sequence[Sample]
+    url: str, admin_token: str, samples: Sequence[Sample]
 ) -> tuple[list[Confidences], list[tuple[bool, ...]] | None]:
     """How sure every exit is of each image, and whether it is right; None without labels."""
-    client = Client(f"{url}/classify?threshold=1&explain=true&{UNHURRIED}")
+    client = Client(f"{url}/classify?explain=true&{full_depth_query(url, admin_token)}")
     recorded, right = [], []
     for sample in tqdm(samples, "recording confidences", leave=False, disable=None):
         answer = await _asked(client, url, sample)

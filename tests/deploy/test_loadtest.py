@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import math
+import resource
 import tarfile
 from collections import Counter
 
@@ -159,6 +160,19 @@ def test_a_head_without_end_is_counted_not_raised():
 def test_a_server_that_falls_silent_is_given_up(load):
     results = against_server(load)
     assert [(r.status, r.right) for r in results] == [(0, False)] * 2
+
+
+def test_a_load_tester_that_may_open_nothing_more_says_so():
+    async def too_many(client):
+        least = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, least[1]))
+        try:
+            return await client.post(OTTER.data)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, least)
+
+    with pytest.raises(OSError, match="Too many open files"):
+        against_server(too_many)
 
 
 def test_a_client_that_is_answered_goes_on_to_send_every_image_once():

@@ -123,6 +123,12 @@ def test_a_server_that_is_gone_is_one_sentence(tmp_path, capsys):
     assert "error: http://127.0.0.1:9 gives no answer" in capsys.readouterr().err
 
 
+def test_a_wrong_token_is_one_sentence(server, tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(encode(noise()))
+    assert main([server.url, "--images", str(tmp_path), "--admin-token", "t"]) == 2
+    assert "/engine answers 404; is it the server's admin token?" in capsys.readouterr().err
+
+
 def test_a_sweep_shorter_than_a_burst_is_refused(tmp_path, capsys):
     command = ["http://127.0.0.1:9", "--images", str(tmp_path), "--admin-token", "t"]
     assert main([*command, "--seconds", "1"]) == 2

@@ -99,7 +99,7 @@ def _offered(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
     print(f"{len(peers)} servers, {minutes:.0f} minutes at most", file=sys.stderr)
     bundle = arguments.bundle.resolve()
     with started(OURS, sys.executable, bundle, samples[0]):
-        full_depth = offered.capacity(OURS, samples, seconds, "threshold=1")
+        full_depth = offered.capacity(OURS, samples, seconds, f"min_exit={exits}")
         first_exit = offered.capacity(OURS, samples, seconds, "max_exit=1")
     rows: list[Row] = []
     runs = [(peer, kind) for peer in peers for kind in KINDS]

@@ -9,6 +9,7 @@ from typing import Any
 from deploy.loadtest.schedules import PEAK
 from deploy.peers import closed
 from deploy.peers.peer import BEST_BACKEND, EAGER, OTHERS, OUR_WAYS, OURS, PLAIN
+from model.policy import Reason
 from model.table import markdown_table
 
 LATENCY_TIMES_PLAIN = 6.0
@@ -53,12 +54,19 @@ def table(goals: Sequence[Goal]) -> str:
 def of_closed(rows: Sequence[Row]) -> list[Goal]:
     """The goals of the closed loop, as far as the servers that they name were measured.
 
-    Of our own ways they are for the fastest that is as accurate as the best peer, within a point.
+    Of our own ways they are for the fastest that is as accurate as the best peer, within a point,
+    and whose answers no load bent: those would be faster than what its accuracy is known of.
     """
     measured = {row["name"]: row for row in rows if "failed" not in row}
     ways = [measured[way.name] for way in OUR_WAYS if way.name in measured]
+    ways = [way for way in ways if not _bent(way)]
     fair = [way for way in ways if (_accuracy_loss(way, measured) or 0) <= MOST_ACCURACY_LOSS]
     return list(_of_closed(max(fair, key=closed.saturated), measured)) if fair else []
+
+
+def _bent(row: Row) -> bool:
+    reasons = {reason for load in row["clients"].values() for reason in load["reasons"]}
+    return bool(reasons & {Reason.OVERLOAD, Reason.DEADLINE})
 
 
 def _of_closed(ours: Row, measured: Mapping[str, Row]) -> Iterator[Goal]:

@@ -57,9 +57,9 @@ class Network:
 
     @torch.inference_mode()
     def classify(self, images: Sequence[np.ndarray]) -> list[Answer]:
-        """The answer of the deepest exit for each image."""
+        """The answer of the deepest exit for each image; the other heads are not even computed."""
         x = self._bundle.description.preprocess.normalise(torch.from_numpy(np.stack(images)))
-        return answers(self._net(x)[-1], self._bundle.description.classes)
+        return answers(self._net.deepest(x), self._bundle.description.classes)
 
 
 def answers(logits: Tensor, labels: Sequence[str]) -> list[Answer]:

@@ -51,8 +51,16 @@ def loads(kind: str, capacity: float, seconds: float) -> list[Load]:
         kind: a name in `KINDS`.
         capacity: images a second that are load 1.
         seconds: length of each.
+
+    Raises:
+        ValueError: at the smallest of them no request comes.
     """
-    made = (tuple(KINDS[kind](factor * capacity, seconds)) for factor in FACTORS)
+    made = [tuple(KINDS[kind](factor * capacity, seconds)) for factor in FACTORS]
+    if not all(made):
+        raise ValueError(
+            f"at {FACTORS[0]:g} of {capacity:.3g} images a second no request comes within "
+            f"{seconds:g} s; ask for longer loads with --seconds"
+        )
     return [Load(kind, f, times, seconds) for f, times in zip(FACTORS, made, strict=True)]
 
 

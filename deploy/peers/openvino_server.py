@@ -27,8 +27,7 @@ class Deepest(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 `[N, H, W, 3]` to `[N, classes]`."""
-        logits: Tensor = self._net(self._preprocess.normalise(pixels))[-1]
-        return logits
+        return self._net.deepest(self._preprocess.normalise(pixels))
 
 
 class Classify(Worker):

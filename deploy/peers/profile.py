@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Set
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.exposition import scrape
+from model.cores import usable_cores
 from model.table import markdown_table
 
 ENGINE, TEAM, LOOP, DECODERS, REST = (
@@ -62,7 +62,7 @@ def profile(pid: int, before: Moment, after: Moment) -> dict[str, Any]:
     Outside stages is the event loop, decoding and whatever else is not the engine; and of the
     engine's workers the time that they ran, or were ready to run, less what they spent in stages.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     seconds = after.seconds - before.seconds
     stages = after.stage_seconds - before.stage_seconds
     running = dict.fromkeys((ENGINE, TEAM, LOOP, DECODERS, REST), 0.0)

@@ -28,6 +28,7 @@ from tests.conftest import CLASSES, encode, noise
 SUMMARY = {
     "answered_per_second": 120.4,
     "in_time_share": 0.99,
+    "reasons": {"confident": 10},
     "latency_ms": {"p50": 8.04, "p99": 12.0},
 }
 
@@ -73,6 +74,15 @@ def test_goals_are_for_our_fastest_way_that_is_as_accurate_as_the_best_peer():
     assert "at 2 points" in goals.of_closed([peer, ours, fast])[1].name
     rough = closed_row(AS_ACCURATE.name, 1300, 1.5, 0.719)
     assert "at 2 points" not in goals.of_closed([peer, ours, rough])[1].name
+
+
+def test_goals_leave_out_a_way_of_ours_whose_answers_were_bent():
+    ours, bent = closed_row(OURS.name, 1000, 2.0), closed_row(AS_ACCURATE.name, 1300, 1.5)
+    full_load = {**bent["clients"]["32"], "reasons": {"confident": 9, "overload": 1}}
+    bent = {**bent, "clients": {**bent["clients"], "32": full_load}}
+    peer = closed_row(PLAIN.name, 100, 6.0)
+    assert goals.of_closed([peer, ours, bent]) == goals.of_closed([peer, ours])
+    assert goals.of_closed([peer, bent]) == []
 
 
 def test_goals_leave_out_servers_that_failed():
@@ -165,6 +175,12 @@ def test_a_peer_that_answers_nothing_is_offered_nothing():
 def test_loads_are_not_made_of_a_capacity_that_is_nothing():
     with pytest.raises(PeerError, match="fading answered no image in"):
         while_answering(0, lambda peer: offered.capacity(peer, OTTERS, FEW_SECONDS))
+
+
+@pytest.mark.parametrize("kind", offered.KINDS)
+def test_loads_that_would_hold_no_request_are_refused(kind):
+    with pytest.raises(ValueError, match="no request comes within 2 s"):
+        offered.loads(kind, capacity=1.0, seconds=2)
 
 
 def test_offered_loads_are_multiples_of_our_capacity_with_the_same_mean_in_bursts():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from model.png import decode_plain
 
@@ -40,9 +40,30 @@ class ImageTooLarge(ImageError):
     code = "image_too_large"
 
 
+MOST_SCANS = 100
+"""Of a JPEG, as libtiff has it. A progressive one has about ten; each goes over all its pixels,
+however few bytes it has."""
+
+START_OF_SCAN = b"\xff\xda"
+"""Which data between markers cannot hold."""
+
+MOST_TEXT_BYTES = 4 * 2**20
+"""Of a PNG's comments, which are inflated with its header."""
+
+TWICE_AS_HEAVY = {"WEBP"}
+"""Formats whose decoder takes 16 bytes a pixel, where others take up to 9."""
+
+STRIP_PIXELS = 2**20
+"""Converted at a time: some conversions need several copies of what they convert."""
+
+
 def prepare() -> None:
-    """Import every format; else the first image that is neither PNG nor JPEG does, for 0.1 s."""
+    """Import every format; else the first image that is neither PNG nor JPEG does, for 0.1 s.
+
+    Pillow would inflate 64 MiB of comments.
+    """
     Image.init()
+    PngImagePlugin.MAX_TEXT_MEMORY = MOST_TEXT_BYTES
 
 
 def decode(data: bytes, size: int, max_pixels: int) -> Image.Image:
@@ -55,7 +76,7 @@ def decode(data: bytes, size: int, max_pixels: int) -> Image.Image:
     Args:
         data: the encoded image.
         size: side of the square that the network wants, in pixels.
-        max_pixels: the most pixels the header may announce.
+        max_pixels: the most pixels the header may announce; of a WebP, half as many.
 
     Raises:
         UnsupportedImage, BrokenImage, ImageTooLarge
@@ -83,12 +104,13 @@ def read_header(data: bytes, max_pixels: int) -> Header:
     except Exception:  # Pillow's parsers raise many kinds on hostile input
         raise BrokenImage("the image's header is broken") from None
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageTooLarge(
-            f"the image is {width}x{height}; at most {max_pixels} pixels are allowed"
-        )
+    most = max_pixels // 2 if image.format in TWICE_AS_HEAVY else max_pixels
+    if width * height > most:
+        raise ImageTooLarge(f"the image is {width}x{height}; at most {most} pixels are allowed")
     if width == 0 or height == 0:
         raise BrokenImage("the image has no pixels")
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and data.count(START_OF_SCAN) > MOST_SCANS:
+        raise BrokenImage(f"the image has more than {MOST_SCANS} scans")
     return image
 
 
@@ -108,8 +130,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
+    strips = list(_strips(image))
+    most = max(_most(image.crop(box)) for box in strips) if image.mode in _WIDE else 0.0
+    if len(strips) == 1:
+        return _strip_to_rgb(image, most)
+    whole = Image.new("RGB", image.size)
+    for box in strips:
+        whole.paste(_strip_to_rgb(image.crop(box), most), box)
+    return whole
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes that cover an image, each of whole rows."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(image.height, top + rows)
+
+
+def _strip_to_rgb(image: Image.Image, most: float) -> Image.Image:
     if image.mode in _WIDE:
-        image = Image.fromarray(_WIDE[image.mode](np.asarray(image)))
+        image = Image.fromarray(_WIDE[image.mode](np.asarray(image), most))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -117,25 +157,34 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_16_bit(pixels: np.ndarray) -> np.ndarray:
+def _most(image: Image.Image) -> float:
+    """The largest value, where a pixel's are of more than 8 bits."""
+    return float(_finite(np.asarray(image)).max())
+
+
+def _finite(pixels: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
+
+
+def _from_16_bit(pixels: np.ndarray, _: float) -> np.ndarray:
     return (pixels >> 8).astype(np.uint8)
 
 
-def _from_32_bit(pixels: np.ndarray) -> np.ndarray:
-    wide = pixels.max() > 255  # a 16-bit image widened, or an 8-bit one
+def _from_32_bit(pixels: np.ndarray, most: float) -> np.ndarray:
+    wide = most > 255  # a 16-bit image widened, or an 8-bit one
     return np.clip(pixels >> 8 if wide else pixels, 0, 255).astype(np.uint8)
 
 
-def _from_float(pixels: np.ndarray) -> np.ndarray:
-    finite = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
-    scale = 255 if finite.max() <= 1 else 1
-    return np.clip(finite * scale, 0, 255).astype(np.uint8)
+def _from_float(pixels: np.ndarray, most: float) -> np.ndarray:
+    scale = 255 if most <= 1 else 1
+    return np.clip(_finite(pixels) * scale, 0, 255).astype(np.uint8)
 
 
-_WIDE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+_WIDE: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "I;16": _from_16_bit,
     "I;16L": _from_16_bit,
     "I;16B": _from_16_bit,
     "I": _from_32_bit,
     "F": _from_float,
 }
+"""By mode: pixels, and the largest value of the whole image, to 8 bits."""

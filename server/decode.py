@@ -26,7 +26,7 @@ from server.threads import name_thread
 SMALL_PIXELS = 128 * 128
 """Decoding fewer takes about 0.2 ms at most, which is what a thread hop may cost under load."""
 
-SMALL_BYTES = 1 << 18
+SMALL_BYTES = 1 << 16
 """More for so few pixels is no honest image, and reading its header alone may take minutes."""
 
 ERRORS: dict[type[image.ImageError], type[OfframpError]] = {

@@ -6,8 +6,9 @@ fastest for each second of device time, counting the stages they may still need;
 more the longer its jobs have waited, so none starves. A batch yields to another whose jobs would
 be late if they waited for it, to a first-stage batch above all, since before the first exit being
 late is an error. A job that can no longer be in time is never started: it is answered at once with
-what it has. A job beside which there is no other has the workers' cores all to itself. When nothing
-is left to do, an audited job takes a step.
+what it has; but now and then, when there is nothing else to do, one is started all the same, to see
+whether that is so. A job beside which there is no other has the workers' cores all to itself. When
+nothing is left to do, an audited job takes a step.
 
 The scheduler is pure: it owns no clock, no thread and no tensor, and never looks into a payload.
 """
@@ -34,6 +35,11 @@ MAX_AUDITS = 64
 QUIET_SECONDS = 0.01
 """An audited job takes a step only after so long without a live one, since the next live one would
 have to wait for it."""
+PROBE_SECONDS = 1.0
+"""Nothing having run for so long, a job runs that is expected to be late even if it is alone. What
+is expected is learned from what runs: after a spell in which the machine was slow, or a start in
+one, every job might be refused for good."""
+NOBODY = math.inf, -math.inf
 LEAVING_RATE = 0.02
 """Weight of one job in the running share of jobs that leave at an exit."""
 
@@ -154,8 +160,12 @@ class Scheduler:
         self._ends: dict[int, float] = {}
         """When each running batch is expected to end, by the number of its first job."""
         self._live_until = -math.inf
-        self._refusing = (math.inf, -math.inf)
+        self._refusing = NOBODY
         """Deadlines from that of the last job refused until when it would have had its answer."""
+        self._probe: Job | None = None
+        """A job that runs if nothing else does."""
+        self._probe_at = math.inf
+        """When what is expected will have been learned too long ago."""
         self.backlog_seconds = 0.0
         """The predicted wait when the last step was chosen."""
 
@@ -170,9 +180,13 @@ class Scheduler:
         """
         job.state = JobState.DONE
         self._live_until = now
+        self._probe_at = min(self._probe_at, now + PROBE_SECONDS)
         self.controller.saw_arrival(now)
         if now + self.costs.seconds(1, 1, alone=True) > job.deadline:
-            raise TooLate
+            if not self._may_probe(job, now):
+                raise TooLate
+            self._probe, job.state = job, JobState.WAITING
+            return
         if math.isfinite(job.deadline):
             self.controller.saw_deadline(job.deadline - job.arrived)
         first_exit = now + self._first_exit_seconds(job, now)
@@ -202,7 +216,9 @@ class Scheduler:
             Whether it waited; one that runs is only forgotten when it has run.
         """
         waited = job.state is JobState.WAITING
-        if waited:
+        if job is self._probe:
+            self._probe = None
+        elif waited:
             self._queues[job.stage].remove(job)
         if job.state is not JobState.AUDITED:
             job.state = JobState.DONE
@@ -220,6 +236,8 @@ class Scheduler:
 
     def next_step(self, now: float) -> Step:
         """Choose what a free worker does now, and take those jobs off their queues."""
+        if not self._queues[1]:
+            self._refusing = NOBODY  # of whom is behind an image there
         self.workers = self._workers_worth_their_core()
         self.backlog_seconds = self.predicted_wait(now)
         self.controller.update(self.backlog_seconds, now)
@@ -227,7 +245,8 @@ class Scheduler:
         overdue = self._take_overdue(now, alone)
         batch = self._choose(now)
         if batch is None:
-            return Step(self._take_audit(now), tuple(overdue))
+            return Step(self._take_probe(now) or self._take_audit(now), tuple(overdue))
+        overdue += self._drop_probe()
         if alone:
             seconds = self.costs.seconds(batch.stage, 1, alone)
             batch = Batch(batch.stage, batch.jobs, seconds, alone=True)
@@ -257,7 +276,7 @@ class Scheduler:
         """
         self.costs.observe(batch.stage, len(batch.jobs), seconds, batch.alone)
         self._ended(batch.jobs[0])
-        self._live_until = now
+        self._live_until, self._probe_at = now, now + PROBE_SECONDS
         thresholds = self.controller.level.thresholds
         answered = []
         for job, confidence in zip(batch.jobs, confidences, strict=True):
@@ -302,7 +321,8 @@ class Scheduler:
 
     def queued(self) -> list[int]:
         """How many jobs wait for each stage, shallow to deep."""
-        return [len(queue) for queue in self._queues.values()]
+        first, *others = map(len, self._queues.values())
+        return [first + (self._probe is not None), *others]
 
     @property
     def calls_for_another_worker(self) -> bool:
@@ -362,6 +382,25 @@ class Scheduler:
         if len(self._ends) < self.workers:
             return now
         return max(now, sorted(self._ends.values())[len(self._ends) - self.workers])
+
+    def _may_probe(self, job: Job, now: float) -> bool:
+        return self._only(0) and not self._probe and self._probe_at <= now < job.deadline
+
+    def _take_probe(self, now: float) -> Batch | None:
+        job, self._probe = self._probe, None
+        if job is None:
+            return None
+        job.state = JobState.RUNNING
+        seconds = self.costs.seconds(1, 1, alone=True)
+        self._ends[job.number] = now + seconds
+        return Batch(1, (job,), seconds, alone=True)
+
+    def _drop_probe(self) -> list[Job]:
+        job, self._probe = self._probe, None
+        if job is None:
+            return []
+        job.state = JobState.DONE
+        return [job]
 
     def _only(self, jobs: int) -> bool:
         """Whether so many jobs wait and nothing runs."""

@@ -118,7 +118,10 @@ class Settings(BaseSettings):
         "refused",
     )
     max_pixels: int = Field(
-        50_000_000, ge=1, le=MOST_PIXELS, description="most pixels an image may announce"
+        50_000_000,
+        ge=1,
+        le=MOST_PIXELS,
+        description="most pixels an image may announce; a WebP half as many",
     )
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode large images")
     audit_rate: float = Field(

@@ -9,11 +9,13 @@ from PIL import Image
 
 from model.image import (
     FORMATS,
+    MOST_SCANS,
     BrokenImage,
     ImageError,
     ImageTooLarge,
     UnsupportedImage,
     decode,
+    prepare,
     read_header,
     render,
 )
@@ -204,15 +206,14 @@ def test_damage_anywhere_is_a_broken_image_or_a_picture_but_no_other_failure(for
             assert str(error)
 
 
-def png_header(width, height):
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+
+def png_header(width, height, comments=b""):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + comments + pixels + chunk(b"IEND", b"")
 
 
 def test_an_image_over_the_pixel_limit_is_refused_from_its_header():
@@ -224,6 +225,56 @@ def test_an_image_over_the_pixel_limit_is_refused_from_its_header():
 def test_a_decompression_bomb_is_refused_from_its_header():
     with pytest.raises(ImageTooLarge):
         read_header(png_header(60_000, 60_000), LIMIT)
+
+
+def test_a_webp_may_have_half_as_many_pixels_since_it_takes_twice_the_memory():
+    data = encode(Image.new("RGB", (100, 100)), "WEBP")
+    assert read_header(data, 20_000).size == (100, 100)
+    with pytest.raises(ImageTooLarge, match="100x100; at most 9999 pixels"):
+        read_header(data, 19_999)
+
+
+def jpeg_with_scans(scans):
+    """A progressive one whose last scan is repeated."""
+    data = encode(noise(), "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    last, end = data[start:-2], data[-2:]
+    return data[:start] + last * (scans - data[:start].count(b"\xff\xda")) + end
+
+
+def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused_from_its_header():
+    assert decode(encode(noise(), "JPEG", progressive=True), 32, LIMIT)
+    read_header(jpeg_with_scans(MOST_SCANS), LIMIT)
+    with pytest.raises(BrokenImage, match="more than 100 scans"):
+        read_header(jpeg_with_scans(MOST_SCANS + 1), LIMIT)
+
+
+def test_comments_that_are_inflated_with_a_header_are_bounded():
+    prepare()
+    comment = chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2**20)))
+    assert read_header(png_header(10, 10, comment * 4), LIMIT).size == (10, 10)
+    with pytest.raises(BrokenImage):
+        read_header(png_header(10, 10, comment * 5), LIMIT)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I", "F"])
+def test_large_images_are_converted_in_strips_to_the_same_pixels(mode, monkeypatch):
+    size, wide = (
+        (32, 32),
+        {"I;16": (np.uint16, 2**16), "I": (np.int32, 2**16), "F": (np.float32, 1)},
+    )
+    kind, most = wide.get(mode, (None, 0))
+    if kind:
+        image = Image.fromarray((np.random.default_rng(0).random(size) * most).astype(kind))
+    else:
+        image = noise().convert("RGBA" if mode in ("LA", "RGBA") else "RGB")
+        if mode in ("LA", "RGBA"):
+            image.putalpha(noise(seed=1).convert("L"))
+        image = image.convert(mode)
+    format = "PNG" if mode in ("RGBA", "LA", "P", "L", "1", "I;16") else "TIFF"
+    whole = decoded(image, format)
+    monkeypatch.setattr("model.image.STRIP_PIXELS", 5 * 32)
+    assert (decoded(image, format) == whole).all()
 
 
 def test_an_image_without_pixels_is_refused():

@@ -17,7 +17,15 @@ from deploy.simulator import Arrival, simulate
 from model.policy import Reason, Rule
 from server.costs import CostTable
 from server.overload import Level, OverloadController
-from server.scheduler import QUIET_SECONDS, Job, JobState, Refused, Scheduler, TooLate
+from server.scheduler import (
+    PROBE_SECONDS,
+    QUIET_SECONDS,
+    Job,
+    JobState,
+    Refused,
+    Scheduler,
+    TooLate,
+)
 from tests.examples import examples
 
 STAGES = 4
@@ -169,6 +177,82 @@ def test_a_job_that_would_be_late_even_alone_is_too_late_rather_than_refused():
         scheduler.admit(one, 0.0)
     assert one.done
     assert scheduler.queued() == [0] * STAGES
+
+
+def slowed(scheduler):
+    """After a spell in which the machine was slow; the first job to expect is far too late."""
+    now = 0.0
+    while scheduler.costs.seconds(1, 1) < 0.02:
+        scheduler.admit(job(arrived=now), now)
+        batch = scheduler.next_step(now).batch
+        now += 0.1
+        scheduler.settle(batch, [0.9], 0.1, now)
+    return now
+
+
+def test_after_a_slow_spell_jobs_are_in_time_again_though_all_of_them_seemed_too_late():
+    scheduler = make_scheduler()
+    now, fine = slowed(scheduler), 0
+    for _ in range(5000):
+        now += 0.02
+        one = job(now, now + 0.01)
+        with contextlib.suppress(TooLate):
+            scheduler.admit(one, now)
+            if (batch := scheduler.next_step(now).batch) is not None:
+                scheduler.settle(batch, [0.9], 0.001, now + 0.001)
+                fine += one.done
+    assert fine > 2500
+    assert scheduler.costs.seconds(1, 1) < 0.01
+
+
+def probing(scheduler):
+    """With a job that runs, though it seems too late, if nothing else does."""
+    now = slowed(scheduler) + PROBE_SECONDS
+    one = job(now, now + 0.01)
+    scheduler.admit(one, now)
+    with pytest.raises(TooLate):
+        scheduler.admit(job(now, now + 0.01), now)
+    assert scheduler.queued() == [1] + [0] * (STAGES - 1)
+    return one, now
+
+
+def test_a_job_that_seems_too_late_runs_only_if_nothing_else_has_for_long():
+    scheduler = make_scheduler()
+    now = slowed(scheduler)
+    with pytest.raises(TooLate):
+        scheduler.admit(job(now, now + 0.01), now)
+    one, now = probing(make_scheduler())
+    assert not one.done
+
+
+def test_a_job_that_seems_too_late_makes_way_for_any_other():
+    scheduler = make_scheduler()
+    probe, now = probing(scheduler)
+    other = job(now)
+    scheduler.admit(other, now)
+    step = scheduler.next_step(now)
+    assert (step.batch.jobs, step.overdue) == ((other,), (probe,))
+    assert probe.done
+
+
+def test_a_job_that_seems_too_late_may_go_away():
+    scheduler = make_scheduler()
+    probe, now = probing(scheduler)
+    assert scheduler.cancel(probe)
+    assert scheduler.next_step(now).batch is None
+
+
+def test_what_was_refused_behind_others_is_not_refused_without_them():
+    scheduler = make_scheduler()
+    waiting = [job(deadline=0.02) for _ in range(100)]
+    for one in waiting:
+        with contextlib.suppress(Refused):
+            scheduler.admit(one, 0.0)
+    assert scheduler.would_refuse(0.02)
+    for one in waiting:
+        scheduler.cancel(one)
+    scheduler.next_step(0.0)
+    assert not scheduler.would_refuse(0.02)
 
 
 def test_a_deadline_past_the_first_exit_answers_now_with_what_there_is():
@@ -392,12 +476,16 @@ class AnyHistory(RuleBasedStateMachine):
         self.scheduler, self.now = make_scheduler(max_batch=4, workers=self.WORKERS), 0.0
         self.live, self.settled, self.running = [], [], []
 
-    @rule(seconds=st.sampled_from([0.002, 0.01, math.inf]))
+    @rule(seconds=st.sampled_from([0.0001, 0.002, 0.01, math.inf]))
     def admit(self, seconds):
         one = job(self.now, self.now + seconds)
         with contextlib.suppress(Refused, TooLate):
             self.scheduler.admit(one, self.now)
             self.live.append(one)
+
+    @rule()
+    def wait(self):
+        self.now += PROBE_SECONDS
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

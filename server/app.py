@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from server import routes
 from server.direct import Direct
-from server.errors import BadRequest, MethodNotAllowed, NotFound, OfframpError
+from server.errors import BadRequest, Draining, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
 from server.middleware import Surroundings
 from server.openapi import document
@@ -88,6 +88,8 @@ def create_routes(served: Served) -> FastAPI:
 async def _warm_up(served: Served) -> None:
     try:
         await asyncio.to_thread(served.warm_up)
+    except Draining:
+        log.info("warming up ends early: the server drains")
     except Exception:
         log.exception("the network cannot run here")
         served.give_up()

@@ -14,6 +14,7 @@ from model.bundle import Bundle
 from server.compiling import Use
 from server.costs import batch_sizes
 from server.dense import densify
+from server.errors import Draining
 from server.fusing import fuse
 from server.graphs import Capture, Captured, CudaCapture
 from server.merging import merge
@@ -68,19 +69,31 @@ class Capturing:
         ]
         self._clock = clock
 
-    def use_all(self, max_batch: int, use: Use, required: bool) -> None:
+    def use_all(
+        self,
+        max_batch: int,
+        use: Use,
+        required: bool,
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Capture every unit for every batch size and hand all over, or none.
 
         Args:
             max_batch: the largest batch.
             use: takes each.
             required: whether failing is an error rather than a warning.
+            draining: whether nobody wants them any more.
 
         Raises:
             RuntimeError: one cannot be captured or disagrees with the eager unit.
+            Draining: before all of them were.
         """
+        captured = []
         try:
-            captured = list(self._captured(max_batch))
+            for each in self._captured(max_batch):
+                if draining():
+                    raise Draining
+                captured.append(each)
         except RuntimeError as error:
             if required:
                 raise

@@ -12,7 +12,7 @@ from typing import Any
 
 from model.policy import OperatingPoint, Rule
 from server.engine import Engine
-from server.errors import InvalidParameter, OfframpError, Overloaded
+from server.errors import DeadlineExceeded, InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
 from server.protocol import Parameters, answer_body
 from server.repository import Served
@@ -81,6 +81,16 @@ def deadline_for(parameters: Parameters, served: Served, context: Context) -> fl
     seconds = milliseconds / 1e3
     reserve = min(RESERVE_SECONDS, RESERVE_SHARE * seconds)
     return context.arrived + seconds - max(reserve, context.behind)
+
+
+@contextmanager
+def missing_deadlines(served: Served) -> Iterator[None]:
+    """Count an image whose deadline passes before there is anything to decode."""
+    try:
+        yield
+    except DeadlineExceeded:
+        served.metrics.deadlines.labels("missed").inc()
+        raise
 
 
 @contextmanager

@@ -138,13 +138,15 @@ class Compiling:
         if process is None:
             return
         with process:
-            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout is not None
+            last = ""
             for line in process.stdout:
                 if line.startswith(READY):
                     yield line.strip()
-            said = process.stderr.read().strip().rpartition("\n")[2]
+                elif line.strip():
+                    last = line.strip()
         if process.returncode and not self._closing.is_set():
-            raise RuntimeError(said.removeprefix("error: ") or "the compiler failed")
+            raise RuntimeError(last.removeprefix("error: ") or "the compiler failed")
 
     def compile_in_background(self, use: Use, use_team: UseTeam) -> None:
         """Hand over what the cache holds, then compile what it lacks and hand that over, without
@@ -206,7 +208,7 @@ class Compiling:
                 self._process = subprocess.Popen(
                     command,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,  # read as it comes, or a full pipe would hold it
                     text=True,
                     process_group=0,
                 )
@@ -231,6 +233,8 @@ class Compiling:
         """Of each team: its time as a share of one thread's, how many threads, its program."""
         one, file = self._used[stage, 1], self._programs.file(stage, 1)
         for size in tuple(self._teams[stage]):
+            if self._closing.is_set():
+                return
             try:
                 team = self._load(file, self._dtype, 1, size)
                 off = disagreement(team, self._units[stage - 1], inputs, self._dtype)

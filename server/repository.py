@@ -83,10 +83,13 @@ class Served:
         """Run every stage and batch size once and start the engine; takes seconds.
 
         With COMPILE=require it takes as long as compiling what the cache lacks.
+
+        Raises:
+            Draining: the server drains, and it ended early.
         """
         max_batch = self.settings.max_batch
         runner = Runner(self.bundle, self.device, self.dtype)
-        eager = runner.warm_up(batch_sizes(max_batch))
+        eager = runner.warm_up(batch_sizes(max_batch), draining=lambda: self.draining)
         costs = CostTable(eager)
         scheduler = Scheduler(
             costs, self._controller(), max_batch, self.workers, self._http_seconds
@@ -126,7 +129,8 @@ class Served:
         if self.device.type == "cuda":
             keep_kernels(self.settings.cache_dir.expanduser() / "kernels")
             capturing = card_capturing(self.bundle, runner.units, self.dtype, self.device)
-            capturing.use_all(self.settings.max_batch, use, self.settings.compile == "require")
+            required = self.settings.compile == "require"
+            capturing.use_all(self.settings.max_batch, use, required, lambda: self.draining)
             return
         compiling = self._compiling = Compiling(
             self.settings, self.bundle, runner.units, self.dtype, self.workers

@@ -6,20 +6,29 @@ import asyncio
 import hmac
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from model.numerics import name_of
 from server import errors, openapi, uploads
-from server.classify import Admission, admit, classify, classify_or_error
+from server.classify import (
+    Admission,
+    admit,
+    classify,
+    classify_or_error,
+    deadline_for,
+    missing_deadlines,
+)
 from server.departure import ending_with_client
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
+from server.gate import Gate
 from server.metrics import CONTENT_TYPE
 from server.middleware import Context
 from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
@@ -78,11 +87,21 @@ async def check_key(request: Request, served: Served_) -> None:
         raise Forbidden
 
 
-async def check_admin(request: Request, served: Served_) -> None:
-    """Like `check_key`, for the admin token."""
-    token = served.settings.admin_token
-    if token is None or not _same(_sent_key(request), token.get_secret_value()):
-        raise Forbidden
+class AdminRoute(APIRoute):
+    """Checks the admin token before anything else: FastAPI reads a body before it asks what a
+    route depends on.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def check_and_handle(request: Request) -> Response:
+            token = (await served_of(request)).settings.admin_token
+            if token is None or not _same(_sent_key(request), token.get_secret_value()):
+                raise Forbidden
+            return await handle(request)
+
+        return check_and_handle
 
 
 def _sent_key(request: Request) -> str:
@@ -99,7 +118,7 @@ def _same(a: str, b: str) -> bool:
 
 public = APIRouter()
 protected = APIRouter(dependencies=[Depends(check_key)], responses=openapi.failures(*LOCKED))
-admin = APIRouter(dependencies=[Depends(check_admin)], responses=openapi.failures(*LOCKED))
+admin = APIRouter(route_class=AdminRoute, responses=openapi.failures(*LOCKED))
 
 
 @protected.post(
@@ -137,7 +156,8 @@ async def post_classify(
     without a stream; after it, the stream ends with an event `error`.
     """
     admission = admit(parameters, served)  # say no before the body is read
-    data = await uploads.read_image(request)
+    with missing_deadlines(served):
+        data = await uploads.read_image(request, deadline_for(parameters, served, context))
     with ending_with_client(request.scope):
         if wants_events(request.headers.get("accept", "")):
             events = _events(data, admission, served, context)
@@ -162,6 +182,7 @@ async def post_classify(
             errors.HeadTooLarge,
             OfframpError,
             *UNAVAILABLE,
+            errors.DeadlineExceeded,
         ),
     },
     openapi_extra=openapi.many_images(
@@ -173,14 +194,20 @@ async def post_batch(
     request: Request, parameters: Query_, served: Served_, context: Context_
 ) -> Response:
     """An image that cannot be answered has its error in its place, with the code that it would
-    have had alone.
+    have had alone. The whole batch is late if its body is.
     """
     admission = admit(parameters, served)
-    images = await uploads.read_images(request, MAX_BATCH_IMAGES)
+    deadline = deadline_for(parameters, served, context)
+    with missing_deadlines(served):
+        images = await uploads.read_images(request, MAX_BATCH_IMAGES, deadline)
+    gate = Gate()  # so that decoding them holds nobody up for longer than one image does
+
+    async def result_of(data: bytes) -> dict[str, Any]:
+        await gate()
+        return await classify_or_error(data, admission, served, context)
+
     with ending_with_client(request.scope):
-        results = await asyncio.gather(
-            *(classify_or_error(data, admission, served, context) for data in images)
-        )
+        results = await asyncio.gather(*map(result_of, images))
     context.server_timing = ""
     context.fields = {"images": len(images)}
     if failures := Counter(result["code"] for result in results if "code" in result):

@@ -14,6 +14,7 @@ import torch
 from model.bundle import Bundle
 from server.card import CardMemory
 from server.costs import CostTable, batch_sizes
+from server.errors import Draining
 from server.host import HostMemory
 from server.memory import Memory, Program
 from server.rows import Inputs, Row
@@ -125,15 +126,28 @@ class Runner:
         return [Row(features, passed, place) for place in range(len(places))]
 
     def warm_up(
-        self, sizes: Sequence[int], clock: Callable[[], float] = time.perf_counter
+        self,
+        sizes: Sequence[int],
+        clock: Callable[[], float] = time.perf_counter,
+        draining: Callable[[], bool] = lambda: False,
     ) -> Seconds:
         """Run every stage at every batch size; eagerly, where no program has come yet.
 
+        Args:
+            sizes: small to large.
+            clock: seconds.
+            draining: whether nobody wants the result any more.
+
         Returns:
             Median seconds.
+
+        Raises:
+            Draining: before all of them had run.
         """
         seconds: Seconds = {k: {} for k in range(1, self.exits + 1)}
         for size in sizes:
+            if draining():
+                raise Draining
             inputs: Inputs = [self._black] * size
             for stage in seconds:
                 output, seconds[stage][size] = self._timed(stage, inputs, clock)

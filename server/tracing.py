@@ -6,6 +6,7 @@ Nothing of OpenTelemetry is imported until it is asked for.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 """Either turns tracing on; the other OTEL_… variables are the SDK's own."""
-FLUSH_MILLISECONDS = 2000
+CLOSE_SECONDS = 2.0
+"""That the end waits for a collector to take what is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +153,11 @@ class RequestTracer:
         return self._epoch + int(1e9 * seconds)
 
     def close(self) -> None:
-        """Send what is left; a collector that is gone holds the shutdown up for a moment only."""
-        self._provider.force_flush(FLUSH_MILLISECONDS)
-        self._provider.shutdown()
+        """Send what is left, in a thread of its own: to a collector that is gone the SDK would send
+        for as long as it has batches, whatever time it is given."""
+        sending = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
+        sending.start()
+        sending.join(CLOSE_SECONDS)
 
 
 def tracer_from(environment: Mapping[str, str]) -> RequestTracer | None:
@@ -177,6 +181,7 @@ def tracer_from(environment: Mapping[str, str]) -> RequestTracer | None:
             f"{missing}; install the extra 'tracing', or unset OTEL_EXPORTER_OTLP_ENDPOINT"
         ) from None
     usual = Resource.create({"service.name": "offramp"})
-    provider = TracerProvider(resource=usual.merge(OTELResourceDetector().detect()))
+    resource = usual.merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return RequestTracer(provider)

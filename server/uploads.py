@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import re
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Awaitable
+from typing import TypeVar
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from server.errors import BadMultipart, NoImage
+from server.errors import BadMultipart, DeadlineExceeded, NoImage
 
+T = TypeVar("T")
 MAX_FIELDS = 16
 BOUNDARY = re.compile(r'[^"\\]+')
 
@@ -39,40 +44,69 @@ class InMemoryParser(MultiPartParser):
             raise MultiPartException("it ends before its closing boundary")
 
 
-async def read_image(request: Request) -> bytes:
+async def read_image(request: Request, deadline: float) -> bytes:
     """The one image of a request.
+
+    Args:
+        request: whose body nobody has read.
+        deadline: on `time.perf_counter`.
 
     Raises:
         BadMultipart: malformed, or not exactly one part `file`.
         NoImage: it is multipart without that part.
+        DeadlineExceeded: it has not come by then, and so would be of no use.
         ClientDisconnect: nobody waits any more.
     """
-    if not _is_multipart(request):
-        return await _read_raw(request)
-    return (await _read_parts(request, "file", 1))[0]
+    if _is_multipart(request):
+        (image,) = await _in_time(_read_parts(request, "file", 1), deadline)
+        return image
+    # A small image is one message, for which Starlette's `body` and a timer take longer.
+    begun, whole = await _read_more(request)
+    return begun if whole else await _in_time(_read_rest(request, begun), deadline)
 
 
-async def read_images(request: Request, most: int) -> list[bytes]:
+async def read_images(request: Request, most: int, deadline: float) -> list[bytes]:
     """All images of a multipart request with parts `files`.
+
+    Args:
+        request: whose body nobody has read.
+        most: images that it may hold.
+        deadline: on `time.perf_counter`.
 
     Raises:
         BadMultipart: malformed, not multipart, no part `files` or more than `most`.
+        DeadlineExceeded: they have not come by then, and so would be of no use.
     """
     if not _is_multipart(request):
         raise BadMultipart("send multipart/form-data with one part `files` for each image")
-    return await _read_parts(request, "files", most)
+    return await _in_time(_read_parts(request, "files", most), deadline)
 
 
-async def _read_raw(request: Request) -> bytes:
-    """The body, which for a small image is one message; Starlette's `body` takes longer."""
-    parts: list[bytes] = []
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+async def _in_time(reading: Awaitable[T], deadline: float) -> T:
+    """What is read, if it has come by the deadline: a client may take as long as it likes over a
+    body, which takes memory meanwhile."""
+    seconds = deadline - time.perf_counter()
+    try:
+        async with asyncio.timeout(seconds if math.isfinite(seconds) else None):
+            return await reading
+    except TimeoutError:
+        raise DeadlineExceeded from None
+
+
+async def _read_rest(request: Request, begun: bytes) -> bytes:
+    parts, whole = [begun], False
+    while not whole:
+        part, whole = await _read_more(request)
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _read_more(request: Request) -> tuple[bytes, bool]:
+    """A part of the body, and whether it is the last."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), not message.get("more_body", False)
 
 
 def _is_multipart(request: Request) -> bool:

@@ -5,11 +5,13 @@ import math
 import struct
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from server.errors import OfframpError
 from tests.conftest import encode, noise, until
+from tests.gate import gated
 
 
 def chunk(kind, data):
@@ -216,6 +218,9 @@ def test_the_operating_point_is_changed_with_the_admin_token_only(serve, png):
     with serve(admin_token="secret") as one:
         change = {"max_accuracy_loss": 0.05}
         check_error(one.client.put("/policy", json=change), 401, "unauthenticated")
+        head = b"PUT /policy HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+        with one.send(head) as connection:  # no byte of a body is waited for
+            assert connection.recv(4096).startswith(b"HTTP/1.1 401")
         right = {"authorization": "Bearer secret"}
         response = one.client.put("/policy", json=change, headers=right)
         assert response.json()["in_force"]["max_accuracy_loss"] == 0.05
@@ -275,14 +280,17 @@ def test_bodies_share_a_limit_of_their_own(serve):
 
 
 @pytest.mark.slow
-def test_an_image_that_is_sure_to_be_refused_is_not_decoded(serve):
-    with serve() as one:
-        one.served.engine.scheduler._refusing = (0.0, math.inf)
+def test_an_image_that_is_sure_to_be_refused_is_not_decoded(serve, png):
+    with serve() as one, ThreadPoolExecutor(1) as threads, gated(one) as gate:
+        running = threads.submit(one.post, png, deadline_ms=60_000)
+        gate.wait_for_a_batch()
+        one.served.engine.scheduler._refusing = (0.0, math.inf)  # by whoever waits behind it
         response = one.post(b"no image")
         check_error(response, 429, "overloaded")
         assert int(response.headers["retry-after"]) >= 1
+        gate.open()
+        assert running.result().status_code == 200
         until(lambda: one.metric("refused_total", reason="not_in_time") == 1)
-        one.served.engine.scheduler._refusing = (math.inf, -math.inf)
         check_error(one.post(b"no image"), 400, "unsupported_image")
 
 

@@ -230,9 +230,14 @@ def test_a_server_that_drains_before_it_is_warm_compiles_nothing(
 ):
     caplog.set_level(logging.INFO)
     chosen = Settings(bundle=bundle_path, cache_dir=tmp_path, max_batch=1, compile=wanted)
-    served = Served(chosen)
-    served.draining = True
-    served.stop_compiling()  # as the signal does, when there is nothing to stop
+
+    class Told(Served):
+        def _use_programs(self, *handing_over):
+            self.draining = True
+            self.stop_compiling()  # as the signal does, when there is nothing to stop
+            super()._use_programs(*handing_over)
+
+    served = Told(chosen)
     served.warm_up()
     served.close()
     assert not list(tmp_path.rglob("*.bin"))

@@ -14,6 +14,7 @@ from server.capturing import AS_IT_IS, Capturing, card_capturing
 from server.card import CardMemory
 from server.costs import batch_sizes
 from server.engine import Engine
+from server.errors import Draining
 from server.fusing import fuse
 from server.graphs import Captured, CudaCapture
 from server.host import HostMemory
@@ -301,11 +302,33 @@ def test_a_start_on_a_card_prepares_its_worker_unless_told_to_end(
         "server.repository.Runner", lambda bundle, _, dtype: Runner(bundle, CPU, dtype)
     )
     monkeypatch.setattr(Engine, "prepare", lambda engine, work: prepared.append(work()))
-    served = Served(Settings(bundle=bundle_path, device="cpu", compile="off", max_batch=2))
-    served.device, served.draining = CARD, draining
+
+    class Told(Served):
+        def _use_programs(self, *handing_over):
+            self.draining = draining
+            super()._use_programs(*handing_over)
+
+    served = Told(Settings(bundle=bundle_path, device="cpu", compile="off", max_batch=2))
+    served.device = CARD
     served.warm_up()
     served.close()
     assert [list(seconds[1]) for seconds in prepared] == ([] if draining else [[1, 2]])
+
+
+def test_capturing_ends_early_where_nobody_wants_it_any_more(bundle):
+    runner, used, asked = Runner(bundle, CPU, torch.float32), [], iter([False, True])
+    with pytest.raises(Draining):
+        capturing(runner, bundle, rerun).use_all(
+            2, lambda *program: used.append(program), False, lambda: next(asked)
+        )
+    assert not used and not list(asked)
+
+
+def test_warming_up_ends_early_where_nobody_wants_it_any_more(bundle):
+    runner, asked = Runner(bundle, CPU, torch.float32), iter([False, True])
+    with pytest.raises(Draining):
+        runner.warm_up((1, 2, 3), draining=lambda: next(asked))
+    assert not list(asked)
 
 
 def test_a_failed_capture_ends_a_start_that_requires_it(bundle):

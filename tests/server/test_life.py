@@ -77,7 +77,8 @@ def test_a_process_serves_until_its_notice_is_over_and_a_drain_answers_what_was_
         sent = {"x-request-id": "before"}
         assert server.client.post("/classify", content=png, headers=sent).status_code == 200
 
-        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png)}\r\n"
+        head = "POST /classify?deadline_ms=60000 HTTP/1.1\r\nHost: x\r\n"
+        head += f"Content-Length: {len(png)}\r\n"
         accepted = server.send(head.encode() + b"Expect: 100-continue\r\n\r\n")
         assert accepted.recv(100).startswith(b"HTTP/1.1 100")  # it waits for the body
         stuck = server.send(head.encode() + b"Expect: 100-continue\r\n\r\n")

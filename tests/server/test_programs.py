@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,25 @@ def test_a_program_that_others_may_change_is_not_taken_from_a_read_only_cache(
     assert not programs.file(1, 1).exists()
     assert "1 of 1 programs in" in caplog.text
     programs.close()
+
+
+@pytest.mark.parametrize(("mode", "private"), [(0o777, False), (0o770, True), (0o700, True)])
+def test_a_folder_that_anyone_may_write_is_not_private_and_that_of_a_volumes_group_is(
+    tmp_path, mode, private
+):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    for place in (folder, folder / "within"):
+        with nullcontext() if private else pytest.raises(PermissionError, match="can change"):
+            make_private(place)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_folder_of_another_user_is_not_private(tmp_path):
+    os.chown(tmp_path, 54321, 54321)
+    with pytest.raises(PermissionError, match="can change"):
+        make_private(tmp_path / "within")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

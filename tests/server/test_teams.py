@@ -10,7 +10,7 @@ import torch
 from server.compiling import LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Compiling
 from server.runner import Runner
 from server.settings import Settings
-from server.teams import RUNS, WORTH_ITS_CORES, share_of_one, team_sizes
+from server.teams import RUNS, RUNS_SECONDS, WORTH_ITS_CORES, share_of_one, team_sizes
 from server.units import make_units
 from tests.program import FakeProgram, fake_program
 
@@ -49,9 +49,16 @@ class Clock:
 
 def test_a_team_is_compared_by_the_least_that_either_takes():
     clock = Clock()
-    team = Timed(clock, [9.0] * (RUNS - 1) + [0.6])  # another program was busy nearly all the time
-    one = Timed(clock, [1.5, *[1.0] * (RUNS - 1)])
+    team = Timed(clock, [9e-3] * (RUNS - 1) + [6e-4])  # another program was busy nearly always
+    one = Timed(clock, [1.5e-3, *[1e-3] * (RUNS - 1)])
     assert share_of_one(team, one, clock, clock.sleep) == pytest.approx(0.6)
+
+
+def test_what_takes_long_runs_less_often():
+    clock = Clock()
+    team, one = Timed(clock, [0.2] * RUNS), Timed(clock, [0.25] * RUNS)
+    assert share_of_one(team, one, clock, clock.sleep) == pytest.approx(0.8)
+    assert RUNS_SECONDS < clock.now < 2 * RUNS_SECONDS
 
 
 class Folder:

@@ -3,18 +3,19 @@
 import os
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server.repository import Served
 from server.settings import Settings
 from server.tickets import Seen
 from server.tracing import RequestTracer, intervals, tracer_from
-from tests.conftest import ROOT, running
+from tests.conftest import ROOT, running, until
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{CALLER}-01"
@@ -148,6 +149,26 @@ def test_an_endpoint_turns_tracing_on(monkeypatch):
     tracer = tracer_from({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"})
     assert isinstance(tracer, RequestTracer)
     tracer.close()
+
+
+def test_a_collector_that_takes_nothing_holds_up_no_end(monkeypatch):
+    monkeypatch.setattr("server.tracing.CLOSE_SECONDS", 0.05)
+    asked, goes_on = threading.Event(), threading.Event()
+
+    class Silent(InMemorySpanExporter):
+        def export(self, spans):
+            asked.set()
+            assert goes_on.wait(20)
+            return super().export(spans)
+
+    provider, exporter = TracerProvider(shutdown_on_exit=False), Silent()
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    tracer = RequestTracer(provider)
+    tracer.request("POST", "/classify", [], 0.0).end(200, "id")
+    tracer.close()
+    assert asked.wait(10) and not exporter.get_finished_spans()
+    goes_on.set()
+    until(exporter.get_finished_spans)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,38 @@ def test_a_deadline_that_the_queue_would_miss_is_refused_with_a_time_to_retry(on
     assert one.metric("refused_total", reason="not_in_time") == 1
 
 
+@pytest.mark.parametrize("more", ["", "/batch"])
+def test_a_body_that_comes_too_slowly_for_its_deadline_is_not_waited_for(one, more):
+    """It takes memory meanwhile, and could only be told that it is late."""
+    kind = b"Content-Type: multipart/form-data; boundary=X\r\n" if more else b""
+    head = b"POST /classify%s?deadline_ms=50 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    with one.send(head % more.encode() + kind + b"\r\n" + b"--X\r\n") as connection:
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 504") and b"deadline_exceeded" in answer
+    assert one.metric("deadlines_total", outcome="missed") == 1
+
+
+def test_a_batch_lets_others_through_while_its_images_are_decoded(one, png):
+    served, seen = one.served, []
+    decode = served.decoder._decode
+
+    async def slowly(data, seconds):
+        threading.Event().wait(0.02)
+        seen.append("image")
+        return await decode(data, seconds)
+
+    served.decoder._decode = slowly
+    with ThreadPoolExecutor(1) as thread:
+        files = [("files", png)] * 20
+        batch = thread.submit(one.client.post, "/classify/batch", files=files)
+        until(lambda: seen)
+        with one.send(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        seen.append("neighbour")
+        assert batch.result().status_code == 200
+    assert seen[-1] == "image"
+
+
 STREAMED = {"accept": "text/event-stream"}
 
 

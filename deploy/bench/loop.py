@@ -95,6 +95,10 @@ class Wire(asyncio.Transport):
         """Never."""
         return False
 
+    def get_write_buffer_size(self) -> int:
+        """Nothing is left to send."""
+        return 0
+
     def pause_reading(self) -> None:
         """Nothing is read here."""
 
@@ -137,7 +141,8 @@ async def _measured(
     served: Served, engine: Settling, samples: Sequence[Sample], seconds: float
 ) -> list[float]:
     served._engine = cast(Engine, engine)
-    config = Config(create_app(served), http=Protocol, log_config=None, access_log=False)
+    app = create_app(served)
+    config = Config(app, http=Protocol, log_config=None, access_log=False, proxy_headers=False)
     config.load()
     connections = [Protocol(config, ServerState(), {}) for _ in range(CONNECTIONS)]
     for connection in connections:

@@ -81,6 +81,8 @@ def test_listing(root: Path, seen: Seen) -> Listing:
         DataError: there are none.
     """
     tested = part_of(root, "test")
+    if tested is None and part_of(root, "train"):
+        raise DataError(f"{root} has images to train on and none to test on; it has no folder test")
     listing = list_folder(tested or root)
     known = tested is not None or seen.knows(listing)
     if known and tested is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def load_pretrained(net: MultiExitNet, whole: Backbone, file: Path) -> None:
     net.backbone.load_state_dict({name: loaded[name] for name in net.backbone.state_dict()})
 
 
-def load_trained(net: MultiExitNet, path: Path) -> None:
+def load_trained(net: MultiExitNet, path: Path, classes: Sequence[str]) -> None:
     """Give a network the weights of a bundle, so that its training goes on.
 
     Where the data has other classes than the bundle, classifiers start afresh.
@@ -53,16 +53,21 @@ def load_trained(net: MultiExitNet, path: Path) -> None:
     Args:
         net: of the bundle's architecture and exits.
         path: the bundle's folder; it may be calibrated or not.
+        classes: of the data, by class id.
 
     Raises:
         TrainingError: the bundle is of another network.
     """
-    trained, own = load_bundle(path, with_policy=False).net.state_dict(), net.state_dict()
+    bundle = load_bundle(path, with_policy=False)
+    trained, own = bundle.net.state_dict(), net.state_dict()
     odd = trained.keys() ^ own.keys()
     odd |= {k for k in trained.keys() & own.keys() if trained[k].shape != own[k].shape}
-    fresh = {k for k in odd & own.keys() if ".fc." in k} if trained.keys() == own.keys() else set()
+    classifiers = {name for name in own if ".fc." in name}
+    fresh = odd & classifiers if trained.keys() == own.keys() else set()
     if odd - fresh:
         raise TrainingError(f"{path} is of another network: it differs at {min(odd - fresh)}")
+    if bundle.description.classes != tuple(classes):  # as many others, perhaps
+        fresh = classifiers
     net.load_state_dict(trained | {k: own[k] for k in fresh})
 
 

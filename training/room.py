@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from training.checkpoint import CHECKPOINT
 from training.data import DataError
 
 MARGIN = 1.2
@@ -39,16 +40,20 @@ def check_disk(folder: Path, net: nn.Module, averaged: bool, free: int | None = 
     """Raise DataError where checkpoints will not fit.
 
     A checkpoint holds weights, momentum and perhaps an average; while one is replaced there are
-    two, and the bundle follows.
+    two, of which a run that goes on has one, and the bundle follows.
     """
     weights = sum(t.numel() * t.element_size() for t in net.state_dict().values())
     wanted = int(weights * (2 * (3 if averaged else 2) + 0.5) * MARGIN)
     free = shutil.disk_usage(folder).free if free is None else free
-    if wanted > free:
+    if wanted > free + _size(folder / CHECKPOINT):
         raise DataError(
             f"checkpoints and the bundle take {_gigabytes(wanted)}, and {folder} has "
             f"{_gigabytes(free)} free"
         )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def available_memory() -> int | None:
@@ -69,14 +74,19 @@ def _of_machine() -> int | None:
     return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
-def _of_container() -> int | None:
-    root = Path("/sys/fs/cgroup")
+def _of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     try:
         limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
+        used = int((root / "memory.current").read_text()) - _cached(root)
     except (OSError, ValueError):
         return None
     return None if limit == "max" else max(0, int(limit) - used)
+
+
+def _cached(root: Path) -> int:
+    """Bytes of files that were read, and that memory is taken from first: images, on a resume."""
+    lines = (line.split() for line in (root / "memory.stat").read_text().splitlines())
+    return next((int(count) for name, count in lines if name == "inactive_file"), 0)
 
 
 def _gigabytes(count: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ class Stream:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Images.batches`; an unreadable file is left out of its batch.
 
-        A batch of which nothing could be read is left out too, but where images are drawn to train
-        on: there every process must take every step.
+        A batch of which nothing could be read is left out too. Where images are drawn to train on,
+        those of its batch that can be read stand in: every process must take every step, in as
+        many parts.
 
         Raises:
             DataError: no file of a batch to train on could be read.
@@ -82,7 +84,7 @@ class Stream:
             _Files(self, draw),
             batch_sampler=[batch.tolist() for batch in indices],
             num_workers=self.workers,
-            collate_fn=_gather,
+            collate_fn=_gather if draw is None else _gather_whole,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=partial(_end_with_the_run, os.getpid()),
         )
@@ -173,6 +175,12 @@ def _end_with_the_run(run: int, worker: int) -> None:
 
     if hasattr(signal, "sigtimedwait"):  # macOS has none
         threading.Thread(target=watch, daemon=True).start()
+
+
+def _gather_whole(read: Sequence[Read]) -> tuple[Tensor | None, Tensor, list[str]]:
+    """With images twice for those that could not be read."""
+    good = [r for r in read if not isinstance(r, str)]
+    return _gather([*read, *islice(cycle(good), len(read) - len(good))])
 
 
 def _gather(read: Sequence[Read]) -> tuple[Tensor | None, Tensor, list[str]]:

@@ -16,7 +16,7 @@ import torch
 
 from model.bundle import POLICY
 from model.network import MultiExitNet
-from model.numerics import suits_cpu
+from model.numerics import keep_float32_whole, suits_cpu
 from training import checkpoint, loop
 from training.accuracy import Accuracy
 from training.bundling import BUNDLE, Finished, write_bundle
@@ -232,7 +232,7 @@ def _make_net(
     plain = preset.recipe.method == PLAIN
     net, described = build_net(shape, classes, data.preprocess.size, plain)
     if pretrained and pretrained.is_dir():
-        load_trained(net, pretrained)
+        load_trained(net, pretrained, data.training.classes)
     elif pretrained:
         load_pretrained(net, whole_backbone(shape.architecture, classes, described), pretrained)
     return net, described
@@ -322,6 +322,7 @@ def check_parts(net: MultiExitNet, size: int, recipe: Recipe, processes: int) ->
 
 
 def _settle(deterministic: bool) -> None:
+    keep_float32_whole()  # of --precision fp32, and of validation
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:  # as torch's notes on reproducibility ask for

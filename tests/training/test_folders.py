@@ -18,6 +18,7 @@ from tests.conftest import until
 from tests.training.conftest import CLASSES, CPU, tiny_net, tiny_recipe, write_images
 from training import room
 from training.accuracy import evaluate
+from training.checkpoint import CHECKPOINT
 from training.data import DataError, list_folder, load, split_by_hash
 from training.distributed import Processes
 from training.folder import Storage, natural_size, open_folder
@@ -163,10 +164,9 @@ def test_an_unreadable_file_is_named_skipped_and_counted(folder, storage):
     files[0].write_bytes(b"not an image")
     files[5].write_bytes(files[5].read_bytes()[:60])
     opened = open_folder(folder, 16, 1.0, tiny_recipe(), CPU, storage)
-    for epoch in range(2):
-        everything = torch.arange(len(opened.training)).split(8)
-        read = sum(len(ids) for _, ids in opened.training.batches(everything, epoch))
-        assert read == 31
+    everything = torch.arange(len(opened.training)).split(8)
+    for _ in range(2):
+        assert sum(len(ids) for _, ids in opened.training.batches(everything)) == 31
     assert len(opened.unreadable) == 2
     assert all(str(files[i]) in " ".join(opened.unreadable) for i in (0, 5))
 
@@ -276,6 +276,15 @@ def test_processes_that_have_other_images_to_train_on_do_not_begin(folder, stora
         file.unlink()
     with pytest.raises(DataError, match="the same training images"):
         open_folder(folder, 16, 1.0, tiny_recipe(), pair, storage)
+
+
+def test_a_batch_to_train_on_stays_whole_where_files_cannot_be_read(folder):
+    """Else a process that lacks images would take fewer parts of a step than the others."""
+    stream = half_broken(folder)
+    read = [ids.tolist() for _, ids in stream.batches([torch.arange(20, 30)], draw=0)]
+    assert read == [[2] * 10]
+    with pytest.raises(DataError, match="no image of a batch"):
+        list(stream.batches([torch.arange(10)], draw=0))
 
 
 def test_a_class_is_looked_for_among_its_own_files_alone(folder):
@@ -437,6 +446,22 @@ def test_a_full_disk_is_said_before_the_first_epoch(tmp_path):
     with pytest.raises(DataError, match=r"take 0\.0\d+ GB, and .* has 0\.001 GB free"):
         room.check_disk(tmp_path, net, averaged=True, free=1_000_000)
     room.check_disk(tmp_path, net, averaged=True, free=100_000_000)
+    with (tmp_path / CHECKPOINT).open("wb") as kept:
+        kept.truncate(100_000_000)  # of a run that goes on, which needs room for one more
+    room.check_disk(tmp_path, net, averaged=True, free=1_000_000)
+
+
+def test_files_that_a_container_has_read_are_no_memory_in_use(tmp_path):
+    for name, text in {
+        "memory.max": "1000\n",
+        "memory.current": "900\n",
+        "memory.stat": "anon 300\nactive_file 100\ninactive_file 500\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert room._of_container(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room._of_container(tmp_path) is None
+    assert room._of_container(tmp_path / "nowhere") is None
 
 
 def test_memory_that_is_free_is_known_here():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from model.bundle import Bundle
 from model.files import write_atomically
+from model.fold import fold_stages
 from model.numerics import carrier, keep_float32_whole
 from model.quantisation import LARGEST_WEIGHT, Ranges, quantised_stages
 from training.data import DataError, ImageSet
@@ -109,13 +109,14 @@ def _network(bundle: Bundle, dtype: torch.dtype, ranges: Ranges | None) -> nn.Mo
     if dtype is torch.int8:
         assert ranges is not None
         return Chain(quantised_stages(bundle.net, ranges))
-    return copy.deepcopy(bundle.net)  # narrower numerics would round the bundle's own weights
+    return Chain(fold_stages(bundle.net))  # as served: rounded after normalisation is folded
 
 
 def _digest(bundle: Bundle, images: ImageSet, dtype: torch.dtype, ranges: Ranges | None) -> str:
     digest = hashlib.sha256(bundle.description.weights_sha256.encode())
     digest.update(bundle.description.preprocess.model_dump_json().encode())
     numerics = (
+        "folded",
         dtype,
         (ranges, LARGEST_WEIGHT) if dtype is torch.int8 else None,
         torch.__version__,

@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 from scipy.special import xlog1py, xlogy
 
-SHARES_TRIED = 50
-"""How many of the possible shares of images with differing answers a paired test looks at."""
+STEP = 0.5
+"""Between shares of images with differing answers that a paired test looks at: standard deviations
+of that share in a sample, on whose scale the test's level is smooth."""
 NEGLIGIBLE = 7.0
 """Standard deviations beyond which a binomial's terms are left out; they sum to less than 1e-11."""
 LOWEST_SCORE = -8.0
@@ -46,7 +47,7 @@ def hoeffding_bentkus_p_value(mean: float, n: int, bound: float) -> float:
 
 
 def paired_p_value(losses: int, gains: int, n: int, bound: float) -> float:
-    """Exact p-value of "the accuracy lost, p+ - p-, exceeds `bound`".
+    """P-value of "the accuracy lost, p+ - p-, exceeds `bound`", from exact probabilities.
 
     The statistic is the score Z of `paired_score`: how far losses - gains falls below n * bound, in
     standard deviations. Its law under p+ - p- = bound still depends on v = p+ + p-, the share of
@@ -57,9 +58,11 @@ def paired_p_value(losses: int, gains: int, n: int, bound: float) -> float:
     2. For a given m, Z rises with the losses. So Z <= z means "at most l(m) losses", and
        P(Z <= z) = sum over m of P(m) P(at most l(m) losses): the level at v.
     3. A larger p+ - p- at the same v only makes losses likelier, hence Z <= z rarer. So no
-       distribution under the hypothesis has a higher level than the worst v at its edge.
-    4. Levels are computed on a grid of v from |bound| to 1. Between neighbours they move little,
-       since Z is scaled so that its law hardly depends on v; as much as they move is added.
+       distribution under the hypothesis has a higher level than the worst v at its edge. (One with
+       v < -bound has no edge at its v; its level is below that of v = -bound, all gains.)
+    4. Levels are computed on a grid of v from |bound| to 1, as dense as the width of Bin(n, v),
+       which smooths them. Between neighbours they move little, since Z is scaled so that its law
+       hardly depends on v; as much as they move is added.
 
     Args:
         losses, gains: counts among the `n` images.
@@ -120,8 +123,8 @@ def paired_powers(
 def _worst_level(score: float, n: int, bound: float) -> float:
     """The largest P(Z <= score) over the shares v that a bound leaves possible."""
     most = _most_losses(score, n, bound)
-    beyond = np.geomspace(0.1 / n, 1 - abs(bound), SHARES_TRIED)
-    shares = abs(bound) + np.append(0.0, beyond)
+    angles = np.append(np.arange(0.0, math.pi / 2, STEP / (2 * math.sqrt(n))), math.pi / 2)
+    shares = np.minimum(1.0, abs(bound) + (1 - abs(bound)) * np.sin(angles) ** 2)
     levels = np.array([_rejected(most, n, v, (1 + bound / v) / 2 if v else 0.5) for v in shares])
     between = np.maximum(levels[1:], levels[:-1]) + np.abs(np.diff(levels))
     return float(min(1.0, between.max()))

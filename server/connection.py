@@ -279,7 +279,7 @@ class Protocol(HttpToolsProtocol):
             left = SILENCE_SECONDS
         elif left <= 0:
             self._let_go()
-        # Let go too, since a connection closes once its client has taken everything.
+        # Of one that was let go, too: it closes only once its client has taken everything.
         again = left if left > 0 else SILENCE_SECONDS
         self._silence = self.loop.call_later(again, self._end_silence)
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from model.image import (
     FORMATS,
-    MOST_SCANS,
     BrokenImage,
     ImageError,
     ImageTooLarge,
@@ -19,6 +18,7 @@ from model.image import (
     read_header,
     render,
 )
+from model.jpeg import MOST_SCANS, MOST_SEGMENTS
 from tests.conftest import encode, noise
 
 LIMIT = 10**6
@@ -247,6 +247,19 @@ def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused_from_its_he
     read_header(jpeg_with_scans(MOST_SCANS), LIMIT)
     with pytest.raises(BrokenImage, match="more than 100 scans"):
         read_header(jpeg_with_scans(MOST_SCANS + 1), LIMIT)
+
+
+def test_a_jpeg_of_thousands_of_comments_is_refused_before_they_are_parsed():
+    start, rest = encode(noise(), "JPEG")[:2], encode(noise(), "JPEG")[2:]
+    decode(start + b"\xff\xfe\0\2" * (MOST_SEGMENTS - 20) + rest, 32, LIMIT)
+    with pytest.raises(BrokenImage, match="more than 2000 segments"):
+        read_header(start + b"\xff\xfe\0\2" * MOST_SEGMENTS + rest, LIMIT)
+
+
+def test_a_photographs_video_and_thumbnail_are_none_of_its_scans():
+    photograph = encode(noise(), "JPEG", comment=b"\xff\xda" * (MOST_SCANS + 1))
+    video = b"ftyp" + b"\xff\xda\0\2" * (MOST_SCANS + 1)
+    assert decode(photograph + video, 32, LIMIT).size == (32, 32)
 
 
 def test_comments_that_are_inflated_with_a_header_are_bounded():

@@ -95,6 +95,7 @@ def _resample(arguments: argparse.Namespace) -> None:
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments))
     drawn = draw(n, used, arguments.splits, arguments.as_population)
     splits = resample(bundle, logits, images.class_ids, options, drawn)
+    print(f"as calibrate does by itself: method {options.method}, measure {options.measure}")
     for line in table(splits, used, len(drawn[0][1]), not arguments.as_population):
         print(line)
     if not arguments.as_population:
@@ -119,7 +120,7 @@ def draw(
     """
     drawn = []
     for seed in range(splits):
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng([1, seed])  # not what each calibration chooses its parts by
         if as_population:
             drawn.append((rng.integers(0, n, used), np.arange(n)))
         else:

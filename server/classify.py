@@ -12,7 +12,7 @@ from typing import Any
 
 from model.policy import OperatingPoint, Rule
 from server.engine import Engine
-from server.errors import DeadlineExceeded, InvalidParameter, OfframpError, Overloaded
+from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
 from server.protocol import Parameters, answer_body
 from server.repository import Served
@@ -32,16 +32,19 @@ class Admission:
     parameters: Parameters
     rule: Rule
     engine: Engine
+    deadline: float
+    """When the engine must have answered, on its clock."""
 
 
-def admit(parameters: Parameters, served: Served) -> Admission:
+def admit(parameters: Parameters, served: Served, context: Context) -> Admission:
     """Let a request in.
 
     Raises:
         InvalidParameter: it asks for what the network does not have.
         Unavailable: the server is warming up or draining.
     """
-    return Admission(parameters, rule_for(parameters, served), served.engine)
+    rule, deadline = rule_for(parameters, served), _deadline_for(parameters, served, context)
+    return Admission(parameters, rule, served.engine, deadline)
 
 
 def rule_for(parameters: Parameters, served: Served) -> Rule:
@@ -73,24 +76,13 @@ def _point_for(parameters: Parameters, served: Served) -> OperatingPoint:
         raise InvalidParameter(f"max_accuracy_loss: {error}") from None
 
 
-def deadline_for(parameters: Parameters, served: Served, context: Context) -> float:
-    """When the engine must have answered, on its clock."""
+def _deadline_for(parameters: Parameters, served: Served, context: Context) -> float:
     milliseconds = parameters.deadline_ms or served.settings.default_deadline_ms
     if milliseconds is None:
         return math.inf
     seconds = milliseconds / 1e3
     reserve = min(RESERVE_SECONDS, RESERVE_SHARE * seconds)
     return context.arrived + seconds - max(reserve, context.behind)
-
-
-@contextmanager
-def missing_deadlines(served: Served) -> Iterator[None]:
-    """Count an image whose deadline passes before there is anything to decode."""
-    try:
-        yield
-    except DeadlineExceeded:
-        served.metrics.deadlines.labels("missed").inc()
-        raise
 
 
 @contextmanager
@@ -128,8 +120,7 @@ async def classify(
     Raises:
         OfframpError: any of its subclasses that concern one image.
     """
-    parameters, engine = admission.parameters, admission.engine
-    deadline = deadline_for(parameters, served, context)
+    parameters, engine, deadline = admission.parameters, admission.engine, admission.deadline
     with place(served):
         engine.check(deadline)  # before any work is done in vain
         pixels, decode_seconds = await served.decoder(data, deadline)

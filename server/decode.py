@@ -12,6 +12,7 @@ import numpy as np
 
 from model import image
 from model.preprocess import Preprocess
+from server.deadline import in_time
 from server.errors import (
     BrokenImage,
     DeadlineExceeded,
@@ -72,11 +73,11 @@ class Decoder:
             DeadlineExceeded: there are no pixels by then.
         """
         began = time.perf_counter()
-        try:
-            pixels = await self._decode(data, deadline - began)
-        except TimeoutError:
+        if began > deadline:
             self._missed.inc()
-            raise DeadlineExceeded from None
+            raise DeadlineExceeded
+        try:
+            pixels = await self._decode(data, deadline)
         except image.ImageError as error:
             kind = ERRORS[type(error)]
             self._rejected.labels(kind.code).inc()
@@ -85,26 +86,23 @@ class Decoder:
         self._seconds.observe(seconds)
         return pixels, seconds
 
-    async def _decode(self, data: bytes, seconds: float) -> np.ndarray:
-        if seconds < 0:
-            raise TimeoutError
+    async def _decode(self, data: bytes, deadline: float) -> np.ndarray:
         if not data:
             self._rejected.labels(NoImage.code).inc()
             raise NoImage
         if (plain := image.decode_quickly(data, self._max_pixels)) is not None:
             return self._preprocess.pixels(plain)
         if len(data) > SMALL_BYTES:
-            return await self._in_pool(seconds, lambda: self._render(self._read_header(data)))
+            return await self._in_pool(deadline, lambda: self._render(self._read_header(data)))
         header = self._read_header(data)
         if header.width * header.height <= SMALL_PIXELS:
             return self._render(header)
-        return await self._in_pool(seconds, lambda: self._render(header))
+        return await self._in_pool(deadline, lambda: self._render(header))
 
-    async def _in_pool(self, seconds: float, work: Callable[[], np.ndarray]) -> np.ndarray:
-        loop = asyncio.get_running_loop()
+    async def _in_pool(self, deadline: float, work: Callable[[], np.ndarray]) -> np.ndarray:
         # Whoever gives up while the image still waits for a thread takes it out of the queue.
-        async with asyncio.timeout(seconds if math.isfinite(seconds) else None):
-            return await loop.run_in_executor(self._pool, work)
+        working = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await in_time(working, deadline, self._missed)
 
     def _read_header(self, data: bytes) -> image.Header:
         return image.read_header(data, self._max_pixels)

@@ -65,6 +65,7 @@ class Served:
             settings.decode_threads,
             self.metrics,
         )
+        self.missed_deadlines = self.metrics.deadlines.labels("missed")
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
         self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0

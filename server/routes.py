@@ -18,14 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from model.numerics import name_of
 from server import errors, openapi, uploads
-from server.classify import (
-    Admission,
-    admit,
-    classify,
-    classify_or_error,
-    deadline_for,
-    missing_deadlines,
-)
+from server.classify import Admission, admit, classify, classify_or_error
 from server.departure import ending_with_client
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
 from server.gate import Gate
@@ -155,9 +148,8 @@ async def post_classify(
     reached, then one event `answer`. What fails before the first exit has its own status, as
     without a stream; after it, the stream ends with an event `error`.
     """
-    admission = admit(parameters, served)  # say no before the body is read
-    with missing_deadlines(served):
-        data = await uploads.read_image(request, deadline_for(parameters, served, context))
+    admission = admit(parameters, served, context)  # say no before the body is read
+    data = await uploads.read_image(request, admission.deadline, served.missed_deadlines)
     with ending_with_client(request.scope):
         if wants_events(request.headers.get("accept", "")):
             events = _events(data, admission, served, context)
@@ -196,10 +188,10 @@ async def post_batch(
     """An image that cannot be answered has its error in its place, with the code that it would
     have had alone. The whole batch is late if its body is.
     """
-    admission = admit(parameters, served)
-    deadline = deadline_for(parameters, served, context)
-    with missing_deadlines(served):
-        images = await uploads.read_images(request, MAX_BATCH_IMAGES, deadline)
+    admission = admit(parameters, served, context)
+    images = await uploads.read_images(
+        request, MAX_BATCH_IMAGES, admission.deadline, served.missed_deadlines
+    )
     gate = Gate()  # so that decoding them holds nobody up for longer than one image does
 
     async def result_of(data: bytes) -> dict[str, Any]:

@@ -243,10 +243,14 @@ class Scheduler:
         self.controller.update(self.backlog_seconds, now)
         alone = self._only(1)
         overdue = self._take_overdue(now, alone)
+        probe, self._probe = self._probe, None
         batch = self._choose(now)
         if batch is None:
-            return Step(self._take_probe(now) or self._take_audit(now), tuple(overdue))
-        overdue += self._drop_probe()
+            rest = self._run_probe(probe, now) if probe else self._take_audit(now)
+            return Step(rest, tuple(overdue))
+        if probe:
+            probe.state = JobState.DONE
+            overdue.append(probe)
         if alone:
             seconds = self.costs.seconds(batch.stage, 1, alone)
             batch = Batch(batch.stage, batch.jobs, seconds, alone=True)
@@ -386,21 +390,11 @@ class Scheduler:
     def _may_probe(self, job: Job, now: float) -> bool:
         return self._only(0) and not self._probe and self._probe_at <= now < job.deadline
 
-    def _take_probe(self, now: float) -> Batch | None:
-        job, self._probe = self._probe, None
-        if job is None:
-            return None
+    def _run_probe(self, job: Job, now: float) -> Batch:
         job.state = JobState.RUNNING
         seconds = self.costs.seconds(1, 1, alone=True)
         self._ends[job.number] = now + seconds
         return Batch(1, (job,), seconds, alone=True)
-
-    def _drop_probe(self) -> list[Job]:
-        job, self._probe = self._probe, None
-        if job is None:
-            return []
-        job.state = JobState.DONE
-        return [job]
 
     def _only(self, jobs: int) -> bool:
         """Whether so many jobs wait and nothing runs."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
 import re
-import time
-from collections.abc import AsyncGenerator, Awaitable
-from typing import TypeVar
+from collections.abc import AsyncGenerator
 
+from prometheus_client import Counter
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from server.errors import BadMultipart, DeadlineExceeded, NoImage
+from server.deadline import in_time
+from server.errors import BadMultipart, NoImage
 
-T = TypeVar("T")
 MAX_FIELDS = 16
 BOUNDARY = re.compile(r'[^"\\]+')
 
@@ -44,12 +41,13 @@ class InMemoryParser(MultiPartParser):
             raise MultiPartException("it ends before its closing boundary")
 
 
-async def read_image(request: Request, deadline: float) -> bytes:
+async def read_image(request: Request, deadline: float, missed: Counter) -> bytes:
     """The one image of a request.
 
     Args:
         request: whose body nobody has read.
-        deadline: on `time.perf_counter`.
+        deadline: on `time.perf_counter`; a body takes memory while it comes.
+        missed: counts deadlines that were.
 
     Raises:
         BadMultipart: malformed, or not exactly one part `file`.
@@ -58,20 +56,21 @@ async def read_image(request: Request, deadline: float) -> bytes:
         ClientDisconnect: nobody waits any more.
     """
     if _is_multipart(request):
-        (image,) = await _in_time(_read_parts(request, "file", 1), deadline)
+        (image,) = await in_time(_read_parts(request, "file", 1), deadline, missed)
         return image
     # A small image is one message, for which Starlette's `body` and a timer take longer.
     begun, whole = await _read_more(request)
-    return begun if whole else await _in_time(_read_rest(request, begun), deadline)
+    return begun if whole else await in_time(_read_rest(request, begun), deadline, missed)
 
 
-async def read_images(request: Request, most: int, deadline: float) -> list[bytes]:
+async def read_images(request: Request, most: int, deadline: float, missed: Counter) -> list[bytes]:
     """All images of a multipart request with parts `files`.
 
     Args:
         request: whose body nobody has read.
         most: images that it may hold.
-        deadline: on `time.perf_counter`.
+        deadline: on `time.perf_counter`; a body takes memory while it comes.
+        missed: counts deadlines that were.
 
     Raises:
         BadMultipart: malformed, not multipart, no part `files` or more than `most`.
@@ -79,18 +78,7 @@ async def read_images(request: Request, most: int, deadline: float) -> list[byte
     """
     if not _is_multipart(request):
         raise BadMultipart("send multipart/form-data with one part `files` for each image")
-    return await _in_time(_read_parts(request, "files", most), deadline)
-
-
-async def _in_time(reading: Awaitable[T], deadline: float) -> T:
-    """What is read, if it has come by the deadline: a client may take as long as it likes over a
-    body, which takes memory meanwhile."""
-    seconds = deadline - time.perf_counter()
-    try:
-        async with asyncio.timeout(seconds if math.isfinite(seconds) else None):
-            return await reading
-    except TimeoutError:
-        raise DeadlineExceeded from None
+    return await in_time(_read_parts(request, "files", most), deadline, missed)
 
 
 async def _read_rest(request: Request, begun: bytes) -> bytes:

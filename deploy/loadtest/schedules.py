@@ -37,6 +37,21 @@ KINDS: dict[str, Callable[[float, float], list[float]]] = {"poisson": poisson, "
 """By name: a mean rate and a length to send times."""
 
 
+def of_kind(kind: str, rate: float, seconds: float) -> list[float]:
+    """Send times of the kind that has this name.
+
+    Raises:
+        ValueError: there would be none.
+    """
+    times = KINDS[kind](rate, seconds)
+    if not times:
+        raise ValueError(
+            f"at {rate:.3g} a second no request comes within {seconds:g} s; ask for longer loads "
+            "with --seconds"
+        )
+    return times
+
+
 def recorded(file: Path) -> list[float]:
     """Send times from a file with one a line, in seconds; shifted to start at zero.
 

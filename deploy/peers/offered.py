@@ -12,7 +12,7 @@ from typing import Any
 
 from deploy.loadtest.load import Result, closed_loop, once, open_loop
 from deploy.loadtest.samples import Sample
-from deploy.loadtest.schedules import KINDS
+from deploy.loadtest.schedules import KINDS, of_kind
 from deploy.loadtest.summary import summarise
 from deploy.peers.peer import Peer, PeerError
 from deploy.peers.running import client_of
@@ -55,12 +55,7 @@ def loads(kind: str, capacity: float, seconds: float) -> list[Load]:
     Raises:
         ValueError: at the smallest of them no request comes.
     """
-    made = [tuple(KINDS[kind](factor * capacity, seconds)) for factor in FACTORS]
-    if not all(made):
-        raise ValueError(
-            f"at {FACTORS[0]:g} of {capacity:.3g} images a second no request comes within "
-            f"{seconds:g} s; ask for longer loads with --seconds"
-        )
+    made = (tuple(of_kind(kind, factor * capacity, seconds)) for factor in FACTORS)
     return [Load(kind, f, times, seconds) for f, times in zip(FACTORS, made, strict=True)]
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from deploy.files import need_writable
 from deploy.loadtest.samples import Sample, read_samples
-from deploy.loadtest.schedules import BURST_SECONDS, KINDS
+from deploy.loadtest.schedules import BURST_SECONDS, KINDS, of_kind
 from deploy.options import count, positive
 from deploy.sweep.engine import Row
 from deploy.sweep.measuring import measure, record_exits
@@ -80,9 +80,7 @@ async def _sweep(arguments: argparse.Namespace, samples: list[Sample]) -> Row:
     with tqdm(loads, "loads", leave=False, disable=None) as bar:
         for kind, factor in bar:
             bar.set_description(f"{kind} at {factor:g} of full depth")
-            times = KINDS[kind](factor * costs.full_depth_per_second, arguments.seconds)
-            if not times:
-                raise ValueError("no request comes at the smallest load; ask for more --seconds")
+            times = of_kind(kind, factor * costs.full_depth_per_second, arguments.seconds)
             row = await record(
                 arguments.url,
                 arguments.admin_token,

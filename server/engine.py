@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,6 +40,17 @@ STUCK_BEATS = 10
 to take."""
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a batch gave, and what it took."""
+
+    output: StageOutput
+    seconds: float
+    cpu_seconds: float
+    """Of the worker's thread; less where it waited for a core or for the device."""
+    ended: float
+
+
 class Engine:
     """Owns the scheduler and the runner in threads of its own; others send it messages.
 
@@ -48,6 +60,7 @@ class Engine:
         metrics: records.
         audit_rate: share of the policy's early answers that are run to the last exit in idle time.
         clock: seconds; the same clock that arrivals and deadlines are on.
+        cpu_clock: seconds that the calling thread has had a processor.
         chance: 0..1; decides which answers are audited.
         promise: makes what a client of a loop waits for.
     """
@@ -59,6 +72,7 @@ class Engine:
         metrics: EngineMetrics,
         audit_rate: float,
         clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.thread_time,
         chance: Callable[[], float] = random.random,
         promise: Callable[[Loop], Promise[Answer]] = Promise,
     ) -> None:
@@ -67,6 +81,7 @@ class Engine:
         self._metrics = metrics
         self._audit_rate = audit_rate
         self._clock = clock
+        self._cpu_clock = cpu_clock
         self._chance = chance
         self._promise = promise
         self._inbox = Inbox()
@@ -269,7 +284,7 @@ class Engine:
     def _run_batch(self, batch: Batch) -> None:
         """Run and settle; if that fails run the jobs one by one, so that only the guilty fail."""
         try:
-            computed = self._compute(batch)
+            run = self._compute(batch)
         except Exception:
             _say_why("failed", batch)
             if len(batch.jobs) == 1:
@@ -281,38 +296,38 @@ class Engine:
             return
         try:
             with self._lock:
-                self._settle(batch, computed)
+                self._settle(batch, run)
                 self._outbox.send()
             self._metrics.settle()
         except Exception:
             _say_why("could not be settled", batch)
             self._fail(batch)
 
-    def _compute(self, batch: Batch) -> tuple[StageOutput, float, float]:
+    def _compute(self, batch: Batch) -> Run:
         inputs = [job.payload.inputs for job in batch.jobs]
-        began = self._clock()
+        began, cpu_began = self._clock(), self._cpu_clock()
         output = self._runner.run(batch.stage, inputs, batch.alone)
-        ended = self._clock()
+        cpu_seconds, ended = self._cpu_clock() - cpu_began, self._clock()
         if not all(map(math.isfinite, output.confidences)):
             raise FloatingPointError(f"stage {batch.stage} gave a confidence that is no number")
-        return output, began, ended
+        return Run(output, ended - began, cpu_seconds, ended)
 
-    def _settle(self, batch: Batch, computed: tuple[StageOutput, float, float]) -> None:
-        output, began, ended = computed
+    def _settle(self, batch: Batch, run: Run) -> None:
+        output = run.output
         tickets: list[Ticket] = [job.payload for job in batch.jobs]
         for i, ticket in enumerate(tickets):
             ticket.probabilities = output.probabilities[i]
             ticket.confidence = output.confidences[i]
-            ticket.compute_seconds += ended - began
+            ticket.compute_seconds += run.seconds
         if batch.audit:
             self._settle_audit(batch)
         else:
-            self._metrics.ran(batch.stage, len(tickets), ended - began)
+            self._metrics.ran(batch.stage, len(tickets), run.seconds, run.cpu_seconds)
             class_ids = output.probabilities.argmax(axis=1).tolist()
             for job, class_id in zip(batch.jobs, class_ids, strict=True):
-                self._show(batch.stage, job, class_id, ended)
+                self._show(batch.stage, job, class_id, run.ended)
             said = output.confidences
-            for job, reason in self.scheduler.settle(batch, said, ended - began, ended):
+            for job, reason in self.scheduler.settle(batch, said, run.seconds, run.ended):
                 self._answer(job, reason)
         self._let_go(batch, output)
 

@@ -153,6 +153,12 @@ class Metrics:
         self.stage_seconds = self._histogram(
             "stage_duration_seconds", "One stage batch on the device", ["model", "stage"], seconds
         )
+        self.stage_cpu_seconds = self._counter(
+            "stage_cpu_seconds_total",
+            "Processor time of the workers' threads in stage batches; what the batches took beyond "
+            "it they waited, for a core or for the card",
+            ["model", "stage"],
+        )
         self.batch_size = self._histogram(
             "batch_size", "Images in one stage batch", ["model", "stage"], batches
         )
@@ -224,6 +230,7 @@ class Metrics:
             family.labels(self.model, exit)
         for family in (self.stage_seconds, self.batch_size, self.queue_jobs):
             family.labels(self.model, exit)
+        self.stage_cpu_seconds.labels(self.model, exit)
         for agreed in ("true", "false"):
             self.audited.labels(self.model, exit, agreed)
 
@@ -309,6 +316,7 @@ class EngineMetrics:
         self._confidence = [metrics.confidence.labels(model, str(k)) for k in exits]
         self._answer_seconds = [metrics.answer_seconds.labels(model, str(k)) for k in exits]
         self._stage_seconds = [metrics.stage_seconds.labels(model, str(k)) for k in exits]
+        self._stage_cpu_seconds = [metrics.stage_cpu_seconds.labels(model, str(k)) for k in exits]
         self._batch_size = [metrics.batch_size.labels(model, str(k)) for k in exits]
         self._queue_jobs = [metrics.queue_jobs.labels(model, str(k)) for k in exits]
         self._answers = {
@@ -321,9 +329,10 @@ class EngineMetrics:
         """The calling thread is one of the engine's."""
         self._metrics.threads.watch("engine")
 
-    def ran(self, stage: int, jobs: int, seconds: float) -> None:
+    def ran(self, stage: int, jobs: int, seconds: float, cpu_seconds: float) -> None:
         """A stage batch ran."""
         self._note(self._stage_seconds[stage - 1].observe, seconds)
+        self._note(self._stage_cpu_seconds[stage - 1].inc, cpu_seconds)
         self._note(self._batch_size[stage - 1].observe, jobs)
 
     def saw(self, exit: int, confidence: float) -> None:

@@ -39,27 +39,30 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a server had spent by a moment, or between two; all in seconds but the last."""
+    """What a server had spent by a moment, or between two.
+
+    Seconds of processor time, but the first and the last.
+    """
 
     seconds: float
     event_loop: float
-    """Processor time of its thread."""
+    """Of its thread."""
     engine: float
-    """Of its workers' threads, stages included."""
+    """Of its workers' threads."""
     stages: float
-    """That batches took, of all workers."""
+    """Of those in stage batches."""
     batches: float
 
     @classmethod
     def by_now(cls, url: str) -> Spent:
         """Since it started."""
-        said, stages = scrape(url), "offramp_stage_duration_seconds"
+        said = scrape(url)
         return cls(
             time.perf_counter(),
             said.value("offramp_cpu_seconds_total", part="event_loop"),
             said.value("offramp_cpu_seconds_total", part="engine"),
-            said.total(f"{stages}_sum"),
-            said.total(f"{stages}_count"),
+            said.total("offramp_stage_cpu_seconds_total"),
+            said.total("offramp_stage_duration_seconds_count"),
         )
 
     def __sub__(self, before: Spent) -> Spent:
@@ -86,15 +89,10 @@ class Flood:
         """Of the event loop, for each."""
         return self.spent.event_loop / self.requests
 
-    def between_batches(self, workers: int) -> float:
-        """Seconds that a worker spends from one batch to the next, if all of them are kept busy.
-
-        Without what it then waited for Python's lock, which the event loop held as long as it
-        computed.
-        """
-        spent = self.spent
-        in_no_stage = max(0.0, workers * spent.seconds - spent.stages)
-        return in_no_stage / spent.batches / (1 + min(1.0, spent.event_loop / spent.seconds))
+    @property
+    def batch_seconds(self) -> float:
+        """Of the engine outside stages, for each batch."""
+        return max(0.0, self.spent.engine - self.spent.stages) / self.spent.batches
 
     @property
     def per_second(self) -> float:
@@ -105,7 +103,8 @@ class Flood:
 async def measure(url: str, admin_token: str, samples: Sequence[Sample], seconds: float) -> Costs:
     """Load a server in three ways, in turns, and ask it one by one.
 
-    What a request costs the event loop is its thread's processor time. How that divides into
+    What a request costs the event loop, and a batch the engine, is processor time of their threads:
+    what they wait for cores and locks is the simulation's to find. How a request's divides into
     beginning and answering is seen in the timings of requests sent one by one.
     """
     share = await _begin_share(url, samples)
@@ -120,7 +119,7 @@ async def measure(url: str, admin_token: str, samples: Sequence[Sample], seconds
         share * request,
         (1 - share) * request,
         refused.request_seconds,
-        deep.between_batches(engine(url, admin_token)["workers"]),
+        deep.batch_seconds,
         deep.per_second,
     )
 

@@ -143,16 +143,12 @@ def test_floods_add_up():
     assert both.per_second == 200
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_what_workers_spend_between_batches_leaves_out_their_wait_for_the_lock(workers):
-    between, loop = 1e-3, 0.25
-    in_no_stage = 200 * between * (1 + loop)
-    busy = Flood(Spent(1.0, loop, workers * 0.9, workers - in_no_stage, 200), 1000)
-    assert busy.between_batches(workers) == pytest.approx(between)
+def test_what_workers_spend_between_batches_leaves_out_stages_and_waiting():
+    assert Flood(Spent(9.0, 1.0, 1.7, 1.5, 200), 1000).batch_seconds == pytest.approx(1e-3)
 
 
-def test_workers_that_are_in_a_stage_all_the_time_spend_nothing_between():
-    assert Flood(Spent(1.0, 0.1, 1.0, 1.01, 10), 10).between_batches(1) == 0.0
+def test_stages_counted_a_moment_later_leave_nothing_between():
+    assert Flood(Spent(1.0, 0.1, 1.0, 1.01, 10), 10).batch_seconds == 0.0
 
 
 def recording(seconds=0.1):

@@ -56,6 +56,10 @@ class FakePromise:
     set_exception = set_result
 
 
+BUSY_SHARE = 0.75
+"""Of a batch, how long its thread has a processor."""
+
+
 class FakeRunner:
     """Takes a millisecond a batch; images are the confidences that their exits will say."""
 
@@ -115,6 +119,7 @@ class World:
             EngineMetrics(self.metrics, [1, 2, 3]),
             audit_rate,
             clock=lambda: self.now,
+            cpu_clock=lambda: self.now * BUSY_SHARE,
             chance=lambda: 0.0,
             promise=FakePromise,
         )
@@ -693,3 +698,12 @@ def test_real_workers_answer_every_job_once(http_seconds):
     world.engine.stop()
     assert not world.engine.alive
     assert [answer(ticket).exit for ticket in tickets] == [1, 2, 3] * 100
+
+
+def test_the_wait_for_a_processor_amid_a_stage_can_be_seen(world):
+    world.submit(0.1, 0.95)
+    while world.engine.step(wait=False):
+        pass
+    stage = {"model": "tiny", "stage": "2"}
+    assert world.value("stage_duration_seconds_sum", **stage) == pytest.approx(SECONDS)
+    assert world.value("stage_cpu_seconds_total", **stage) == pytest.approx(BUSY_SHARE * SECONDS)

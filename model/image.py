@@ -20,25 +20,17 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 class ImageError(Exception):
     """Bytes that cannot become an image; the message is fit for a client."""
 
-    code = "bad_image"
-
 
 class UnsupportedImage(ImageError):
     """Not an image, or of a format that is not allowed."""
-
-    code = "unsupported_image"
 
 
 class BrokenImage(ImageError):
     """An image of an allowed format that is truncated or corrupt."""
 
-    code = "broken_image"
-
 
 class ImageTooLarge(ImageError):
     """More pixels than allowed, known from the header alone."""
-
-    code = "image_too_large"
 
 
 MOST_TEXT_BYTES = 4 * 2**20
@@ -54,7 +46,7 @@ STRIP_PIXELS = 2**20
 def prepare() -> None:
     """Import every format; else the first image that is neither PNG nor JPEG does, for 0.1 s.
 
-    Pillow would inflate 64 MiB of comments.
+    Also lowers Pillow's limit for inflated PNG comments, which is 64 MiB.
     """
     Image.init()
     PngImagePlugin.MAX_TEXT_MEMORY = MOST_TEXT_BYTES
@@ -121,7 +113,7 @@ def render(image: Header, size: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         image.load()
         return image
     strips = list(_strips(image))

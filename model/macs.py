@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -41,20 +42,12 @@ def count_stages(net: MultiExitNet, size: int) -> list[StageCost]:
 
 def cumulative_macs(costs: list[StageCost]) -> list[int]:
     """MACs to leave at each exit: all trunk stages and all heads up to it."""
-    return _running(c.trunk_macs + c.head_macs for c in costs)
+    return list(accumulate(c.trunk_macs + c.head_macs for c in costs))
 
 
 def cumulative_parameters(costs: list[StageCost]) -> list[int]:
     """Parameters used by an image that leaves at each exit, earlier heads included."""
-    return _running(c.trunk_parameters + c.head_parameters for c in costs)
-
-
-def _running(values: Iterable[int]) -> list[int]:
-    total, out = 0, []
-    for value in values:
-        total += value
-        out.append(total)
-    return out
+    return list(accumulate(c.trunk_parameters + c.head_parameters for c in costs))
 
 
 def _count(net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:

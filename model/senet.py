@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.resnet import BasicBlock, Bottleneck
+from model.resnet import BasicBlock, Bottleneck, ResidualBlock
 
 REDUCTION = 16
 LEAST = 8
@@ -28,23 +28,20 @@ class SqueezeExcite(nn.Module):
         return x * self.fc2(squeezed).sigmoid()
 
 
-class SEBasicBlock(BasicBlock):
+class _Weighed(ResidualBlock):
+    """Weighs the residual of the block that it is mixed into."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.se = SqueezeExcite(self.channels)
+
+    def residual(self, x: Tensor) -> Tensor:
+        return self.se(super().residual(x))
+
+
+class SEBasicBlock(_Weighed, BasicBlock):
     """A basic block that weighs its residual."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.se = SqueezeExcite(self.channels)
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self.se(super().residual(x))
-
-
-class SEBottleneck(Bottleneck):
+class SEBottleneck(_Weighed, Bottleneck):
     """A bottleneck that weighs its residual."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.se = SqueezeExcite(self.channels)
-
-    def residual(self, x: Tensor) -> Tensor:
-        return self.se(super().residual(x))

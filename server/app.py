@@ -19,10 +19,10 @@ from server import routes
 from server.direct import Direct
 from server.errors import BadRequest, Draining, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
-from server.middleware import Surroundings
+from server.middleware import Surroundings, rendered
 from server.openapi import document
 from server.page import page_router
-from server.protocol import error_body, invalid
+from server.protocol import invalid
 from server.repository import Served
 
 log = logging.getLogger("offramp")
@@ -96,19 +96,9 @@ async def _warm_up(served: Served) -> None:
 
 
 async def _render(request: Request, error: Exception) -> Response:
-    """The one place where an error becomes a response."""
     assert isinstance(error, OfframpError)
-    context = await routes.context_of(request)
-    context.fields["code"] = error.code
-    headers = dict(error.headers)
-    if error.status == 413:
-        headers["Connection"] = "close"  # the rest of the body is not read
-    return Response(
-        error_body(str(error), error.code, context.request_id),
-        error.status,
-        headers,
-        media_type="application/json",
-    )
+    headers, body = rendered(await routes.context_of(request), error)
+    return Response(body, error.status, headers)
 
 
 async def _render_unexpected(request: Request, _: Exception) -> Response:

@@ -14,7 +14,7 @@ from model.policy import OperatingPoint, Rule
 from server.engine import Engine
 from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
-from server.protocol import Parameters, answer_body
+from server.protocol import Parameters, answer_body, error_body
 from server.repository import Served
 from server.tickets import Answer, Seen
 
@@ -150,7 +150,7 @@ async def classify_or_error(
     try:
         return await classify(data, admission, served, context)
     except OfframpError as error:
-        return {"error": str(error), "code": error.code, "request_id": context.request_id}
+        return error_body(error, context.request_id)
 
 
 def _body(

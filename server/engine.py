@@ -192,7 +192,7 @@ class Engine:
         ticket = Ticket(loop, self._promise(loop), on_exit, self._clock(), pixels, request_id)
         job = Job(rule, arrived, deadline, bends, payload=ticket)
         ticket.job = job
-        self.call(lambda: self._admit(job, ticket))
+        self.call(lambda: self._admit(job))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -257,8 +257,9 @@ class Engine:
 
     def _take_messages(self, worker: int, seconds: float = 0.0) -> None:
         self._inbox.wait(worker, seconds)
-        # Taken under the lock, or one who takes later could call first: what was sent before the
-        # end would be told that it has ended, and a client would go away before it came.
+        # Taken and called under one lock: a worker that took later messages could otherwise call
+        # them first. A job sent before the end would be told that it has ended, or be cancelled
+        # before it was admitted.
         with self._lock:
             for message in self._inbox.take():
                 if message is None:
@@ -362,10 +363,12 @@ class Engine:
 
     # --- what happens to a job ---------------------------------------------------------------
 
-    def _admit(self, job: Job, ticket: Ticket) -> None:
+    def _admit(self, job: Job) -> None:
+        ticket: Ticket = job.payload
+        if self._stopping.is_set():
+            self._outbox.settle(ticket, Draining())
+            return
         try:
-            if self._stopping.is_set():
-                raise Draining
             self.scheduler.admit(job, self._clock())
         except Refused as refused:
             self._metrics.refused("not_in_time")
@@ -373,8 +376,6 @@ class Engine:
         except TooLate:
             self._metrics.deadline(met=False)
             self._outbox.settle(ticket, DeadlineExceeded())
-        except Draining as draining:
-            self._outbox.settle(ticket, draining)
 
     def _turn_away(self) -> None:
         self.scheduler.turn_away(self._clock())
@@ -395,8 +396,7 @@ class Engine:
         self._outbox.show(ticket, seen)
 
     def _answer(self, job: Job, reason: Reason) -> None:
-        ticket: Ticket = job.payload
-        self._finish(ticket, job, ticket.seen[-1].exit, reason)
+        self._finish(job, reason)
         if self._tells_of_the_policy(job, reason) and self._chance() < self._audit_rate:
             self.scheduler.audit(job)
 
@@ -407,15 +407,16 @@ class Engine:
     def _answer_overdue(self, job: Job) -> None:
         ticket: Ticket = job.payload
         if ticket.seen:
-            self._finish(ticket, job, ticket.seen[-1].exit, Reason.DEADLINE)
+            self._finish(job, Reason.DEADLINE)
         else:
             self._metrics.deadline(met=False)
             self._outbox.settle(ticket, DeadlineExceeded())
         ticket.release()
 
-    def _finish(self, ticket: Ticket, job: Job, exit: int, reason: Reason) -> None:
+    def _finish(self, job: Job, reason: Reason) -> None:
+        ticket: Ticket = job.payload
         assert ticket.probabilities is not None
-        now = self._clock()
+        exit, now = ticket.seen[-1].exit, self._clock()
         waited = max(0.0, now - ticket.accepted - ticket.compute_seconds)
         answer = Answer(
             exit,

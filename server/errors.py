@@ -17,6 +17,7 @@ OfframpError 500 internal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -107,6 +108,10 @@ class BodyTooLarge(TooLarge):
     code = "body_too_large"
     sentence = "the body is over the byte limit"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Connection": "close"}  # the rest of the body is not read
+
 
 class ImageTooLarge(TooLarge):
     code = "image_too_large"
@@ -131,7 +136,7 @@ class Overloaded(OfframpError):
     """Refused for load.
 
     Args:
-        retry_after_seconds: when the backlog will have drained.
+        retry_after_seconds: until the backlog is expected to have drained.
     """
 
     status = 429
@@ -144,7 +149,7 @@ class Overloaded(OfframpError):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(max(1, round(self.retry_after_seconds + 0.5)))}
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_seconds)))}
 
 
 class HeadTooLarge(OfframpError):

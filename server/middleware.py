@@ -11,6 +11,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -176,16 +177,23 @@ class Surroundings:
             log.log(level, "request", extra={"fields": said})
 
 
-async def send_error(send: Send, context: Context, error: OfframpError) -> None:
-    """Render an error, unless the response has already begun."""
+def rendered(context: Context, error: OfframpError) -> tuple[dict[str, str], bytes]:
+    """Headers and body of the response that an error becomes; notes its code for the log."""
     context.fields.setdefault("code", error.code)
+    body = to_json(error_body(error, context.request_id))
+    return {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **error.headers,
+    }, body
+
+
+async def send_error(send: Send, context: Context, error: OfframpError) -> None:
+    """Answer with an error, unless the response has already begun."""
+    headers, body = rendered(context, error)
     if context.started:
         return
-    body = error_body(str(error), error.code, context.request_id)
-    headers = {"content-type": "application/json", "content-length": str(len(body))}
-    if error.status == BodyTooLarge.status:
-        headers["connection"] = "close"  # the rest of the body is not read
-    raw = [(k.lower().encode(), v.encode()) for k, v in {**headers, **error.headers}.items()]
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 

@@ -35,8 +35,11 @@ class StaticFiles:
     """All files of a folder, read once: what is not in it has no path at all."""
 
     def __init__(self, folder: Path) -> None:
-        files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-        self._contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+        self._files = {
+            file.relative_to(folder).as_posix(): _with_tag(file.read_bytes())
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
 
     def response(self, name: str, request: Request) -> Response:
         """The file, or 304 if the client has it.
@@ -44,14 +47,17 @@ class StaticFiles:
         Raises:
             NotFound: there is no such file.
         """
-        if name not in self._contents:
+        if name not in self._files:
             raise NotFound
-        content = self._contents[name]
-        tag = f'"{sha256(content).hexdigest()[:16]}"'
+        content, tag = self._files[name]
         headers = {**HEADERS, "ETag": tag}
         if tag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers, media_type=mimetypes.guess_type(name)[0])
+
+
+def _with_tag(content: bytes) -> tuple[bytes, str]:
+    return content, f'"{sha256(content).hexdigest()[:16]}"'
 
 
 def page_router() -> APIRouter:

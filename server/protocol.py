@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
 from model.policy import OperatingPoint, Reason
-from server.errors import InvalidParameter
+from server.errors import InvalidParameter, OfframpError
 from server.tickets import Answer, Seen
 
 ROUNDING = 6
@@ -233,9 +233,9 @@ class PolicyChange(BaseModel):
     )
 
 
-def error_body(sentence: str, code: str, request_id: str) -> bytes:
-    """An error as JSON."""
-    return to_json({"error": sentence, "code": code, "request_id": request_id})
+def error_body(error: OfframpError, request_id: str) -> dict[str, Any]:
+    """An error as it goes over the wire."""
+    return {"error": str(error), "code": error.code, "request_id": request_id}
 
 
 def top_labels(probabilities: np.ndarray, labels: tuple[str, ...], k: int) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from server.protocol import (
     Parameters,
     PolicyBody,
     PolicyChange,
+    error_body,
     event,
     seen_body,
 )
@@ -271,8 +272,7 @@ async def _events(
         if not begun:
             raise
         context.fields["code"] = error.code
-        said = {"error": str(error), "code": error.code, "request_id": context.request_id}
-        yield event("error", said)
+        yield event("error", error_body(error, context.request_id))
     finally:
         work.cancel()
 

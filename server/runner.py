@@ -48,9 +48,6 @@ class StageOutput:
 class StageRunner(Protocol):
     """What the engine needs of a runner; the seam for its tests."""
 
-    @property
-    def exits(self) -> int: ...
-
     def run(self, stage: int, inputs: Inputs, alone: bool = False) -> StageOutput: ...
 
     def keep(self, output: StageOutput, places: Sequence[int]) -> list[Row]: ...

@@ -50,7 +50,7 @@ async def read_image(request: Request, deadline: float, missed: Counter) -> byte
         missed: counts deadlines that were.
 
     Raises:
-        BadMultipart: malformed, or not exactly one part `file`.
+        BadMultipart: malformed, or more than one part `file`.
         NoImage: it is multipart without that part.
         DeadlineExceeded: it has not come by then, and so would be of no use.
         ClientDisconnect: nobody waits any more.
@@ -73,8 +73,10 @@ async def read_images(request: Request, most: int, deadline: float, missed: Coun
         missed: counts deadlines that were.
 
     Raises:
-        BadMultipart: malformed, not multipart, no part `files` or more than `most`.
+        BadMultipart: not multipart, malformed, or more than `most` files.
+        NoImage: there is no file part `files`.
         DeadlineExceeded: they have not come by then, and so would be of no use.
+        ClientDisconnect: nobody waits any more.
     """
     if not _is_multipart(request):
         raise BadMultipart("send multipart/form-data with one part `files` for each image")
@@ -117,8 +119,9 @@ async def _read_parts(request: Request, name: str, most: int) -> list[bytes]:
 
 
 def _only_boundary(headers: Headers) -> Headers:
-    """Without a charset: of any name Python remembers whether it knows it, and some decode a
-    megabyte in minutes. None is meant to be sent (RFC 7578)."""
+    """The content type with its boundary alone, and so without a charset, which RFC 7578 does not
+    use here: Python keeps every name that it is asked for, and some codecs take minutes for a
+    megabyte."""
     _, options = parse_options_header(headers["content-type"])
     boundary = options.get(b"boundary", b"").decode("latin-1")
     if not BOUNDARY.fullmatch(boundary):

@@ -16,10 +16,6 @@ class Gate:
         self.batches = []
         """(stage, inputs) of every batch that was asked for."""
 
-    @property
-    def exits(self):
-        return self._runner.exits
-
     def run(self, stage, inputs, alone=False):
         self.batches.append((stage, list(inputs)))
         self.entered.release()

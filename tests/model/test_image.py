@@ -100,6 +100,12 @@ def test_grey_with_transparency_is_composited_on_white():
     assert np.abs(decoded(Image.new("LA", (8, 8), (0, 51))) - 204).max() <= 1
 
 
+def test_a_colour_that_stands_for_transparency_becomes_white():
+    pixels = decoded(halves(RED, BLUE), transparency=RED)
+    assert (pixels[16, 4] == 255).all()
+    assert (pixels[16, 28] == BLUE).all()
+
+
 def test_a_palette_gives_its_colours():
     image = halves(RED, BLUE).convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
     assert np.array_equal(decoded(image), np.asarray(halves(RED, BLUE)))

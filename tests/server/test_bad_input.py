@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.errors import OfframpError
+from server.errors import OfframpError, Overloaded
 from tests.conftest import encode, noise, until
 from tests.gate import gated
 
@@ -74,6 +74,17 @@ def test_a_decompression_bomb_costs_no_memory(server):
         assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_a_client_whose_image_is_too_large_keeps_its_connection(server):
+    refused = server.post(BROKEN["bomb"][0])
+    assert refused.status_code == 413
+    assert "connection" not in refused.headers, "its body was read whole"
+
+
+@pytest.mark.parametrize(("backlog", "seconds"), [(0.0, 1), (1.0, 1), (1.2, 2), (2.0, 2), (3.5, 4)])
+def test_a_refused_client_is_told_whole_seconds_that_suffice(backlog, seconds):
+    assert Overloaded(backlog).headers == {"Retry-After": str(seconds)}
 
 
 PARAMETERS = {

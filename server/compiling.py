@@ -103,6 +103,8 @@ class Compiling:
         for stage, inputs in enumerate(examples, start=1):
             if self._closing.is_set():
                 return
+            if (stage, 1) not in self._used:
+                continue
             measured = self._measured_teams(stage, inputs)
             share, threads, team = min(measured, default=(1.0, 1, None))
             if team and share <= WORTH_ITS_CORES:
@@ -123,7 +125,16 @@ class Compiling:
     @property
     def complete(self) -> bool:
         """Whether every program has been handed over."""
-        return len(self._used) == len(self._units) * len(order(self._settings.max_batch))
+        return len(self._used) == self._wanted
+
+    @property
+    def _settled(self) -> bool:
+        """Whether no program is left to compile: those that disagreed would be no better later."""
+        return len(self._used) + len(self._refused) == self._wanted
+
+    @property
+    def _wanted(self) -> int:
+        return len(self._units) * len(order(self._settings.max_batch))
 
     def compile(self) -> Iterator[str]:
         """Compile what the cache lacks, in a process of its own; none where it lacks nothing.
@@ -134,7 +145,7 @@ class Compiling:
         Raises:
             RuntimeError: there is no compiler, or it failed.
         """
-        process = None if self.complete else self._begin(self._command())
+        process = None if self._settled else self._begin(self._command())
         if process is None:
             return
         with process:
@@ -163,6 +174,7 @@ class Compiling:
                 return
             if self.complete:
                 log.info("every stage is compiled")
+            if self._settled:
                 self.use_teams(use_team)
                 self._use_teams_later(use_team)
 
@@ -188,7 +200,7 @@ class Compiling:
 
     @property
     def _lacks_teams(self) -> bool:
-        return any(self._teams.values())
+        return any(sizes for stage, sizes in self._teams.items() if (stage, 1) in self._used)
 
     def _use_teams_later(self, use: UseTeam) -> None:
         pause = PAUSE_SECONDS

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
 
 MOST_HEAD_BYTES = 2**16
-"""Of a request line with its headers, and of trailers; the parser has no limit, and takes the
-longer for each read of a header the longer that header is."""
+"""Of a request line with its headers, and of trailers. The parser has no limit, and looks at the
+whole of a header with each read that it comes in."""
 LINGER_BYTES = 2**26
 """What is read and thrown away of a request that was answered before it was whole."""
 LINGER_SECONDS = 30.0
@@ -40,9 +40,9 @@ class Protocol(HttpToolsProtocol):
     A request's own code runs a turn of the event loop later or more, and under load a turn takes
     long: a deadline counted from there would be kept on paper alone.
 
-    What cannot be read is answered in its turn, and is the last thing that is read; so is what
-    stops coming. A connection that ends amid a request lingers: with bytes left unread, the system
-    would reset it, and many clients would not see their answer.
+    A request that cannot be parsed, or that stops coming, is answered in its turn, and nothing
+    after it is read. A connection that ends amid a request lingers first: with bytes left unread,
+    the system would reset it, and many clients would not see their answer.
     """
 
     __slots__ = (  # uvicorn's attributes fill what Python looks up fast
@@ -106,7 +106,7 @@ class Protocol(HttpToolsProtocol):
         self._read = len(data)
         self._paced = min(self._heard, self._paced + self._read / SLOWEST_BYTES_A_SECOND)
         if self._deaf:
-            self._discard()
+            self._discard(self._read)
             return
         self._kept += self._read
         try:
@@ -161,16 +161,14 @@ class Protocol(HttpToolsProtocol):
         cycle = self._begun()
         if cycle is not None:
             cycle.transport = self._ending
-            self._await_answer(cycle)
+            self._unanswered().append(cycle)
 
     def on_body(self, body: bytes) -> None:
         """As uvicorn's, which would ask the parser for an upgrade first."""
         self._kept = 0
         cycle = self.cycle
         if cycle.response_complete:
-            self._linger_bytes -= len(body)
-            if self._linger_bytes < 0:
-                self.transport.close()
+            self._discard(len(body))
             return
         cycle.body += body
         if len(cycle.body) > HIGH_WATER_LIMIT:
@@ -190,10 +188,11 @@ class Protocol(HttpToolsProtocol):
         if self.pipeline:  # uvicorn would read more after each answer, whatever waits here
             self.flow.pause_reading()
         if self._is_answered_amid_its_body() and not (self._deaf or self.transport.is_closing()):
-            self._lingering = self.loop.call_later(self._linger_seconds, self.transport.close)
+            self._linger()
 
     def _is_answered_amid_its_body(self) -> bool:
-        """Whether that is so of the newest request: behind the one just answered may be another."""
+        """Whether the newest request was; the one just answered may be older, of several sent at
+        once."""
         cycle = self._begun()
         return not self._whole and cycle is not None and cycle.response_complete
 
@@ -219,9 +218,6 @@ class Protocol(HttpToolsProtocol):
         """The newest request's, once its head was whole."""
         cycle = self.cycle
         return cycle if cycle is not None and cycle.scope is self.scope else None
-
-    def _await_answer(self, cycle: RequestResponseCycle) -> None:
-        self._unanswered().append(cycle)
 
     def _unanswered(self) -> deque[RequestResponseCycle]:
         """Oldest first, as they are answered: a read may hold thousands."""
@@ -259,7 +255,7 @@ class Protocol(HttpToolsProtocol):
             keep_alive=False,
             on_response=self.on_response_complete,
         )
-        self._await_answer(self.cycle)
+        self._unanswered().append(self.cycle)
         app = cast("ASGI3Application", refusal(error))
         if first:
             self._start_asgi_task(self.cycle, app)
@@ -317,10 +313,13 @@ class Protocol(HttpToolsProtocol):
         self.pipeline.clear()
         self.flow.resume_reading()
         self.transport.write_eof()
+        self._linger()
+
+    def _linger(self) -> None:
         self._lingering = self.loop.call_later(self._linger_seconds, self.transport.close)
 
-    def _discard(self) -> None:
-        self._linger_bytes -= self._read
+    def _discard(self, size: int) -> None:
+        self._linger_bytes -= size
         if self._linger_bytes < 0:
             self.transport.close()
 

@@ -48,7 +48,7 @@ ERROR_HEADERS = {
     401: {"WWW-Authenticate": {"description": "`Bearer`", "schema": {"type": "string"}}},
     429: {
         "Retry-After": {
-            "description": "seconds until the backlog will have drained",
+            "description": "seconds until the backlog is expected to have drained",
             "schema": {"type": "integer", "minimum": 1},
         }
     },

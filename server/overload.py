@@ -27,7 +27,8 @@ RECOVERY_SECONDS = 0.6
 RATE_SECONDS = 0.15
 """…which takes about so long to be noticed: the rate of arrivals is an average over that time."""
 FADING_SECONDS = 60.0
-"""Having been out of force for so long, a level counts for a third of the work it was known by."""
+"""A level out of force for so long counts for a third (1/e) of the work last measured at it, so
+that it is tried again."""
 UNLIMITED_BUDGET_SECONDS = 0.5
 """What counts as the usual deadline where requests have none."""
 LEARNING_RATE = 0.05

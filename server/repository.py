@@ -49,6 +49,8 @@ class Served:
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = device_of(settings.device)
         on_cpu = self.device.type == "cpu"
+        if settings.compile == "require" and on_cpu:
+            _need_compiler()
         fewest, self.workers = (
             workers_at_once(settings.workers, settings.threads) if on_cpu else (1, 1)
         )
@@ -77,8 +79,6 @@ class Served:
         self._unable = False
         self._engine: Engine | None = None
         self._compiling: Compiling | None = None
-        if settings.compile == "require" and on_cpu:
-            _need_compiler()
 
     def warm_up(self) -> None:
         """Run every stage and batch size once and start the engine; takes seconds.
@@ -211,7 +211,7 @@ class Served:
 
     @property
     def backlog_seconds(self) -> float:
-        """When everything accepted so far is expected to have been answered."""
+        """Until everything accepted so far is expected to have been answered."""
         return self._engine.scheduler.backlog_seconds if self._engine else 1.0
 
     @property

@@ -36,9 +36,8 @@ QUIET_SECONDS = 0.01
 """An audited job takes a step only after so long without a live one, since the next live one would
 have to wait for it."""
 PROBE_SECONDS = 1.0
-"""Nothing having run for so long, a job runs that is expected to be late even if it is alone. What
-is expected is learned from what runs: after a spell in which the machine was slow, or a start in
-one, every job might be refused for good."""
+"""After so long without a batch, one job runs although it is expected to be late even alone. Costs
+are learned only from batches that run: one slow spell could have every job refused for ever."""
 NOBODY = math.inf, -math.inf
 LEAVING_RATE = 0.02
 """Weight of one job in the running share of jobs that leave at an exit."""
@@ -115,7 +114,7 @@ class Refused(Exception):
     """A job that cannot be in time even at the first exit.
 
     Args:
-        retry_after_seconds: when the present backlog will have drained.
+        retry_after_seconds: until the present backlog is expected to have drained.
     """
 
     def __init__(self, retry_after_seconds: float) -> None:
@@ -161,11 +160,12 @@ class Scheduler:
         """When each running batch is expected to end, by the number of its first job."""
         self._live_until = -math.inf
         self._refusing = NOBODY
-        """Deadlines from that of the last job refused until when it would have had its answer."""
+        """Deadlines sure to be refused: from that of the last job refused to when it would have had
+        its first exit's answer."""
         self._probe: Job | None = None
         """A job that runs if nothing else does."""
         self._probe_at = math.inf
-        """When what is expected will have been learned too long ago."""
+        """From when on expected costs are stale, nothing having run for `PROBE_SECONDS`."""
         self.backlog_seconds = 0.0
         """The predicted wait when the last step was chosen."""
 
@@ -237,7 +237,7 @@ class Scheduler:
     def next_step(self, now: float) -> Step:
         """Choose what a free worker does now, and take those jobs off their queues."""
         if not self._queues[1]:
-            self._refusing = NOBODY  # of whom is behind an image there
+            self._refusing = NOBODY  # it held only while images waited ahead
         self.workers = self._workers_worth_their_core()
         self.backlog_seconds = self.predicted_wait(now)
         self.controller.update(self.backlog_seconds, now)
@@ -254,7 +254,7 @@ class Scheduler:
         if alone:
             seconds = self.costs.seconds(batch.stage, 1, alone)
             batch = Batch(batch.stage, batch.jobs, seconds, alone=True)
-        self._ends[batch.jobs[0].number] = now + batch.seconds
+        self._began(batch, now)
         queue = self._queues[batch.stage]
         first = queue.index(batch.jobs[0])
         del queue[first : first + len(batch.jobs)]
@@ -353,6 +353,10 @@ class Scheduler:
         job.queued = now
         insort(self._queues[job.stage], job, key=lambda j: j.urgency)
 
+    def _began(self, batch: Batch, now: float) -> Batch:
+        self._ends[batch.jobs[0].number] = now + batch.seconds
+        return batch
+
     def _ended(self, job: Job) -> None:
         """No batch that this job was the first of runs any more."""
         self._ends.pop(job.number, None)
@@ -392,9 +396,7 @@ class Scheduler:
 
     def _run_probe(self, job: Job, now: float) -> Batch:
         job.state = JobState.RUNNING
-        seconds = self.costs.seconds(1, 1, alone=True)
-        self._ends[job.number] = now + seconds
-        return Batch(1, (job,), seconds, alone=True)
+        return self._began(Batch(1, (job,), self.costs.seconds(1, 1, alone=True), alone=True), now)
 
     def _only(self, jobs: int) -> bool:
         """Whether so many jobs wait and nothing runs."""
@@ -494,5 +496,4 @@ class Scheduler:
             return None
         job = self._audits.popleft()
         seconds = self.costs.seconds(job.stage, 1)
-        self._ends[job.number] = now + seconds
-        return Batch(job.stage, (job,), seconds, audit=True)
+        return self._began(Batch(job.stage, (job,), seconds, audit=True), now)

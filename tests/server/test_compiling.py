@@ -171,6 +171,14 @@ def test_a_program_that_disagrees_is_never_used_and_said_once(compiling, folder,
 
 
 @pytest.mark.slow
+def test_a_program_that_disagrees_begins_no_compiler_at_each_start(compiling, folder):
+    folder.wrong = {"stage3-batch2.bin"}
+    compiling.compile_in_background(lambda *_: None, lambda *_: None)
+    compiling._thread.join(20)
+    assert compiling._process is None
+
+
+@pytest.mark.slow
 def test_what_other_threads_do_meanwhile_does_not_make_a_program_slower(compiling, folder):
     folder.waiting = {"stage1-batch1.bin"}
     shares = {}

@@ -193,6 +193,12 @@ def test_what_cannot_be_used_is_not_tried_again(compiling, folder, closing, capl
     assert caplog.text.count("differs from the eager stage") == 3
 
 
+def test_a_stage_whose_single_image_runs_eagerly_has_no_team(compiling, folder):
+    del compiling._used[3, 1]
+    compiling._refused.add((3, 1))
+    assert teams(compiling, folder, later=True) == {stage: (4, 0.5) for stage in (1, 2, 4)}
+
+
 def test_a_team_that_cannot_be_loaded_is_a_warning(compiling, folder, caplog):
     folder.broken = {2, 4, 6}
     assert teams(compiling, folder) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,16 @@ def put_in_place(file: Path, write: Callable[[Path], object]) -> None:
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         write(partial)
+        _store(partial)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _store(file: Path) -> None:
+    """Wait until its bytes are on the disk: a machine that stops might keep its name alone."""
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def write_atomically(file: Path, data: bytes) -> None:

@@ -15,6 +15,8 @@ Header = Image.Image
 """An image whose header was read and whose pixels were not."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+"""Of their files' names."""
 
 
 class ImageError(Exception):

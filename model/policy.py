@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from model.quantisation import LARGEST_WEIGHT
-
 Probability = Annotated[float, Field(ge=0, le=1)]
 NEVER = 2.0
 """A threshold that no confidence reaches."""
+LARGEST_WEIGHT = 63
+"""In int8, in steps. With an eighth bit, sums of two products would overflow the sixteen bits that
+x86 without VNNI has for them."""
 
 
 class Reason(StrEnum):
@@ -189,9 +190,10 @@ class Policy(BaseModel):
     def point_for(self, max_accuracy_loss: float) -> OperatingPoint:
         """The operating point with this bound, else the one of the ladder with the next smaller.
 
-        It is taken whatever was certified for it: were a cheaper one beside it taken where it runs
-        the full network, or one that was chosen for its cost, then the images that certify would
-        choose between tests, and the bound fail as often as both together.
+        It is taken even where it runs the full network and another point is cheaper. Choosing among
+        points by what the certifying images gave each would choose between tests, and the bound
+        could fail with either. For the same reason points made for a budget are never fallen back
+        to.
 
         Raises:
             ValueError: every operating point may lose more.

@@ -19,12 +19,10 @@ from torch import Tensor, fx, nn
 
 from model.fold import fold_stages
 from model.network import MultiExitNet
+from model.policy import LARGEST_WEIGHT
 
 LEVELS = 255
 """Steps of an activation between its least and its largest value."""
-LARGEST_WEIGHT = 63
-"""In steps. With an eighth bit, sums of two products would overflow the sixteen bits that x86
-without VNNI has for them."""
 LARGEST_INTEGER = 127
 """Of eight bits, which compilers take a weight's to be."""
 SMALLEST_STEP = 1e-8

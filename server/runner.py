@@ -123,16 +123,12 @@ class Runner:
         return [Row(features, passed, place) for place in range(len(places))]
 
     def warm_up(
-        self,
-        sizes: Sequence[int],
-        clock: Callable[[], float] = time.perf_counter,
-        draining: Callable[[], bool] = lambda: False,
+        self, sizes: Sequence[int], draining: Callable[[], bool] = lambda: False
     ) -> Seconds:
         """Run every stage at every batch size; eagerly, where no program has come yet.
 
         Args:
             sizes: small to large.
-            clock: seconds.
             draining: whether nobody wants the result any more.
 
         Returns:
@@ -147,7 +143,7 @@ class Runner:
                 raise Draining
             inputs: Inputs = [self._black] * size
             for stage in seconds:
-                output, seconds[stage][size] = self._timed(stage, inputs, clock)
+                output, seconds[stage][size] = self._timed(stage, inputs)
                 inputs = self.keep(output, range(size))
         self._eager = CostTable(seconds)
         return seconds
@@ -193,8 +189,8 @@ class Runner:
         return min(self._ways(stage, n), key=lambda way: way[0])
 
     def _ways(self, stage: int, n: int) -> Iterator[tuple[float, Program | None, int]]:
-        """Eagerly, and through the smallest program with room for so many: a larger one only seems
-        faster where the machine was busier when the smaller one was measured."""
+        """The ways for `n` images: eagerly, and through the smallest program with room for them. A
+        larger one only seems faster where the machine was busier when the smaller was timed."""
         size = min((z for k, z in self._programs if k == stage and z >= n), default=None)
         if size is None or not self._memory.plans_anew:
             yield self._eager.seconds(stage, n) if self._eager else float("inf"), None, n
@@ -202,15 +198,13 @@ class Runner:
             program, seconds = self._programs[stage, size]
             yield seconds, program, size
 
-    def _timed(
-        self, stage: int, inputs: Inputs, clock: Callable[[], float]
-    ) -> tuple[StageOutput, float]:
+    def _timed(self, stage: int, inputs: Inputs) -> tuple[StageOutput, float]:
         output = self.run(stage, inputs)  # of a new shape, which a card takes its time to plan
         taken: list[float] = []
         while len(taken) < WARM_UP_RUNS and sum(taken) < WARM_UP_SECONDS:
-            began = clock()
+            began = time.perf_counter()
             output = self.run(stage, inputs)
-            taken.append(clock() - began)
+            taken.append(time.perf_counter() - began)
         return output, statistics.median(taken)
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.bundle import Bundle, load_bundle, save_description, save_policy
+from model.image import SUFFIXES
 from model.numerics import DTYPES, likely_dtypes, name_of
 from model.policy import Measure, OperatingPoint, Policy
 from training import data as folders
 from training.calibration import Calibrated, Options, calibrate, search_part
 from training.compare import compare_measures
-from training.data import SUFFIXES, DataError, Listing
+from training.data import DataError, Listing
 from training.eight_bits import find_ranges, price
 from training.ladder import Method, promise, uncertifiable
 from training.logits import cached_logits

@@ -164,8 +164,8 @@ def budget_point(
 ) -> OperatingPoint:
     """Thresholds fixed by their cost, with the smallest loss that can be certified for them.
 
-    Where that is one of the bounds `taken`, the next: what is tested for it is something else, and
-    a bound by either of two tests would fail as often as both together.
+    Where that is one of the bounds `taken`, the next free one, 0.01 points up: other thresholds
+    were certified for it, and a bound that either of two tests may give fails with either.
     """
     bound = math.ceil(1e4 * max(c.upper_bound(thresholds) for c in certifiers)) / 1e4
     while bound in taken:

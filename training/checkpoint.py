@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.files import PARTIAL, put_in_place
 from training.recipe import Recipe
 from training.run import Run, TrainingError
 from training.tensor_file import read_tensor_file
@@ -38,12 +38,9 @@ def save_checkpoint(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> N
         "recipe": asdict(recipe),
         "origin": origin,
     }
-    partial = folder / f".{CHECKPOINT}"
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / CHECKPOINT)
+    for left in folder.glob(f".{CHECKPOINT}.*{PARTIAL}"):  # by a run that was killed as it saved
+        left.unlink()
+    put_in_place(folder / CHECKPOINT, lambda partial: torch.save(state, partial))
 
 
 def check_unused(folder: Path) -> None:

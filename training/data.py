@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.image import ImageError, decode
+from model.image import SUFFIXES, ImageError, decode
 from model.preprocess import Preprocess
 
 T = TypeVar("T")
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 100_000_000
+READERS = 4
+"""Threads that read files into memory."""
 
 
 class DataError(Exception):
@@ -168,7 +169,7 @@ def name_digest(file: Path) -> bytes:
     return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).digest()
 
 
-def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet:
+def load(listing: Listing, preprocess: Preprocess) -> ImageSet:
     """Read and decode every file through the serving preprocess.
 
     An unreadable file is skipped and listed in `unreadable`.
@@ -188,8 +189,8 @@ def load(listing: Listing, preprocess: Preprocess, threads: int = 4) -> ImageSet
     ids: list[int] = []
     files: list[Path] = []
     unreadable: list[str] = []
-    with ThreadPoolExecutor(threads) as pool:
-        results = in_order(pool, read, listing.files, 2 * threads)
+    with ThreadPoolExecutor(READERS) as pool:
+        results = in_order(pool, read, listing.files, 2 * READERS)
         bar = tqdm(results, "reading", len(listing), unit="image", leave=False, disable=None)
         for file, class_id, result in zip(listing.files, listing.class_ids, bar, strict=True):
             if isinstance(result, str):

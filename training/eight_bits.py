@@ -8,8 +8,8 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from model.fold import fold_stages
-from model.policy import Policy, Quantisation
-from model.quantisation import LARGEST_WEIGHT, Ranges, observe
+from model.policy import LARGEST_WEIGHT, Policy, Quantisation
+from model.quantisation import Ranges, observe
 from training import risk
 from training.data import ImageSet
 from training.logits import BATCH
@@ -50,11 +50,11 @@ def price(
     before, after = _full_depth(exact, policy), _full_depth(rounded, policy)
     truth = before if class_ids is None else class_ids.numpy()
     difference = (before == truth).astype(int) - (after == truth)
-    losses, gains, n = int((difference > 0).sum()), int((difference < 0).sum()), len(difference)
+    losses, gains = risk.losses_and_gains(difference)
     return Quantisation(
         ranges=tuple(dict(stage) for stage in ranges),
         measured_accuracy_loss=float(difference.mean()),
-        accuracy_loss_bound=risk.paired_upper_bound(losses, gains, n, policy.delta),
+        accuracy_loss_bound=risk.paired_upper_bound(losses, gains, len(difference), policy.delta),
         largest_weight=LARGEST_WEIGHT,
     )
 

@@ -182,7 +182,7 @@ def _point_result(m: Measured, point: OperatingPoint) -> PointResult:
 
 def loss_interval(differences: np.ndarray) -> tuple[float, float]:
     """Exact two-sided interval for the mean of differences `[N]` in {-1, 0, +1}."""
-    losses, gains, n = int((differences > 0).sum()), int((differences < 0).sum()), len(differences)
+    (losses, gains), n = risk.losses_and_gains(differences), len(differences)
     delta = (1 - LEVEL) / 2
     least = -risk.paired_upper_bound(gains, losses, n, delta)
     return least, risk.paired_upper_bound(losses, gains, n, delta)

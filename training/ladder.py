@@ -91,7 +91,7 @@ class Certifier:
     def upper_bound(self, thresholds: Thresholds) -> float:
         """What one threshold vector loses at most, by this method."""
         differences = self.outcomes.differences(self.outcomes.taken(thresholds))
-        losses, gains = int((differences > 0).sum()), int((differences < 0).sum())
+        losses, gains = risk.losses_and_gains(differences)
         if self.method is Method.EXPECTATION:
             return (losses + 1) / (len(self.outcomes) + 1)
         return risk.upper_bound(lambda bound: self.rejects(losses, gains, bound))

@@ -16,7 +16,8 @@ from model.bundle import Bundle
 from model.files import write_atomically
 from model.fold import fold_stages
 from model.numerics import carrier, keep_float32_whole
-from model.quantisation import LARGEST_WEIGHT, Ranges, quantised_stages
+from model.policy import LARGEST_WEIGHT
+from model.quantisation import Ranges, quantised_stages
 from training.data import DataError, ImageSet
 
 BATCH = 250

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.image import SUFFIXES
 from training.data import (
-    SUFFIXES,
     DataError,
     Listing,
     list_folder,

@@ -167,7 +167,7 @@ def resample(
 
 def _shows_more(differences: np.ndarray, bound: float, delta: float) -> bool:
     """Whether differences `[N]` in {-1, 0, +1} refute "at most `bound` is lost" at `delta`."""
-    losses, gains, n = (differences > 0).sum(), (differences < 0).sum(), len(differences)
+    (losses, gains), n = risk.losses_and_gains(differences), len(differences)
     gained = risk.paired_score(gains, losses, n, -bound)
     return bool(gained <= risk.critical_score(n, -bound, delta))
 

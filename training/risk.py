@@ -28,6 +28,11 @@ ROUNDING = 1e-9
 """By which equal scores may differ."""
 
 
+def losses_and_gains(differences: np.ndarray) -> tuple[int, int]:
+    """Counts of both among differences `[N]` in {-1, 0, +1}, where +1 is a loss."""
+    return int((differences > 0).sum()), int((differences < 0).sum())
+
+
 def binomial_p_value(failures: int, n: int, bound: float) -> float:
     """Exact p-value of "the failure probability exceeds `bound`" after `failures` in `n`."""
     return float(stats.binom.cdf(failures, n, bound))

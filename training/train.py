@@ -39,6 +39,8 @@ from training.work import Work
 
 AT_ONCE = 2**22
 """Pixels that are augmented together where images live on a card: 4,096 images of 32x32."""
+MOST_NAMED = 5
+"""Unreadable files; others are counted."""
 
 
 def add_command(commands: Any) -> None:
@@ -276,16 +278,13 @@ def warn_of_detour(precision: str, mine: Processes) -> None:
         )
 
 
-def report_unreadable(
-    data: Folder, mine: Processes, told: Collection[str] = (), shown: int = 5
-) -> list[str]:
+def report_unreadable(data: Folder, mine: Processes, told: Collection[str] = ()) -> list[str]:
     """Name the first files that a process could not read, and count the rest.
 
     Args:
         data: of the run.
         mine: every process must come here.
         told: those that were reported before.
-        shown: how many to name.
 
     Returns:
         All that could not be read so far.
@@ -295,10 +294,10 @@ def report_unreadable(
     if not failures or not mine.first:
         return known
     print(f"skipped {len(failures)} unreadable files:", file=sys.stderr)
-    for failure in failures[:shown]:
+    for failure in failures[:MOST_NAMED]:
         print(f"  {failure}", file=sys.stderr)
-    if len(failures) > shown:
-        print(f"  and {len(failures) - shown} more", file=sys.stderr)
+    if len(failures) > MOST_NAMED:
+        print(f"  and {len(failures) - MOST_NAMED} more", file=sys.stderr)
     return known
 
 

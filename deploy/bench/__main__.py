@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from deploy.bench import engine, loader, loop, memory, stages, threads
+from deploy.files import need_writable
 from deploy.loadtest.samples import read_samples
+from deploy.options import count, positive
 from model.architectures import ARCHITECTURES
 from model.bundle import Bundle, BundleError, load_servable
 from model.cores import usable_cores
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print what was seen; a failure is one sentence and exit status 2."""
     arguments = _parser().parse_args(argv)
     try:
+        need_writable(arguments.json, getattr(arguments, "plot", None))
         status: int = arguments.measure(arguments)
     except (BundleError, ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -170,10 +173,10 @@ def _parser() -> argparse.ArgumentParser:
             "--bundle", type=Path, default=Path("model/default"), help="what to run"
         )
         command.add_argument(
-            "--batches", type=_count, nargs="+", default=batches, help="batch sizes"
+            "--batches", type=count, nargs="+", default=batches, help="batch sizes"
         )
         command.add_argument(
-            "--seconds", type=float, default=4.0, help="length of each measurement"
+            "--seconds", type=positive, default=4.0, help="length of each measurement"
         )
         command.add_argument(
             "--cache-dir",
@@ -184,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("stages", _stages, "what it costs to run a network stage by stage, not at once")
     add_network(one, [1, 8])
-    one.add_argument("--threads", type=_count, default=1, help="inside one operation")
+    one.add_argument("--threads", type=count, default=1, help="inside one operation")
     one.add_argument(
         "--clock",
         choices=stages.CLOCKS,
@@ -194,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = add("threads", _threads, "threads inside an operation, against stage batches at once")
     add_network(one, [1, 8, 32])
-    one.add_argument("--cores", type=_count, default=usable_cores(), help="to be shared out evenly")
+    one.add_argument("--cores", type=count, default=usable_cores(), help="to be shared out evenly")
     one.add_argument("--way", choices=stages.WAYS, default="compiled", help="how stages run")
     one.add_argument(
         "--dtypes",
@@ -207,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     one = add("loop", _loop, "what a request costs the event loop, beside engine and network")
     one.add_argument("--bundle", type=Path, default=Path("model/default"), help="to answer from")
     one.add_argument("--images", type=Path, required=True, help="folder or tar of CLASS/*")
-    one.add_argument("--seconds", type=float, default=4.0, help="length of each measurement")
+    one.add_argument("--seconds", type=positive, default=4.0, help="length of each measurement")
     one.add_argument(
         "--log-level", choices=("info", "warning"), default="info", help="with log lines or without"
     )
@@ -217,11 +220,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--images", type=Path, required=True, help="folder or tar of CLASS/*")
     one.add_argument(
         "--requests",
-        type=_count,
+        type=count,
         default=HOURLY_RATE * 3600,
         help=f"how many; an hour of {HOURLY_RATE} a second, sent as fast as they are answered",
     )
-    one.add_argument("--clients", type=_count, default=32, help="at the same time")
+    one.add_argument("--clients", type=count, default=32, help="at the same time")
     one.add_argument("--most-mib", type=float, default=8.0, help="growth allowed in the last half")
     one.add_argument("--plot", type=Path, help="write the picture here (PNG)")
 
@@ -229,16 +232,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--architecture", choices=sorted(ARCHITECTURES), default="resnet18", help="what to train"
     )
-    one.add_argument("--width", type=_count, default=64, help="channels of its first stage")
-    one.add_argument("--workers", type=_count, nargs="+", default=[4, 16], help="that augment")
-    one.add_argument("--batch", type=_count, default=128, help="images a step")
-    one.add_argument("--steps", type=_count, default=200, help="that are timed")
+    one.add_argument("--width", type=count, default=64, help="channels of its first stage")
+    one.add_argument("--workers", type=count, nargs="+", default=[4, 16], help="that augment")
+    one.add_argument("--batch", type=count, default=128, help="images a step")
+    one.add_argument("--steps", type=count, default=200, help="that are timed")
 
     one = add("engine", _engine, "what the engine's runner makes of a device")
     one.add_argument("--bundle", type=Path, help="what to run, in place of random weights")
     one.add_argument("--architecture", default="resnet18", help="of a network with random weights")
-    one.add_argument("--width", type=_count, default=64, help="its first stage's channels")
-    one.add_argument("--classes", type=_count, default=100, help="how many it tells apart")
+    one.add_argument("--width", type=count, default=64, help="its first stage's channels")
+    one.add_argument("--classes", type=count, default=100, help="how many it tells apart")
     one.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
     one.add_argument(
         "--dtype",
@@ -248,28 +251,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument(
         "--batches",
-        type=_count,
+        type=count,
         nargs="+",
         default=[8, 16, 32, 64, 128],
         help="sizes that the device is saturated with",
     )
-    one.add_argument("--seconds", type=float, default=0.6, help="length of each measurement")
+    one.add_argument("--seconds", type=positive, default=0.6, help="length of each measurement")
     one.add_argument(
         "--autotune",
         action="store_true",
         help="have cuDNN try all its ways, which a server does not",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-_count.__name__ = "positive number"  # as argparse names it in its message
 
 
 if __name__ == "__main__":

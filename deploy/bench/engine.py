@@ -74,23 +74,17 @@ class Ready:
         device: where.
         dtype: numerics.
         max_batch: the largest batch.
-        clock: seconds.
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_batch: int,
-        clock: Clock = time.perf_counter,
+        self, bundle: Bundle, device: torch.device, dtype: torch.dtype, max_batch: int
     ) -> None:
         self.bundle, self.device, self.dtype, self.max_batch = bundle, device, dtype, max_batch
         self.programs: dict[tuple[int, int], Captured] = {}
-        began = clock()
+        began = time.perf_counter()
         self.runner = Runner(bundle, device, dtype)
         eager = self.runner.warm_up(batch_sizes(max_batch))
-        warm = clock()
+        warm = time.perf_counter()
 
         def use(stage: int, size: int, program: Program, share: float) -> None:
             assert isinstance(program, Captured)
@@ -100,7 +94,7 @@ class Ready:
         if device.type == "cuda":
             capturing = card_capturing(bundle, self.runner.units, dtype, device)
             capturing.use_all(max_batch, use, required=True)
-        self.warm_up_seconds, self.capture_seconds = warm - began, clock() - warm
+        self.warm_up_seconds, self.capture_seconds = warm - began, time.perf_counter() - warm
 
     def unit(self, stage: int, size: int) -> nn.Module:
         """What runs there, captured or not."""

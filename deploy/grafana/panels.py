@@ -97,11 +97,10 @@ def rate(
     by: str = "",
     where: str = "",
     selector: str = HERE_MODEL,
-    window: str = WINDOW,
 ) -> str:
     """How fast a counter grows, summed over all series but for the labels in `by`."""
     labels = f"{selector},{where}" if where else selector
-    return f"sum by ({by}) (rate({metric}{{{labels}}}[{window}]))"
+    return f"sum by ({by}) (rate({metric}{{{labels}}}[{WINDOW}]))"
 
 
 def quantile(q: float, histogram: str, by: str = "", selector: str = HERE_MODEL) -> str:

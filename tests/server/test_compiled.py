@@ -12,8 +12,8 @@ import torch
 from model.bundle import load_servable
 from model.fold import fold_stages
 from model.numerics import DTYPES
-from model.policy import Quantisation
-from model.quantisation import LARGEST_WEIGHT, observe
+from model.policy import LARGEST_WEIGHT, Quantisation
+from model.quantisation import observe
 from server.costs import CostTable
 from server.numerics import choose_dtype
 from server.programs import Programs

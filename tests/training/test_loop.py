@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from model.files import PARTIAL
 from tests.training.conftest import PREPROCESS, image_set, tiny_net, tiny_work
 from training.checkpoint import CHECKPOINT, resume
 from training.interrupt import Interrupted
@@ -291,13 +292,21 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(after_another, monkeypat
     before = (work.folder / CHECKPOINT).read_bytes()
 
     def half(state, file):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="no space"):
         fit(run, work)
     assert (work.folder / CHECKPOINT).read_bytes() == before
+
+
+def test_what_a_run_left_that_was_killed_as_it_saved_is_removed(after_another):
+    run, work = after_another()
+    left = work.folder / f".{CHECKPOINT}.1234{PARTIAL}"
+    left.write_bytes(b"half")
+    fit(run, work)
+    assert not left.exists()
 
 
 @pytest.mark.slow

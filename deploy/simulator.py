@@ -25,8 +25,6 @@ from server.arrival import is_hopeless
 from server.gate import EACH_TURN
 from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
 
-_NO_DEADLINE_NAMED = {"query_string": b""}
-
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -198,7 +196,7 @@ class _Simulation:
         """Take a request to the engine, or refuse it if the loop comes to it too late."""
         behind, allowed = self._machine.now - read, arrival.deadline_seconds
         deadline = read + allowed - max(self._overhead.reserve_seconds, behind)
-        refused = is_hopeless(_NO_DEADLINE_NAMED, behind, 1e3 * allowed)
+        refused = is_hopeless(behind, allowed)
         if not refused and (refused := self._scheduler.would_refuse(deadline)):
             self._scheduler.turn_away(self._machine.now)
         if refused:

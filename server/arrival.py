@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from starlette.types import Scope
 
 from server.errors import InvalidParameter
@@ -10,10 +12,15 @@ from server.protocol import parameters_from
 ARRIVED, READ = "offramp.arrived", "offramp.read"
 """In a request's scope: `time.perf_counter` when its first byte and its whole head were read."""
 TIMES_BEHIND = 3
-"""A request that waited to begin has waited before, where it cannot be seen, to be read, and its
-answer will wait to be sent, beside the stages it needs."""
+"""How often a request waits as long as it has waited to begin: before, to be read, where it cannot
+be seen; and its answer will, to be sent."""
 NOT_BEHIND_SECONDS = 0.001
 """What a loop with nothing else to do may take to begin a request."""
+RESERVE_SECONDS = 0.01
+"""Kept back from each deadline for what is not the engine's: a request waits to be read, and its
+answer to be sent. That takes 1 ms on an idle machine, and 10 where every core is wanted…"""
+RESERVE_SHARE = 0.2
+"""…but never more than this share of it."""
 
 
 def arrival(scope: Scope, now: float) -> float:
@@ -27,18 +34,30 @@ def seconds_behind(scope: Scope, now: float) -> float:
     return now - float(scope.get(READ, now))
 
 
-def is_hopeless(scope: Scope, behind: float, default_deadline_ms: float | None) -> bool:
-    """Whether the event loop is so far behind that an answer would be late.
+def allowed_seconds(scope: Scope, default_deadline_ms: float | None) -> float:
+    """How long a request for an answer allows; infinite where there is no deadline.
 
     Args:
-        scope: of a request for an answer.
-        behind: as `seconds_behind` says.
+        scope: of the request.
         default_deadline_ms: of requests that name none, if they have one.
     """
-    if behind <= NOT_BEHIND_SECONDS:
-        return False
     try:
         deadline_ms = parameters_from(scope["query_string"]).deadline_ms or default_deadline_ms
     except InvalidParameter:
-        return False  # it must not be told to try again
-    return deadline_ms is not None and TIMES_BEHIND * behind > deadline_ms / 1e3
+        return math.inf  # it must not be told to try again
+    return math.inf if deadline_ms is None else deadline_ms / 1e3
+
+
+def is_hopeless(behind: float, allowed: float) -> bool:
+    """Whether the event loop is so far behind that an answer would be late.
+
+    Args:
+        behind: as `seconds_behind` says.
+        allowed: as `allowed_seconds` says.
+    """
+    return behind > NOT_BEHIND_SECONDS and TIMES_BEHIND * behind > allowed
+
+
+def reserve_seconds(allowed: float) -> float:
+    """What is kept back from a deadline so many seconds away."""
+    return min(RESERVE_SECONDS, RESERVE_SHARE * allowed)

@@ -11,18 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.policy import OperatingPoint, Rule
+from server.arrival import reserve_seconds
 from server.engine import Engine
 from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.middleware import Context
 from server.protocol import Parameters, answer_body, error_body
 from server.repository import Served
 from server.tickets import Answer, Seen
-
-RESERVE_SECONDS = 0.01
-"""Kept back from each deadline for what is not the engine's: a request waits to be read, and its
-answer to be sent. That takes 1 ms on an idle machine, and 10 where every core is wanted…"""
-RESERVE_SHARE = 0.2
-"""…but never more than this share of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +76,7 @@ def _deadline_for(parameters: Parameters, served: Served, context: Context) -> f
     if milliseconds is None:
         return math.inf
     seconds = milliseconds / 1e3
-    reserve = min(RESERVE_SECONDS, RESERVE_SHARE * seconds)
-    return context.arrived + seconds - max(reserve, context.behind)
+    return context.arrived + seconds - max(reserve_seconds(seconds), context.behind)
 
 
 @contextmanager
@@ -167,8 +161,6 @@ def _body(
         "compute": round(1e3 * answer.compute_seconds, 3),
         "total": round(1e3 * (time.perf_counter() - context.arrived), 3),
     }
-    context.server_timing = ", ".join(f"{name};dur={ms}" for name, ms in timing.items())
-    context.fields.update(exit=answer.exit, reason=answer.reason.value)
     return answer_body(
         answer,
         parameters,

@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.arrival import arrival, is_hopeless, seconds_behind
+from server.arrival import allowed_seconds, arrival, is_hopeless, seconds_behind
 from server.errors import BodyTooLarge, Draining, OfframpError, Overloaded
 from server.gate import Gate
 from server.metrics import ROUTES, Metrics
@@ -119,7 +119,9 @@ class Surroundings:
 
     def _refuse_hopeless(self, scope: Scope, context: Context) -> None:
         """Before any work: a loop that is behind falls further behind with each thing it begins."""
-        if scope["path"] in ROUTES and is_hopeless(scope, context.behind, self._deadline_ms):
+        if scope["path"] not in ROUTES:
+            return
+        if is_hopeless(context.behind, allowed_seconds(scope, self._deadline_ms)):
             self._metrics.refused.labels("not_in_time").inc()
             raise Overloaded(context.behind)
 

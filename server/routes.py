@@ -157,6 +157,9 @@ async def post_classify(
             # With its first event, so that what fails before it still has its status.
             return EventStream(await anext(events), events)
         body = await classify(data, admission, served, context)
+    _note(body, context)
+    timing = body["timing_ms"].items()
+    context.server_timing = ", ".join(f"{name};dur={ms}" for name, ms in timing)
     return _encoded(body, served)
 
 
@@ -201,13 +204,17 @@ async def post_batch(
 
     with ending_with_client(request.scope):
         results = await asyncio.gather(*map(result_of, images))
-    context.server_timing = ""
-    context.fields = {"images": len(images)}
+    context.fields["images"] = len(images)
     if failures := Counter(result["code"] for result in results if "code" in result):
         context.fields["errors"] = dict(failures)
         for code, count in failures.items():
             served.metrics.failed(code, count)
     return _encoded({"results": results}, served)
+
+
+def _note(body: dict[str, Any], context: Context) -> None:
+    """Have the log line say who answered, and why."""
+    context.fields.update(exit=body["exit"], reason=body["reason"])
 
 
 def _encoded(body: dict[str, Any], served: Served) -> Response:
@@ -267,7 +274,9 @@ async def _events(
         while (seen := await passed.get()) is not None:
             begun = True
             yield event("exit", seen_body(seen, labels))
-        yield event("answer", await work)
+        body = await work
+        _note(body, context)
+        yield event("answer", body)
     except OfframpError as error:
         if not begun:
             raise

@@ -123,12 +123,16 @@ class Runner:
         return [Row(features, passed, place) for place in range(len(places))]
 
     def warm_up(
-        self, sizes: Sequence[int], draining: Callable[[], bool] = lambda: False
+        self,
+        sizes: Sequence[int],
+        clock: Callable[[], float] = time.perf_counter,
+        draining: Callable[[], bool] = lambda: False,
     ) -> Seconds:
         """Run every stage at every batch size; eagerly, where no program has come yet.
 
         Args:
             sizes: small to large.
+            clock: seconds.
             draining: whether nobody wants the result any more.
 
         Returns:
@@ -143,7 +147,7 @@ class Runner:
                 raise Draining
             inputs: Inputs = [self._black] * size
             for stage in seconds:
-                output, seconds[stage][size] = self._timed(stage, inputs)
+                output, seconds[stage][size] = self._timed(stage, inputs, clock)
                 inputs = self.keep(output, range(size))
         self._eager = CostTable(seconds)
         return seconds
@@ -198,13 +202,15 @@ class Runner:
             program, seconds = self._programs[stage, size]
             yield seconds, program, size
 
-    def _timed(self, stage: int, inputs: Inputs) -> tuple[StageOutput, float]:
+    def _timed(
+        self, stage: int, inputs: Inputs, clock: Callable[[], float]
+    ) -> tuple[StageOutput, float]:
         output = self.run(stage, inputs)  # of a new shape, which a card takes its time to plan
         taken: list[float] = []
         while len(taken) < WARM_UP_RUNS and sum(taken) < WARM_UP_SECONDS:
-            began = time.perf_counter()
+            began = clock()
             output = self.run(stage, inputs)
-            taken.append(time.perf_counter() - began)
+            taken.append(clock() - began)
         return output, statistics.median(taken)
 
 

@@ -10,7 +10,7 @@ from deploy.sweep.engine import Row, cost_table
 from deploy.sweep.measuring import Confidences
 from deploy.sweep.pace import Moments, pace_of, together
 from model.policy import Rule
-from server.classify import RESERVE_SECONDS, RESERVE_SHARE
+from server.arrival import reserve_seconds
 from server.overload import Level, OverloadController
 from server.scheduler import Scheduler
 from server.tickets import DEGRADED
@@ -34,7 +34,7 @@ def overhead_of(
         refuse_seconds=costs["refuse"] / speed,
         batch_seconds=costs["batch"] / speed,
         client_seconds=client_seconds,
-        reserve_seconds=min(RESERVE_SECONDS, RESERVE_SHARE * deadline),
+        reserve_seconds=reserve_seconds(deadline),
         cores=cores,
     )
 

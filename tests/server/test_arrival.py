@@ -1,8 +1,18 @@
 """How far behind the event loop is, and what then need not be begun."""
 
+import math
+
 import pytest
 
-from server.arrival import ARRIVED, READ, TIMES_BEHIND, arrival, is_hopeless, seconds_behind
+from server.arrival import (
+    ARRIVED,
+    READ,
+    TIMES_BEHIND,
+    allowed_seconds,
+    arrival,
+    is_hopeless,
+    seconds_behind,
+)
 
 
 def scope(query=b"", **noted):
@@ -26,25 +36,29 @@ def test_the_loop_is_behind_by_what_it_took_to_begin_a_request_that_was_read():
         b"deadline_ms=9000&deadline_ms=50",
     ],
 )
-def test_a_request_is_hopeless_once_what_it_will_wait_is_more_than_it_allows(query):
-    allowed = 0.05 / TIMES_BEHIND
-    assert not is_hopeless(scope(query), 0.99 * allowed, None)
-    assert is_hopeless(scope(query), 1.01 * allowed, None)
-    assert not is_hopeless(scope(query), 0.99 * allowed, 1.0)
-
-
-def test_a_short_deadline_alone_makes_no_request_hopeless():
-    assert not is_hopeless(scope(b"deadline_ms=1"), 0.0009, None)
+def test_a_request_allows_what_it_names(query):
+    assert allowed_seconds(scope(query), None) == allowed_seconds(scope(query), 1.0) == 0.05
 
 
 @pytest.mark.parametrize("query", [b"deadline_ms=0", b"no_deadline_ms=9000", b"deadline_ms=soon"])
 def test_a_request_that_is_wrong_is_told_so_rather_than_to_try_again(query):
-    assert not is_hopeless(scope(query), 100.0, 50.0)
+    assert allowed_seconds(scope(query), 50.0) == math.inf
 
 
 def test_a_request_that_names_no_deadline_has_the_usual_one():
-    assert is_hopeless(scope(b"top_k=3"), 0.1, 50.0)
-    assert not is_hopeless(scope(), 100.0, None)
+    assert allowed_seconds(scope(b"top_k=3"), 50.0) == 0.05
+    assert allowed_seconds(scope(), None) == math.inf
+
+
+def test_a_request_is_hopeless_once_what_it_will_wait_is_more_than_it_allows():
+    behind = 0.05 / TIMES_BEHIND
+    assert not is_hopeless(0.99 * behind, 0.05)
+    assert is_hopeless(1.01 * behind, 0.05)
+    assert not is_hopeless(100.0, math.inf)
+
+
+def test_a_short_deadline_alone_makes_no_request_hopeless():
+    assert not is_hopeless(0.0009, 0.001)
 
 
 def test_what_the_event_loop_is_too_late_to_begin_is_refused_before_any_work(

@@ -49,7 +49,7 @@ class Description(BaseModel):
 
     name: str
     version: str
-    architecture: str = Field(description="a name in model.network.ARCHITECTURES")
+    architecture: str = Field(description="a name in model.architectures")
     arguments: dict[str, Any] = Field(description="the architecture's arguments")
     classes: tuple[str, ...] = Field(min_length=1, description="labels, by class id")
     preprocess: Preprocess
@@ -66,6 +66,20 @@ class Bundle:
     description: Description
     net: MultiExitNet
     policy: Policy | None
+
+    @property
+    def calibrated(self) -> Policy:
+        """The policy of a bundle that was calibrated.
+
+        Raises:
+            BundleError: it was not.
+        """
+        if self.policy is None:
+            raise BundleError(
+                f"{self.path} has no {POLICY}; run: python -m training calibrate {self.path} "
+                "--data DIR"
+            )
+        return self.policy
 
 
 def save_bundle(path: Path, net: MultiExitNet, **description: Any) -> Description:
@@ -115,10 +129,7 @@ def load_servable(path: Path) -> Bundle:
         BundleError: it has none, or anything that `load_bundle` refuses.
     """
     bundle = load_bundle(path)
-    if bundle.policy is None:
-        raise BundleError(
-            f"{path} has no {POLICY}; run: python -m training calibrate {path} --data DIR"
-        )
+    _ = bundle.calibrated  # or say what is missing
     return bundle
 
 

@@ -38,7 +38,8 @@ def _limits(root: Path) -> Iterator[float]:
 
 
 def _upwards(mount: Path, path: str, limit: Callable[[Path], float]) -> Iterator[float]:
-    """A container may name a path of its host's, whose last part is mounted as the first here."""
+    """The limits of a group and of those it is in. In a container the path may be the host's; what
+    is not there sets no limit."""
     return map(limit, accumulate(path.strip("/").split("/"), Path.joinpath, initial=mount))
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from model.policy import OperatingPoint, Rule
 from server.arrival import reserve_seconds
+from server.context import Context
 from server.engine import Engine
 from server.errors import InvalidParameter, OfframpError, Overloaded
-from server.middleware import Context
 from server.protocol import Parameters, answer_body, error_body
 from server.repository import Served
 from server.tickets import Answer, Seen

@@ -85,9 +85,9 @@ def order(max_batch: int) -> list[int]:
 class Bordered(nn.Module):
     """A module whose features come and go channels last: `[N, H, W, C]`.
 
-    That is how OpenVINO computes, but it copies what a convolution with a shortcut's sum gives
-    twice before it counts as channels last. What passes through another operation it does not copy,
-    so features are clamped to the numbers that bfloat16 has, which is no bound to any.
+    That is how OpenVINO computes, but what comes straight from a convolution with a shortcut's sum
+    is copied twice to be handed out so; behind another operation it is not. Hence the clamp to the
+    range of bfloat16, which changes no value.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -99,8 +99,8 @@ def openvino() -> Any:
 def core() -> Any:
     """The process's one OpenVINO, kept for as long as it lives.
 
-    It gives the thread that makes it another stack for signals, and frees that stack when the last
-    network goes that it made, on whichever thread that is: the next signal would end the process.
+    The thread that makes it gets another stack for signals. OpenVINO frees that stack with the last
+    of its networks, on whichever thread that happens, and the next signal would end the process.
 
     Raises:
         RuntimeError: it is not installed.

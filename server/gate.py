@@ -6,8 +6,8 @@ import asyncio
 from collections import deque
 
 EACH_TURN = 1
-"""A turn of so many takes about half a millisecond. With 4 fewer answers were in time on two cores
-that were offered more than they can answer."""
+"""So a turn takes about half a millisecond. With 4, fewer answers were in time on two overloaded
+cores."""
 
 
 class Gate:

@@ -56,7 +56,7 @@ def configure(log_format: str, level: str) -> None:
     root.handlers = [handler]
     root.setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # our own lines say as much
-    _look_up_only_what_is_said()
+    _skip_what_no_line_says()
     _take_what_goes_past_it()
     _silence_decoders()
 
@@ -80,7 +80,8 @@ def _say_uncaught(
 
 
 def _silence_decoders() -> None:
-    """What they write of a broken image, its sender is told; libtiff does so past Python."""
+    """Whoever sent a broken image is told what is wrong with it, so the log need not be. libtiff
+    writes to it past Python, hence by its own means."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     pillow = ctypes.CDLL(_imaging.__file__)
     for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
@@ -88,8 +89,8 @@ def _silence_decoders() -> None:
             getattr(pillow, setter)(None)
 
 
-def _look_up_only_what_is_said() -> None:
-    """Spare each line what no line says (Python's logging HOWTO, "Optimization")."""
+def _skip_what_no_line_says() -> None:
+    """Not even look it up (Python's logging HOWTO, "Optimization")."""
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = False
     logging.logMultiprocessing = False

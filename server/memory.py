@@ -40,8 +40,8 @@ class Memory(Protocol):
     """Where features lie: brings batches together, has them run, and takes out who goes on."""
 
     plans_anew: bool
-    """Whether a shape that a thread has not run before makes libraries plan, which on a card takes
-    tens of milliseconds for each convolution: then nothing runs eagerly that need not."""
+    """Whether libraries plan anew for each shape that a thread has not run, which on a card takes
+    tens of milliseconds for each convolution: then nothing runs eagerly that has a program."""
 
     def run(self, program: Program, inputs: Inputs) -> Computed:
         """Run a program that has room for the inputs.

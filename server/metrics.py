@@ -259,7 +259,8 @@ def _card_memory() -> tuple[int, int]:
 class Ledger(Collector):
     """Observations that are made known later, many at once, and before any scrape.
 
-    Made amid the stages, each takes several times as long: stages leave nothing else in the caches.
+    Between two stages each takes several times as long, since stages leave nothing else in the
+    processor's caches.
 
     Args:
         registry: what is scraped.

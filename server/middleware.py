@@ -8,7 +8,6 @@ import random
 import re
 import time
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic_core import to_json
@@ -16,11 +15,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.arrival import allowed_seconds, arrival, is_hopeless, seconds_behind
+from server.context import CLIENT_CLOSED, Context
 from server.errors import BodyTooLarge, Draining, OfframpError, Overloaded
 from server.gate import Gate
 from server.metrics import ROUTES, Metrics
 from server.protocol import error_body
-from server.tracing import RequestTrace, RequestTracer
+from server.tracing import RequestTracer
 
 log = logging.getLogger("offramp.access")
 
@@ -29,28 +29,6 @@ FAULT = "offramp.fault"
 """In the scope of a request whose body cannot be read: the error that it is answered with."""
 MOST_DIGITS = 20
 """Of a length that the parser takes; before them are only zeros, some more than Python would."""
-CLIENT_CLOSED = 499
-"""What a request counts as whose client went away, as in nginx."""
-
-
-@dataclass(slots=True)
-class Context:
-    """What a request carries along; `scope["state"]["context"]` holds it."""
-
-    request_id: str
-    arrived: float
-    """When its first byte came, on the engine's clock."""
-    behind: float = 0.0
-    """Seconds that the event loop took to begin it."""
-    status: int = CLIENT_CLOSED
-    fields: dict[str, object] = field(default_factory=dict)
-    """What the log line says beside the usual."""
-    server_timing: str = ""
-    trace: RequestTrace | None = None
-    """Its spans, where somebody wants them."""
-    started: bool = False
-    body_bytes: int = 0
-    """Of its body, those that have been read."""
 
 
 class Surroundings:

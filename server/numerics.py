@@ -42,10 +42,10 @@ def choose_dtype(
     Raises:
         ValueError: int8 where it cannot be served.
     """
-    assert bundle.policy is not None
+    policy = bundle.calibrated
     if asked == "int8":
-        _check_int8(bundle.policy, device, suits(torch.int8))
-    certified = bundle.policy.dtypes or (name_of(torch.float32),)
+        _check_int8(policy, device, suits(torch.int8))
+    certified = policy.dtypes or (name_of(torch.float32),)
     dtype = DTYPES[asked] if asked != "auto" else _suiting(certified, bundle, device, suits)
     served = name_of(dtype)
     if served not in certified:

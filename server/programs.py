@@ -199,8 +199,7 @@ def _is_ours(status: os.stat_result, writing: int) -> bool:
 
 def _digest(bundle: Bundle, dtype: torch.dtype, threads: int) -> str:
     """Names everything that a compiled unit depends on."""
-    policy, description = bundle.policy, bundle.description
-    assert policy is not None
+    policy, description = bundle.calibrated, bundle.description
     digest = hashlib.sha256(_code())
     said = (
         description.weights_sha256,

@@ -44,8 +44,7 @@ class Served:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.bundle: Bundle = load_servable(settings.bundle)
-        assert self.bundle.policy is not None
-        self.policy: Policy = self.bundle.policy
+        self.policy = self.bundle.calibrated
         self.point: OperatingPoint = self.policy.point_for(settings.max_accuracy_loss)
         self.device = device_of(settings.device)
         on_cpu = self.device.type == "cpu"

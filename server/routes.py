@@ -19,11 +19,11 @@ from starlette.types import Receive, Scope, Send
 from model.numerics import name_of
 from server import errors, openapi, uploads
 from server.classify import Admission, admit, classify, classify_or_error
+from server.context import Context
 from server.departure import ending_with_client
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
 from server.gate import Gate
 from server.metrics import CONTENT_TYPE
-from server.middleware import Context
 from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
 from server.protocol import (
     AnswerBody,

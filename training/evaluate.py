@@ -55,10 +55,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     listing = test_listing(arguments.data, seen_by(bundle))
     check_classes(bundle, listing.classes)
     images = load_images(bundle, listing)
-    assert bundle.policy is not None
-    certified = bundle.policy.dtypes if arguments.dtype == "auto" else ()
+    policy = bundle.calibrated
+    certified = policy.dtypes if arguments.dtype == "auto" else ()
     dtype = chosen_dtype(certified[0] if certified else arguments.dtype)
-    ranges = bundle.policy.for_int8().ranges if dtype is torch.int8 else None
+    ranges = policy.for_int8().ranges if dtype is torch.int8 else None
     logits = cached_logits(bundle, images, dtype, cache_folder(arguments), ranges)
     measured = measure(bundle, images, logits, dtype)
     report = make_report(measured, dtype)
@@ -95,8 +95,7 @@ def test_listing(root: Path, seen: Seen) -> Listing:
 
 def measure(bundle: Bundle, images: ImageSet, logits: torch.Tensor, dtype: torch.dtype) -> Measured:
     """Judge the logits `[N, exits, classes]` of test images, and time the stages."""
-    policy = bundle.policy
-    assert policy is not None
+    policy = bundle.calibrated
     return Measured(
         bundle=bundle,
         policy=policy,

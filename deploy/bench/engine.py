@@ -159,8 +159,7 @@ def random_bundle(folder: Path, architecture: str, width: int, classes: int) -> 
 
 def shares_of(bundle: Bundle) -> tuple[float, ...]:
     """How many images leave at each exit where a point may be lost; a guess for a random bundle."""
-    assert bundle.policy is not None
-    shares = bundle.policy.point_for(0.01).exit_shares
+    shares = bundle.calibrated.point_for(0.01).exit_shares
     guess = len(shares) == len(SHARES) and shares[-1] == 1.0
     return SHARES if guess else shares
 

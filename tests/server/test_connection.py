@@ -21,7 +21,8 @@ from server.connection import (
     SLOWEST_BYTES_A_SECOND,
     Protocol,
 )
-from server.middleware import FAULT, Context, send_error
+from server.context import Context
+from server.middleware import FAULT, send_error
 from tests.conftest import until
 
 LIVE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -4,8 +4,8 @@ The rule: every stage offers its most urgent jobs (earliest deadline first), as 
 most a second and still end in time. Of these batches runs the one whose jobs are expected to leave
 fastest for each second of device time, counting the stages they may still need; a batch counts for
 more the longer its jobs have waited, so none starves. A batch yields to another whose jobs would
-be late if they waited for it, to a first-stage batch above all, since before the first exit being
-late is an error. A job that can no longer be in time is never started: it is answered at once with
+be late if they waited for it, and above all to the first stage, if any image there would: before
+the first exit being late is an error. A job that can no longer be in time is never started: it is answered at once with
 what it has; but now and then, when there is nothing else to do, one is started all the same, to see
 whether that is so. A job beside which there is no other has the workers' cores all to itself. When
 nothing is left to do, an audited job takes a step.
@@ -444,13 +444,32 @@ class Scheduler:
         if not batches:
             return None
         best = max(batches, key=lambda b: self._index(b, now))
-        late = [b for b in batches if now + best.seconds + b.seconds > b.deadline]
-        others = [b for b in late if b is not best]
+        others = [b for b in batches if b is not best and self._holds_up(best, b, now)]
         if not others or best.stage == 1:
             return best
         rival = min(others, key=lambda b: (b.stage > 1, b.deadline))
         harmless = now + rival.seconds + best.seconds <= best.deadline
         return rival if rival.stage == 1 or harmless else best
+
+    def _holds_up(self, batch: Batch, other: Batch, now: float) -> bool:
+        """Whether another batch, or one behind it in the first stage, would be late after this."""
+        if now + batch.seconds + other.seconds > other.deadline:
+            return True
+        return other.stage == 1 and self._holds_up_first_exits(batch, now)
+
+    def _holds_up_first_exits(self, batch: Batch, now: float) -> bool:
+        """Whether an image that can have its first exit in time could not if this batch ran first.
+
+        Of all that wait, the most urgent of each batch that they will be in counts.
+        """
+        queue, most = self._queues[1], self.max_batch
+        each = self.costs.seconds(1, most) / self.workers
+        for first in range(0, len(queue), most):
+            before = first // most * each
+            done = now + before + self.costs.seconds(1, min(most, len(queue) - first))
+            if done <= queue[first].deadline < done + batch.seconds:
+                return True
+        return False
 
     def _best_batch(self, stage: int, queue: list[Job], now: float) -> Batch:
         """The most jobs a second, among the batches of all sizes that end in time."""

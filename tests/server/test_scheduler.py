@@ -296,6 +296,24 @@ def test_a_first_stage_job_at_risk_goes_before_a_better_batch():
     assert scheduler.next_step(0.009).batch.jobs == (urgent,)
 
 
+@examples(
+    100,
+    1000,
+    images=st.integers(1, 300),
+    deadline=st.floats(0.002, 0.3),
+    workers=st.sampled_from([1, 2]),
+    said=st.sampled_from([0.1, 0.7, 0.95]),
+)
+def test_of_images_that_come_at_once_nobody_goes_deeper_at_the_cost_of_anothers_first_exit(
+    images, deadline, workers, said
+):
+    scheduler = make_scheduler(base=0.6e-3, each=0.4e-3, workers=workers)
+    scheduler.controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], 1.0)
+    load = [Arrival(0.0, (said,) * STAGES, deadline)] * images
+    outcomes = simulate(scheduler, load, RULE)
+    assert all(outcome.exit or outcome.refused for outcome in outcomes)
+
+
 def test_a_cancelled_job_leaves_its_queue_and_is_never_answered():
     scheduler = make_scheduler()
     waiting, running = job(), job()

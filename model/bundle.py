@@ -83,18 +83,16 @@ class Bundle:
 
 
 def save_bundle(path: Path, net: MultiExitNet, **description: Any) -> Description:
-    """Write weights (half precision) and description; the policy comes from calibration.
+    """Write weights and description; the policy comes from calibration.
+
+    Weights are in half precision, but for those tensors that it cannot hold.
 
     Args:
         path: the bundle's folder, made if missing.
         net: the trained network.
         description: the fields of `Description` that the weights do not determine.
-
-    Raises:
-        BundleError: a weight is too large for half precision.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {k: _halved(k, v) for k, v in net.state_dict().items()}
+    tensors = {k: _halved(v) for k, v in net.state_dict().items()}
     weights = save(tensors)
     size = description["preprocess"].size
     costs = count_stages(net, size)
@@ -106,20 +104,26 @@ def save_bundle(path: Path, net: MultiExitNet, **description: Any) -> Descriptio
     full = Description(
         **description, exits=tuple(exits), weights_sha256=hashlib.sha256(weights).hexdigest()
     )
+    text = _json(full)  # before anything is written that it would have to fit
+    path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / WEIGHTS, weights)
-    save_description(path, full)
+    write_atomically(path / DESCRIPTION, text)
     (path / POLICY).unlink(missing_ok=True)  # it was made for other weights
     return full
 
 
 def save_description(path: Path, description: Description) -> None:
     """Write `bundle.json`."""
-    write_atomically(path / DESCRIPTION, description.model_dump_json(indent=2).encode() + b"\n")
+    write_atomically(path / DESCRIPTION, _json(description))
 
 
 def save_policy(path: Path, policy: Policy) -> None:
     """Write `policy.json`."""
-    write_atomically(path / POLICY, policy.model_dump_json(indent=2).encode() + b"\n")
+    write_atomically(path / POLICY, _json(policy))
+
+
+def _json(model: BaseModel) -> bytes:
+    return model.model_dump_json(indent=2).encode() + b"\n"
 
 
 def load_servable(path: Path) -> Bundle:
@@ -170,7 +174,10 @@ def _network(path: Path, description: Description, weights: bytes) -> MultiExitN
     try:
         state = {k: _widened(v) for k, v in load(weights).items()}
         classes = len(description.classes)
-        return build_from(state, description.architecture, classes, **description.arguments)
+        net = build_from(state, description.architecture, classes, **description.arguments)
+        if net.exits != (described := len(description.exits)):
+            raise ValueError(f"there are {net.exits} exits, and {described} are described")
+        return net
     except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
         raise BundleError(f"{path}: weights and description disagree: {error}") from error
 
@@ -194,11 +201,10 @@ def _read(path: Path, name: str) -> bytes:
         ) from error
 
 
-def _halved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _halved(tensor: torch.Tensor) -> torch.Tensor:
     half = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
-    if (half.isinf() & tensor.isfinite()).any():
-        raise BundleError(f"{name} has numbers that are too large for half precision")
-    return half.cpu().contiguous()
+    fits = not (half.isinf() & tensor.isfinite()).any()
+    return (half if fits else tensor).cpu().contiguous()
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from itertools import accumulate
+from collections.abc import Iterator
 from pathlib import Path
+
+from model.groups import control_groups
 
 
 def usable_cores(root: Path = Path("/"), allowed: int | None = None) -> int:
@@ -28,19 +29,8 @@ def _allowed() -> int:
 def _limits(root: Path) -> Iterator[float]:
     """In cores, of this process's control groups and those above them; infinite for none."""
     yield math.inf
-    mount = root / "sys/fs/cgroup"
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            yield from _upwards(mount, path, _second_version)
-        elif "cpu" in controllers.split(","):
-            yield from _upwards(mount / "cpu", path, _first_version)
-
-
-def _upwards(mount: Path, path: str, limit: Callable[[Path], float]) -> Iterator[float]:
-    """The limits of a group and of those it is in. In a container the path may be the host's; what
-    is not there sets no limit."""
-    return map(limit, accumulate(path.strip("/").split("/"), Path.joinpath, initial=mount))
+    for group, version in control_groups("cpu", root):
+        yield _first_version(group) if version == 1 else _second_version(group)
 
 
 def _second_version(group: Path) -> float:

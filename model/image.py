@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from model import jpeg
-from model.png import decode_plain
+from model import jpeg, png
 
 Header = Image.Image
 """An image whose header was read and whose pixels were not."""
@@ -74,7 +73,7 @@ def decode(data: bytes, size: int, max_pixels: int) -> Image.Image:
 
 def decode_quickly(data: bytes, max_pixels: int) -> Image.Image | None:
     """What `decode` gives, of small plain PNGs alone: None for everything else."""
-    plain = decode_plain(data, max_pixels)
+    plain = png.decode_plain(data, max_pixels)
     return None if plain is None else _to_rgb(plain)
 
 
@@ -82,13 +81,14 @@ def read_header(data: bytes, max_pixels: int) -> Header:
     """Identify an image without decoding its pixels. Arguments and errors as for `decode`."""
     if not data:
         raise UnsupportedImage("no image was sent")
-    if data.startswith(jpeg.START_OF_IMAGE) and (much := jpeg.excess(data)):
-        raise BrokenImage(f"the image has {much}")
+    _check_as_pillow_would_not(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise ImageTooLarge(f"the image has more than {max_pixels} pixels") from None
     except UnidentifiedImageError:
+        if _begins_like_an_image(data):
+            raise BrokenImage("the image's header is broken") from None
         allowed = ", ".join(FORMATS)
         raise UnsupportedImage(f"not an image, or not one of {allowed}") from None
     except Exception:  # Pillow's parsers raise many kinds on hostile input
@@ -100,6 +100,19 @@ def read_header(data: bytes, max_pixels: int) -> Header:
     if width == 0 or height == 0:
         raise BrokenImage("the image has no pixels")
     return image
+
+
+def _check_as_pillow_would_not(data: bytes) -> None:
+    if data.startswith(jpeg.START_OF_IMAGE) and (much := jpeg.excess(data)):
+        raise BrokenImage(f"the image has {much}")
+    if data.startswith(png.SIGNATURE) and png.is_damaged(data):
+        raise BrokenImage("the image is corrupt: a checksum in it is wrong")
+
+
+def _begins_like_an_image(data: bytes) -> bool:
+    """Whether one of Pillow's parsers takes the first bytes for its own."""
+    accepts = (Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN)
+    return any(accept is not None and accept(data[:16]) is True for accept in accepts)
 
 
 def render(image: Header, size: int) -> Image.Image:
@@ -137,7 +150,11 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 def _strip_to_rgb(image: Image.Image, most: float) -> Image.Image:
     if image.mode in _WIDE:
-        image = Image.fromarray(_WIDE[image.mode](np.asarray(image), most))
+        pixels = np.asarray(image)
+        rounded = _WIDE[image.mode](pixels, most)
+        if (clear := image.info.get("transparency")) is not None:
+            rounded[pixels == clear] = 255
+        image = Image.fromarray(rounded)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

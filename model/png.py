@@ -21,6 +21,8 @@ MODES = {0: "L", 2: "RGB", 6: "RGBA"}
 CHUNK, CHECK = Struct(">I4s"), Struct(">I")
 HEADER = Struct(">II5B")
 OPENING = SIGNATURE + CHUNK.pack(HEADER.size, b"IHDR")
+LOWER_CASE = 0x20
+"""In the first letter of a kind of chunk that may be left alone."""
 LEAST_BYTES = len(OPENING) + HEADER.size + 2 * CHUNK.size + 3 * CHECK.size
 
 
@@ -69,3 +71,24 @@ def _only_pixels(data: bytes, most_bytes: int) -> bytes | None:
             body = data[start:stop]
         at = stop + CHECK.size
     return body
+
+
+def is_damaged(data: bytes) -> bool:
+    """Whether a chunk of a PNG that is needed to draw it fails its checksum.
+
+    Pillow does not look at those of the pixels, and draws whatever they inflate to. What is cut off
+    it notices.
+    """
+    at = len(SIGNATURE)
+    while len(data) - at >= CHUNK.size + CHECK.size:
+        length, kind = CHUNK.unpack_from(data, at)
+        stop = at + CHUNK.size + length
+        if len(data) < stop + CHECK.size:
+            return False
+        needed = not kind[0] & LOWER_CASE
+        if needed and CHECK.unpack_from(data, stop)[0] != zlib.crc32(data[at + 4 : stop]):
+            return True
+        at = stop + CHECK.size
+        if kind == b"IEND":
+            return False
+    return False

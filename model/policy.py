@@ -64,7 +64,7 @@ class Rule:
 class OperatingPoint(BaseModel):
     """Thresholds with the accuracy they may cost and the compute they save."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_accuracy_loss: Probability = Field(
         description="bound on the accuracy lost against the full network, as a share"
@@ -99,7 +99,7 @@ class Calibration(BaseModel):
     et al., "On Calibration of Modern Neural Networks", ICML 2017).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(gt=0, description="divides the exit's logits before the softmax")
     carry: float = Field(
@@ -115,7 +115,7 @@ class Calibration(BaseModel):
 class Quantisation(BaseModel):
     """What int8 needs to know, and what it costs before any early exit does."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     ranges: tuple[dict[str, tuple[float, float]], ...] = Field(
         description="least and largest input of every convolution, stage by stage"
@@ -135,7 +135,7 @@ class Quantisation(BaseModel):
 class Policy(BaseModel):
     """Calibrated confidences and operating points, as `policy.json` holds them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weights_sha256: str = Field(description="digest of the weights it was made for")
     method: str = Field(description="how the operating points were chosen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -11,17 +12,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 Triple = tuple[float, float, float]
+Above0 = Annotated[float, Field(gt=0)]
 
 
 class Preprocess(BaseModel):
     """How an image becomes the network's input; travels in the bundle."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     size: int = Field(ge=8, le=1024, description="side of the square input, in pixels")
     crop: float = Field(1.0, gt=0, le=1, description="share of the shorter side that is kept")
     mean: Triple = Field(description="mean of each channel, for pixels in 0..1")
-    std: Triple = Field(description="standard deviation of each channel, for pixels in 0..1")
+    std: tuple[Above0, Above0, Above0] = Field(
+        description="standard deviation of each channel, for pixels in 0..1"
+    )
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Cut the central square and scale it.

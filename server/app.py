@@ -123,10 +123,10 @@ async def _render_http(request: Request, error: Exception) -> Response:
 
 def _methods(request: Request) -> list[str]:
     """Every method that the path takes; Starlette names those of the first route only."""
+    routes = [*request.app.routes, *(r for one in request.app.state.routers for r in one.routes)]
     matching = (
         route
-        for router in request.app.state.routers
-        for route in router.routes
+        for route in routes
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
     )
     return sorted({method for route in matching for method in route.methods or ()})

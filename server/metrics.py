@@ -32,7 +32,9 @@ PARTS = ("event_loop", "engine")
 """Of the server, by the threads that do it."""
 PHASES = ("decode", "queue", "encode")
 ROUTES = ("/classify", "/classify/batch")
-REQUEST_CODES = tuple(map(str, (200, 400, 401, 403, 408, 413, 422, 429, 431, 499, 500, 503, 504)))
+REQUEST_CODES = tuple(
+    map(str, (200, 400, 401, 403, 405, 408, 413, 422, 429, 431, 499, 500, 503, 504))
+)
 REFUSALS = ("queue_full", "bodies_full", "not_in_time")
 IMAGE_FAULTS = ("no_image", "unsupported_image", "broken_image", "image_too_large")
 SERVER_FAULTS = ("internal", "overloaded", "not_ready", "draining", "deadline_exceeded")

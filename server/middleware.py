@@ -209,6 +209,6 @@ def _sender(context: Context, send: Send) -> Send:
 
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and ACCEPTABLE_ID.fullmatch(value):
+        if name == b"x-request-id" and ACCEPTABLE_ID.fullmatch(value := value.strip()):
             return str(value, "ascii")
     return f"{random.getrandbits(128):032x}"  # asking the system would give up Python's lock

@@ -102,7 +102,12 @@ class Label(BaseModel):
 
     label: str = Field(description="a class's name")
     class_id: int = Field(ge=0, description="its place in the labels of /model")
-    probability: float = Field(ge=0, le=1, description="calibrated; over all labels they sum to 1")
+    probability: float = Field(
+        ge=0,
+        le=1,
+        description="the network's own; over all labels they sum to 1. How likely the answer is to "
+        "be right, `confidence` says",
+    )
 
 
 class SeenBody(BaseModel):
@@ -228,6 +233,7 @@ class PolicyChange(BaseModel):
     max_accuracy_loss: float = Field(
         ge=0,
         le=1,
+        strict=True,  # or `true` would be the number 1
         description="the most accuracy it may lose, as a share",
         examples=[0.01],
     )

@@ -72,6 +72,9 @@ class Served:
         self.in_flight = 0
         self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.tracer = tracer_from(os.environ)
+        macs = [e.macs for e in self.bundle.description.exits]
+        self._engine_metrics = EngineMetrics(self.metrics, macs)
+        self._engine_metrics.in_force(self._controller().level)
         self.leaving = False
         """Told to end and no longer ready, though what comes is answered until it drains."""
         self.draining = False
@@ -94,10 +97,7 @@ class Served:
         scheduler = Scheduler(
             costs, self._controller(), max_batch, self.workers, self._http_seconds
         )
-        macs = [e.macs for e in self.bundle.description.exits]
-        engine = Engine(
-            scheduler, runner, EngineMetrics(self.metrics, macs), self.settings.audit_rate
-        )
+        engine = Engine(scheduler, runner, self._engine_metrics, self.settings.audit_rate)
 
         def use(stage: int, size: int, program: Program, share: float) -> None:
             def take() -> None:
@@ -223,6 +223,8 @@ class Served:
         self.point = point
         if self._engine:
             self._engine.use(self._controller())
+        else:
+            self._engine_metrics.in_force(self._controller().level)
 
     def stop_compiling(self) -> None:
         """End what compiles, so that a drain does not wait for it."""

@@ -100,7 +100,8 @@ class AdminRoute(APIRoute):
 
 def _sent_key(request: Request) -> str:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    sent = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    other = request.headers.get("x-api-key", "")
+    sent = (token if scheme.lower() == "bearer" else other).strip()
     if not sent:
         raise Unauthenticated
     return sent
@@ -152,7 +153,7 @@ async def post_classify(
     admission = admit(parameters, served, context)  # say no before the body is read
     data = await uploads.read_image(request, admission.deadline, served.missed_deadlines)
     with ending_with_client(request.scope):
-        if wants_events(request.headers.get("accept", "")):
+        if wants_events(",".join(request.headers.getlist("accept"))):
             events = _events(data, admission, served, context)
             # With its first event, so that what fails before it still has its status.
             return EventStream(await anext(events), events)

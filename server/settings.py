@@ -159,11 +159,20 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
-            return value
+            return value or ()
+        if value.lstrip().startswith("["):
+            raise ValueError("must be keys with commas between them, and no JSON")
         keys = tuple(key.strip() for key in value.split(",") if key.strip())
         if value and not keys:
             raise ValueError("holds no key, so nobody would need one")
         return keys
+
+    @field_validator("bundle", "cache_dir", mode="before")
+    @classmethod
+    def _name_a_folder(cls, value: object) -> object:
+        if value == "":
+            raise ValueError("must name a folder")
+        return value
 
     @field_validator("max_bodies_bytes")
     @classmethod

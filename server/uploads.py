@@ -21,15 +21,26 @@ BOUNDARY = re.compile(r'[^"\\]+')
 class InMemoryParser(MultiPartParser):
     """Never spills to disk: bodies are bounded, and the file system may be read-only.
 
-    A form without its closing boundary is malformed: its last part may not be whole.
+    A form without its closing boundary is malformed: its last part may not be whole. Parts of one
+    name are files whether or not they name one, which RFC 7578 leaves open.
     """
 
     spool_max_size = 2**62
 
-    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], files: int) -> None:
+    def __init__(
+        self, headers: Headers, stream: AsyncGenerator[bytes, None], name: str, files: int
+    ) -> None:
         whole = self._whole(stream)
         super().__init__(headers, whole, max_files=files, max_fields=MAX_FIELDS)
+        self._name = name.encode()
         self._ended = False
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        _, options = parse_options_header(part.content_disposition)
+        if options.get(b"name") == self._name and b"filename" not in options:
+            part.content_disposition = b"%b; filename=image" % (part.content_disposition or b"")
+        super().on_headers_finished()
 
     def on_end(self) -> None:
         self._ended = True
@@ -104,7 +115,7 @@ def _is_multipart(request: Request) -> bool:
 
 
 async def _read_parts(request: Request, name: str, most: int) -> list[bytes]:
-    parser = InMemoryParser(_only_boundary(request.headers), request.stream(), most)
+    parser = InMemoryParser(_only_boundary(request.headers), request.stream(), name, most)
     try:
         form = await parser.parse()
     except MultiPartException as error:

@@ -86,7 +86,7 @@ def provenance(done: Finished) -> dict[str, Any]:
         }
     )
     return {
-        "command": done.command,
+        "command": printable(done.command),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -96,14 +96,19 @@ def provenance(done: Finished) -> dict[str, Any]:
         "held_out_images": len(done.data.validation),
         "files_sha256": done.data.digest,
         "unreadable_files": done.unreadable,
-        "teacher": done.teacher,
-        "pretrained": done.pretrained,
+        "teacher": done.teacher and printable(done.teacher),
+        "pretrained": done.pretrained and printable(done.pretrained),
         "recipe": asdict(done.preset.recipe),
         "validation_accuracy": list(done.validation.exits),
         "validation_ensemble_accuracy": done.validation.ensemble,
         "seconds": round(sum(entry["seconds"] for entry in done.run.history), 1),
         **measured,
     }
+
+
+def printable(text: str) -> str:
+    """With bytes of paths that are no UTF-8 as their codes, so that JSON can hold it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def device_name(device: torch.device) -> str:
@@ -134,7 +139,7 @@ def page(done: Finished) -> str:
     )
     parts = [
         "# How this network was trained",
-        f"```sh\n{done.command}\n```",
+        f"```sh\n{facts['command']}\n```",
         markdown_table(
             ["images", "number", *exits, "ensemble"],
             [

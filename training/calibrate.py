@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +19,7 @@ from model.bundle import Bundle, load_bundle, save_description, save_policy
 from model.image import SUFFIXES
 from model.numerics import DTYPES, likely_dtypes, name_of
 from model.policy import Measure, OperatingPoint, Policy
+from model.quantisation import Ranges
 from training import data as folders
 from training.calibration import Calibrated, Options, calibrate, search_part
 from training.compare import compare_measures
@@ -28,6 +31,7 @@ from training.outcomes import outcomes_of
 from training.parts import HELD_OUT, has_classes, part_of
 from training.record import save_record
 from training.reliability import exit_errors
+from training.room import available_memory, check_memory, images_bytes
 from training.seen import Seen, digests_of, save_calibrated, seen_by
 from training.timing import stage_seconds
 
@@ -115,7 +119,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         check_classes(bundle, listing.classes)
     dtypes = certified_dtypes(arguments.dtype)
     images = load_images(bundle, listing)
-    class_ids = images.class_ids if labelled else None
+    class_ids = labels_of(images) if labelled else None
     names = ("measure", "ensemble", "method", "delta", "search_share", "mean_macs", "seed")
     options = Options(**{name: getattr(arguments, name) for name in names})
     found = search_part(len(images), options)
@@ -134,10 +138,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     result = calibrate(bundle, logits, class_ids, options, costs, others)
     policy = result.policy.model_copy(update={"dtypes": tuple(map(name_of, dtypes))})
     if ranges is not None:
-        exact, rounded = (every[d][result.tested] for d in (torch.float32, torch.int8))
-        labels = None if class_ids is None else class_ids[result.tested]
-        priced = price(ranges, exact, rounded, labels, policy)
-        policy = policy.model_copy(update={"quantisation": priced})
+        policy = _with_int8(policy, ranges, every, class_ids, result.tested)
     digests = digests_of(images.files)  # takes long, and a policy must not be there without them
     save_calibrated(seen, digests, labelled)
     save_policy(bundle.path, policy)
@@ -153,6 +154,20 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         "what it does on test images is not known, and any report of it is of another calibration; "
         f"run: python -m training evaluate {bundle.path} --data DIR"
     )
+
+
+def _with_int8(
+    policy: Policy,
+    ranges: Ranges,
+    logits: Mapping[torch.dtype, Tensor],
+    class_ids: Tensor | None,
+    tested: np.ndarray,
+) -> Policy:
+    """The policy with what int8 needs, and what it costs on the images that certified it."""
+    exact, rounded = (logits[dtype][tested] for dtype in (torch.float32, torch.int8))
+    labels = None if class_ids is None else class_ids[tested]
+    priced = price(ranges, exact, rounded, labels, policy)
+    return policy.model_copy(update={"quantisation": priced})
 
 
 def forget_accuracy(bundle: Bundle) -> None:
@@ -209,11 +224,17 @@ def _bare_images(root: Path) -> tuple[Path, ...]:
     """The images right in a folder that holds no classes."""
     if not root.is_dir() or has_classes(root):
         return ()
-    return tuple(sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES))
+    return tuple(sorted(p for p in folders.visible(root) if p.suffix.lower() in SUFFIXES))
 
 
 def load_images(bundle: Bundle, listing: Listing) -> folders.ImageSet:
-    """Read images through the bundle's preprocess, saying which cannot be read."""
+    """Read images through the bundle's preprocess, saying which cannot be read.
+
+    Raises:
+        DataError: memory cannot hold them, or none can be read.
+    """
+    wanted = images_bytes(len(listing), bundle.description.preprocess.size)
+    check_memory(wanted, available_memory(), "take fewer")
     images = folders.load(listing, bundle.description.preprocess)
     if images.unreadable:
         tqdm.write(f"skipped {len(images.unreadable)} files; the first: {images.unreadable[0]}")
@@ -234,6 +255,20 @@ def check_classes(bundle: Bundle, classes: Sequence[str]) -> None:
             f"the data has {len(classes)} classes, the bundle {len(expected)}, and they differ "
             f"(in {', '.join(odd) or 'order'}); take images of the classes it was trained on"
         )
+
+
+def labels_of(images: folders.ImageSet) -> Tensor:
+    """The class ids; warns of classes without an image, of which bounds will say nothing."""
+    known = zip(images.classes, images.readable_classes(), strict=True)
+    missing = [name for name, there in known if not there]
+    if missing:
+        print(
+            f"{len(missing)} of {len(images.classes)} classes have no image to calibrate on "
+            f"({', '.join(missing[:3])}{', …' * (len(missing) > 3)}): the bounds hold for images "
+            "as these are, and say nothing of those classes",
+            file=sys.stderr,
+        )
+    return images.class_ids
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -287,8 +322,8 @@ def summary(result: Calibrated) -> Iterator[str]:
         in_all = math.ceil(needed * policy.calibration_images / n)
         promised = "certified" if proved else "kept on average"
         yield f"a loss of {bound:.2%} cannot be {promised}, so the full network runs: " + (
-            f"it takes at least {in_all} images, {needed} of them to certify on, unless early "
-            "answers gain more than they lose"
+            f"it takes at least {in_all} images, {needed} of them to certify on"
+            + ", unless early answers gain more than they lose" * (policy.method == Method.PAIRED)
             if needed > n
             else f"the most careful thresholds tried lost too much on these {n} images"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,18 +128,33 @@ def list_folder(root: Path) -> Listing:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    folders = sorted(p for p in visible(root) if p.is_dir())
     if not folders:
         raise DataError(f"{root} has no class folders; expected {root}/CLASS/*.png")
     files: list[Path] = []
     class_ids: list[int] = []
     for class_id, folder in enumerate(folders):
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        _check_name(folder)
+        found = sorted(p for p in visible(folder) if p.suffix.lower() in SUFFIXES)
         if not found:
             raise DataError(f"class folder {folder} has no image")
         files += found
         class_ids += [class_id] * len(found)
     return Listing(tuple(f.name for f in folders), tuple(files), tuple(class_ids))
+
+
+def visible(folder: Path) -> Iterator[Path]:
+    """What is in a folder but hidden files and folders, which editors and systems leave there."""
+    return (p for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"class folder {os.fsencode(folder)!r} has a name that is not UTF-8; rename it"
+        ) from None
 
 
 def split_by_hash(listing: Listing, share: float) -> tuple[Listing, Listing]:
@@ -166,7 +182,7 @@ def split_by_hash(listing: Listing, share: float) -> tuple[Listing, Listing]:
 
 def name_digest(file: Path) -> bytes:
     """SHA-256 of `CLASS/FILENAME`."""
-    return hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).digest()
+    return hashlib.sha256(os.fsencode(f"{file.parent.name}/{file.name}")).digest()
 
 
 def load(listing: Listing, preprocess: Preprocess) -> ImageSet:

@@ -12,7 +12,7 @@ from model.policy import LARGEST_WEIGHT, Policy, Quantisation
 from model.quantisation import Ranges, observe
 from training import risk
 from training.data import ImageSet
-from training.logits import BATCH
+from training.logits import batch_size
 from training.outcomes import outcomes_of
 
 OBSERVED_IMAGES = 512
@@ -32,7 +32,8 @@ def find_ranges(bundle: Bundle, images: ImageSet, chosen: np.ndarray) -> Ranges:
     observed = min(OBSERVED_IMAGES, len(chosen))
     spread = np.linspace(0, len(chosen) - 1, observed).round().astype(int)
     pixels = images.pixels[torch.from_numpy(chosen[spread])]
-    return observe(fold_stages(bundle.net), (normalise(batch) for batch in pixels.split(BATCH)))
+    batches = pixels.split(batch_size(bundle))
+    return observe(fold_stages(bundle.net), (normalise(batch) for batch in batches))
 
 
 def price(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from model.bundle import Bundle
-from model.policy import OperatingPoint, Policy
+from model.policy import NEVER, OperatingPoint, Policy
 from training import risk
 from training.outcomes import Outcomes, shares
 from training.reliability import Bins, exit_errors, reliability
@@ -167,12 +167,13 @@ def _point_result(m: Measured, point: OperatingPoint) -> PointResult:
     taken = m.outcomes.taken(point.thresholds)
     share = shares(taken, m.outcomes.exits)
     difference = m.outcomes.differences(taken)
+    skips = any(threshold != NEVER for threshold in point.thresholds)  # if not of these images
     return PointResult(
         max_accuracy_loss=point.max_accuracy_loss,
         certified=point.certified,
         accuracy=float(m.outcomes.right_at(taken).mean()),
         loss=float(difference.mean()),
-        loss_interval=loss_interval(difference) if share[-1] < 1 else (0.0, 0.0),
+        loss_interval=loss_interval(difference) if skips else (0.0, 0.0),
         exit_shares=tuple(share.tolist()),
         mean_macs=float(share @ m.macs / m.macs[-1]),
         speedup_macs=float(m.macs[-1] / (share @ m.macs)),

@@ -95,6 +95,8 @@ def open_folder(
         ValueError: the recipe wants random crops of images that live in memory.
     """
     parts = find_parts(root, per_class, held_out)
+    if len(parts.training.classes) < 2:
+        raise DataError(f"{root} has one class only, {parts.training.classes[0]}; it takes several")
     size = size or natural_size(parts.training)
     whole = Preprocess(size=size, mean=(0.5,) * 3, std=(0.25,) * 3)
     cropped = whole.model_copy(update={"crop": crop})
@@ -143,7 +145,7 @@ def _shorter_side(file: Path) -> int | None:
 def _in_memory(storage: Storage, wanted: int, recipe: Recipe) -> bool:
     available = available_memory()
     if storage is Storage.MEMORY:
-        check_memory(wanted, available)
+        check_memory(wanted, available, "add --storage disk to read them as they are needed")
     if storage is Storage.MEMORY and recipe.crop_area < 1:
         raise ValueError("--crop-area below 1 cuts from whole images; it needs --storage disk")
     if storage is Storage.AUTO:

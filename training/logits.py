@@ -20,7 +20,9 @@ from model.policy import LARGEST_WEIGHT
 from model.quantisation import Ranges, quantised_stages
 from training.data import DataError, ImageSet
 
-BATCH = 250
+BATCH_PIXELS = 250 * 64 * 64
+"""Run together; wide networks take a thousand bytes of memory for each."""
+LARGEST_BATCH = 250
 
 
 class Chain(nn.Module):
@@ -91,7 +93,7 @@ def compute_logits(
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = []
     for pixels in tqdm(
-        images.pixels.split(BATCH), "running the network", leave=False, disable=None
+        images.pixels.split(batch_size(bundle)), "running the network", leave=False, disable=None
     ):
         x = bundle.description.preprocess.normalise(pixels.to(device), kept)
         parts.append(torch.stack(net(x), dim=1).float().cpu())
@@ -104,6 +106,12 @@ def compute_logits(
             f"{first} first; its weights are broken, or {dtype} is too narrow for them"
         )
     return logits
+
+
+def batch_size(bundle: Bundle) -> int:
+    """How many of its images run together."""
+    side = bundle.description.preprocess.size
+    return max(1, min(LARGEST_BATCH, BATCH_PIXELS // side**2))
 
 
 def _network(bundle: Bundle, dtype: torch.dtype, ranges: Ranges | None) -> nn.Module:

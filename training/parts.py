@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from training.data import (
     list_folder,
     name_digest,
     split_by_hash,
+    visible,
 )
 
 NAMES = {"train", "test", "val", "valid", "validation", "dev", "eval"}
@@ -42,14 +44,14 @@ def part_of(root: Path, name: str) -> Path | None:
     folder = root / name
     if not folder.is_dir():
         return None
-    folders_within = any(p.is_dir() for p in folder.iterdir())
+    folders_within = any(p.is_dir() for p in visible(folder))
     return None if not folders_within and has_classes(root) else folder
 
 
 def has_classes(root: Path) -> bool:
     """Whether folders of images are right within, other than those called as parts are."""
-    folders = (p for p in root.iterdir() if p.is_dir() and p.name not in NAMES)
-    return any(f.suffix.lower() in SUFFIXES for folder in folders for f in folder.iterdir())
+    folders = (p for p in visible(root) if p.is_dir() and p.name not in NAMES)
+    return any(f.suffix.lower() in SUFFIXES for folder in folders for f in visible(folder))
 
 
 def find_parts(root: Path, per_class: int | None = None, share: float = HELD_OUT) -> Parts:
@@ -116,4 +118,4 @@ def fewer(listing: Listing, per_class: int) -> Listing:
 def names_digest(files: Iterable[Path]) -> str:
     """SHA-256 of all files' `CLASS/FILENAME`."""
     names = "\n".join(f"{f.parent.name}/{f.name}" for f in files)
-    return hashlib.sha256(names.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(names)).hexdigest()

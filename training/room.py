@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from model.groups import control_groups
 from training.checkpoint import CHECKPOINT
 from training.data import DataError
 
@@ -15,6 +16,12 @@ MARGIN = 1.2
 """Room asked for beyond what is counted: logs, plots, buffers."""
 SHARE_FOR_IMAGES = 0.5
 """Of the free memory, what images may take before they stream from disk by themselves."""
+
+MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of control groups: the files with limit and use, and the name of what is cached."""
 
 
 def images_bytes(images: int, size: int) -> int:
@@ -27,12 +34,12 @@ def fits_in_memory(wanted: int, available: int | None) -> bool:
     return available is None or wanted <= SHARE_FOR_IMAGES * available
 
 
-def check_memory(wanted: int, available: int | None) -> None:
-    """Raise DataError where images were asked into memory that cannot hold them."""
+def check_memory(wanted: int, available: int | None, advice: str) -> None:
+    """Raise DataError, with advice, where images are wanted in memory that cannot hold them."""
     if available is not None and wanted * MARGIN > available:
         raise DataError(
             f"the images take {_gigabytes(wanted)} decoded, and {_gigabytes(available)} of memory "
-            "is free; add --storage disk to read them as they are needed"
+            f"is free; {advice}"
         )
 
 
@@ -57,8 +64,9 @@ def _size(file: Path) -> int:
 
 
 def available_memory() -> int | None:
-    """Memory that can still be had, in bytes, a container's limit included; None if unknown."""
-    known = [x for x in (_of_machine(), _of_container()) if x is not None]
+    """Memory that can still be had, in bytes, a container's or batch job's limit included; None if
+    unknown."""
+    known = [x for x in (_of_machine(), _of_groups()) if x is not None]
     return min(known, default=None)
 
 
@@ -74,19 +82,26 @@ def _of_machine() -> int | None:
     return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
-def _of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+def _of_groups(root: Path = Path("/")) -> int | None:
+    """What the limits of this process's control groups leave, and of those that they are in."""
+    left = (_left_of(*group) for group in control_groups("memory", root))
+    return min((x for x in left if x is not None), default=None)
+
+
+def _left_of(group: Path, version: int) -> int | None:
+    limit, used, cached = MEMORY_FILES[version]
     try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text()) - _cached(root)
+        most = (group / limit).read_text().strip()
+        taken = int((group / used).read_text()) - _cached(group, cached)
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - used)
+    return None if most == "max" else max(0, int(most) - taken)
 
 
-def _cached(root: Path) -> int:
+def _cached(group: Path, name: str) -> int:
     """Bytes of files that were read, and that memory is taken from first: images, on a resume."""
-    lines = (line.split() for line in (root / "memory.stat").read_text().splitlines())
-    return next((int(count) for name, count in lines if name == "inactive_file"), 0)
+    lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return next((int(count) for one, count in lines if one == name), 0)
 
 
 def _gigabytes(count: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from model.bundle import POLICY
+from model.macs import count_stages
 from model.network import MultiExitNet
 from model.numerics import keep_float32_whole, suits_cpu
 from training import checkpoint, loop
@@ -232,7 +233,14 @@ def _make_net(
     torch.manual_seed(preset.recipe.seed)
     shape, classes = preset.shape, len(data.training.classes)
     plain = preset.recipe.method == PLAIN
-    net, described = build_net(shape, classes, data.preprocess.size, plain)
+    size = data.preprocess.size
+    net, described = build_net(shape, classes, size, plain)
+    try:
+        count_stages(net, size)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{shape.architecture} cannot take images of {size}x{size}: {error}"
+        ) from None
     if pretrained and pretrained.is_dir():
         load_trained(net, pretrained, data.training.classes)
     elif pretrained:

@@ -3,12 +3,15 @@
 import copy
 import hashlib
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
 from model.bundle import (
+    DESCRIPTION,
+    POLICY,
     BundleError,
     load_bundle,
     load_servable,
@@ -19,7 +22,7 @@ from tests.conftest import CLASSES, PREPROCESS
 from tests.model.networks import images, tiny
 
 
-def save(path, net, architecture="resnet10", **arguments):
+def save(path, net, architecture="resnet10", command="by hand", **arguments):
     return save_bundle(
         path,
         net,
@@ -29,7 +32,7 @@ def save(path, net, architecture="resnet10", **arguments):
         arguments={"width": 8} | arguments,
         classes=CLASSES[:5],
         preprocess=PREPROCESS,
-        training={"command": "by hand"},
+        training={"command": command},
     )
 
 
@@ -54,12 +57,35 @@ def test_loaded_equals_saved_but_for_half_precision(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
-def test_a_weight_too_large_for_half_precision_is_said(tmp_path):
+def test_a_weight_too_large_for_half_precision_is_kept_whole(tmp_path):
     net = copy.deepcopy(tiny("resnet10"))
     net.backbone.bn1.running_var[0] = 1e5
-    with pytest.raises(BundleError, match=r"backbone\.bn1\.running_var has numbers that are too"):
-        save(tmp_path, net)
-    assert not list(tmp_path.iterdir())
+    save(tmp_path, net)
+    assert load_bundle(tmp_path).net.backbone.bn1.running_var[0] == 1e5
+
+
+def test_a_description_that_cannot_be_written_leaves_the_old_bundle(folder):
+    with pytest.raises(ValueError, match="utf-8"):
+        save(folder, tiny("resnet10"), command="caf\udce9")
+    load_bundle(folder)
+
+
+def test_a_description_of_another_number_of_exits_is_refused(folder):
+    exits = json.loads((folder / DESCRIPTION).read_text())["exits"]
+    edit(folder / DESCRIPTION, exits=exits[:-1])
+    with pytest.raises(BundleError, match="has 4 exits, the network 3"):
+        load_bundle(folder)
+    (folder / POLICY).unlink()
+    with pytest.raises(BundleError, match="there are 4 exits, and 3 are described"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("std", [0.0, math.inf])
+def test_a_preprocess_that_no_image_survives_is_refused(folder, std):
+    preprocess = json.loads((folder / DESCRIPTION).read_text())["preprocess"]
+    edit(folder / DESCRIPTION, preprocess=preprocess | {"std": [std, 0.2, 0.2]})
+    with pytest.raises(BundleError, match=r"malformed at preprocess\.std\.0"):
+        load_bundle(folder)
 
 
 @pytest.mark.slow

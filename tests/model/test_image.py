@@ -106,6 +106,14 @@ def test_a_colour_that_stands_for_transparency_becomes_white():
     assert (pixels[16, 28] == BLUE).all()
 
 
+def test_a_16_bit_grey_that_stands_for_transparency_becomes_white():
+    grey = np.full((32, 32), 40_000, np.uint16)
+    grey[:, :16] = 1000
+    pixels = decoded(Image.fromarray(grey), transparency=1000)
+    assert (pixels[16, 4] == 255).all()
+    assert (pixels[16, 28] == 40_000 >> 8).all()
+
+
 def test_a_palette_gives_its_colours():
     image = halves(RED, BLUE).convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
     assert np.array_equal(decoded(image), np.asarray(halves(RED, BLUE)))

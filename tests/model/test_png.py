@@ -201,3 +201,13 @@ def test_the_limit_of_pixels_holds():
 def test_broken_pixels_are_broken():
     with pytest.raises(BrokenImage):
         decode(assemble(b"\x01" * 90), 32, LIMIT)
+
+
+@pytest.mark.parametrize("side", [9, 300])
+def test_pixels_that_fail_their_checksum_are_broken(side):
+    whole = png(image("RGB", side, side))
+    decode(whole, 32, LIMIT)
+    for place in range(whole.index(b"IDAT") + 4, len(whole) - 16, len(whole) // 20):
+        flipped = whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :]
+        with pytest.raises(BrokenImage):
+            decode(flipped, 32, LIMIT)

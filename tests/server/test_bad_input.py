@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 import tracemalloc
 import zlib
@@ -40,7 +41,10 @@ BROKEN = {
     "truncated PNG": (encode(noise())[:1500], 400, "broken_image"),
     "truncated JPEG": (encode(noise(64, 64), "JPEG")[:900], 400, "broken_image"),
     "truncated WebP": (encode(noise(64, 64), "WEBP")[:900], 400, "broken_image"),
-    "0x0": (png_header(0, 0), 400, None),
+    "the beginning of a JPEG": (encode(noise(), "JPEG")[:20], 400, "broken_image"),
+    "the beginning of a GIF": (encode(noise(), "GIF")[:10], 400, "broken_image"),
+    "the beginning of a TIFF": (encode(noise(), "TIFF")[:20], 400, "broken_image"),
+    "0x0": (png_header(0, 0), 400, "broken_image"),
     "icon, a format that is not allowed": (encode(noise(), "ICO"), 400, "unsupported_image"),
     "PPM, a format that is not allowed": (encode(noise(), "PPM"), 400, "unsupported_image"),
     "bomb": (png_header(60_000, 60_000), 413, "image_too_large"),
@@ -144,6 +148,17 @@ def send_form(server, path, body, content_type="multipart/form-data; boundary=b"
     return server.client.post(path, content=body, headers={"content-type": content_type})
 
 
+@pytest.mark.parametrize("named", [b"", b"; filename*=UTF-8''a.png", b"; filename=a.png"])
+def test_a_part_is_a_file_whether_or_not_it_names_one(server, png, named):
+    part = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n--b--\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    one = server.client.post("/classify", content=part % (b"file", named, png), headers=headers)
+    assert one.status_code == 200
+    many = part % (b"files", named, png)
+    said = server.client.post("/classify/batch", content=many, headers=headers).json()
+    assert [result["label"] for result in said["results"]] == [one.json()["label"]]
+
+
 @pytest.mark.parametrize("missing", [1, len("--b--"), len("\r\n--b--"), 100])
 def test_a_form_that_ends_before_its_last_boundary_loses_no_image_unsaid(server, png, missing):
     one, more = PART % (b"file", b"a", png), PART % (b"files", b"a", png) * 3
@@ -217,6 +232,9 @@ def test_keys_are_asked_for_but_health_and_metrics_stay_open(serve, png):
         check_error(locked.post(png), 401, "unauthenticated")
         wrong = locked.client.post("/classify", content=png, headers={"x-api-key": "three"})
         check_error(wrong, 403, "forbidden")
+        padded = b"GET /model HTTP/1.1\r\nHost: x\r\nX-API-Key: one \r\nX-Request-ID: me \r\n\r\n"
+        with locked.send(padded) as connection:
+            assert re.match(b"HTTP/1.1 200 (?s:.)*x-request-id: me\r\n", connection.recv(4096))
         for headers in ({"x-api-key": "one"}, {"authorization": "Bearer two"}):
             right = locked.client.post("/classify", content=png, headers=headers)
             assert right.status_code == 200
@@ -236,8 +254,9 @@ def test_the_operating_point_is_changed_with_the_admin_token_only(serve, png):
         response = one.client.put("/policy", json=change, headers=right)
         assert response.json()["in_force"]["max_accuracy_loss"] == 0.05
         assert one.client.get("/policy").json()["in_force"]["max_accuracy_loss"] == 0.05
-        bad = one.client.put("/policy", json={"max_accuracy_loss": 2}, headers=right)
-        check_error(bad, 422, "invalid_parameter")
+        for wrong in (2, True, "0.01", None):
+            bad = one.client.put("/policy", json={"max_accuracy_loss": wrong}, headers=right)
+            check_error(bad, 422, "invalid_parameter")
 
 
 JSON = {"content-type": "application/json"}
@@ -392,6 +411,7 @@ def test_strange_requests_are_clear_errors(server, png, name):
 def test_a_405_names_every_method_of_its_path(serve):
     with serve(admin_token="secret", warm=False) as one:
         assert one.client.delete("/policy").headers["allow"] == "GET, PUT"
+        assert one.client.delete("/openapi.json").headers["allow"] == "GET, HEAD"
         assert one.client.post("/livez").headers["allow"] == "GET, HEAD"
 
 
@@ -440,6 +460,13 @@ def test_garbage_for_a_key_is_a_wrong_key(serve, png):
 def test_the_stream_is_given_to_who_names_it(server, png, accept, streams):
     response = server.client.post("/classify", content=png, headers={"accept": accept})
     assert response.headers["content-type"].startswith("text/event-stream") == streams
+
+
+def test_every_line_of_accept_counts(server, png):
+    accept = [("accept", "application/json"), ("accept", "text/event-stream")]
+    response = server.client.post("/classify", content=png, headers=accept)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert "server-timing" not in response.headers, "it would be of no answer yet"
 
 
 def test_of_a_parameter_given_twice_the_last_counts(server, png):

@@ -90,6 +90,21 @@ def test_a_point_put_in_force_amid_warm_up_is_that_of_the_ladder(bundle_path):
     assert (level.max_accuracy_loss, served.point.max_accuracy_loss) == (0.05, 0.05)
 
 
+def test_metrics_tell_what_is_in_force_before_the_server_is_ready(bundle_path):
+    served = Served(Settings(bundle=bundle_path, device="cpu", threads=1, max_batch=1))
+
+    def said():
+        value = served.metrics.registry.get_sample_value
+        model = {"model": served.bundle.description.name}
+        threshold = value("offramp_policy_threshold", model | {"exit": "1"})
+        return value("offramp_operating_point", model), threshold
+
+    assert said() == (0.01, served.policy.point_for(0.01).thresholds[0])
+    served.use(served.policy.point_for(0.05))
+    assert said() == (0.05, served.policy.point_for(0.05).thresholds[0])
+    served.close()
+
+
 def test_a_ladder_of_one_level_never_bends():
     controller = OverloadController(LADDER[:1], DEADLINE)
     assert controller.update(100.0, now=0.0) is LADDER[0]

@@ -56,7 +56,9 @@ BAD = {
     "overload_first_exit": ["maybe", "2", ""],
     "drain_seconds": ["-1", "inf", "1e300"],
     "drain_notice_seconds": ["-1", "inf", "nan"],
-    "api_keys": [",", " ", "schlüssel", "one,schlüssel", "two\tparts"],
+    "cache_dir": [""],
+    "bundle": [""],
+    "api_keys": [",", " ", '["one"]', "schlüssel", "one,schlüssel", "two\tparts"],
     "admin_token": ["schlüssel"],
 }
 
@@ -116,6 +118,8 @@ def test_nothing_is_no_key_and_no_token(environment):
     environment("OFFRAMP_ADMIN_TOKEN", " ")
     settings = load_settings([])
     assert settings.api_keys == ()
+    environment("OFFRAMP_API_KEYS", "none")
+    assert load_settings([]).api_keys == load_settings(["--api-keys", "none"]).api_keys == ()
     assert settings.admin_token is None
     assert load_settings(["--admin-token", ""]).admin_token is None
 

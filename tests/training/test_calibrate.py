@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from model.bundle import load_bundle, load_servable, save_bundle, save_description
 from model.numerics import likely_dtypes, name_of
 from model.policy import NEVER, Calibration, Measure
-from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
+from tests.training.bundles import CLASSES, PREPROCESS, write_bundle, write_noisy_images
 from tests.training.worlds import judged, world
+from training import data as folders
 from training.__main__ import main
-from training.calibrate import load_images
+from training.calibrate import labels_of, load_images
 from training.calibration import (
     MOST_SEARCHED,
     Options,
@@ -26,7 +28,7 @@ from training.data import DataError, list_folder
 from training.eight_bits import find_ranges, price
 from training.fit import fit_calibrations
 from training.ladder import LOSSES, Certifier, Method
-from training.logits import cached_logits, compute_logits
+from training.logits import batch_size, cached_logits, compute_logits
 from training.outcomes import outcomes_of
 from training.reliability import calibration_error, exit_errors
 from training.resample import _shows_more
@@ -88,6 +90,7 @@ def test_a_small_chance_of_failing_is_not_rounded_away(command):
 def test_an_expectation_is_said_to_hold_on_average(command):
     said = command("--method", "expectation", "--delta", 0.001)[1]
     assert "bounds hold on average over calibration sets" in said
+    assert "unless" not in said, "gains do not count here"
     assert "a loss of 0.10% cannot be kept on average" in said
     assert "certified" not in said and "probability" not in said and "delta" not in said
 
@@ -297,6 +300,31 @@ def test_other_classes_are_refused(command, tmp_path):
     status, said = command(data=other)
     assert status == 2
     assert "the data has 3 classes, the bundle 3, and they differ (in middle, purple)" in said
+
+
+def test_classes_without_an_image_to_calibrate_on_are_named(images, capsys):
+    listing = list_folder(images)
+    assert len(labels_of(folders.load(listing.pick(range(4)), PREPROCESS))) == 4
+    said = capsys.readouterr().err
+    assert "2 of 3 classes have no image to calibrate on" in said
+    assert ", ".join(listing.classes[1:]) in said
+    labels_of(folders.load(listing, PREPROCESS))
+    assert capsys.readouterr().err == ""
+
+
+def test_images_that_memory_cannot_hold_are_refused_before_they_are_read(command, monkeypatch):
+    monkeypatch.setattr("training.calibrate.available_memory", lambda: 1000)
+    status, said = command()
+    assert status == 2
+    assert "decoded, and 1e-06 GB of memory is free; take fewer" in said
+
+
+def test_large_images_run_in_smaller_batches(bundle):
+    one = load_bundle(bundle)
+    assert batch_size(one) == 250
+    preprocess = one.description.preprocess.model_copy(update={"size": 512})
+    large = one.description.model_copy(update={"preprocess": preprocess})
+    assert batch_size(replace(one, description=large)) == 3
 
 
 def test_one_class_is_refused(command, tmp_path):

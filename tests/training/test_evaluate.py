@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from model.bundle import load_bundle
+from model.policy import NEVER, OperatingPoint
 from tests.training.bundles import CLASSES, write_bundle, write_noisy_images
 from training import curves, plots, risk, sheets
 from training.__main__ import main
 from training.data import DataError, ImageSet
-from training.evaluation import Report, loss_interval
+from training.evaluation import Report, loss_interval, point_results
 from training.markdown import CAPTIONS, headline, render
 from training.outcomes import Outcomes
 from training.record import load_record
@@ -206,6 +207,32 @@ def test_the_record_of_a_calibration_is_that_of_its_own_weights_alone(evaluated)
     other = bundle.description.model_copy(update={"weights_sha256": "other"})
     assert load_record(dataclasses.replace(bundle, description=other)) is None
     assert load_record(dataclasses.replace(bundle, path=evaluated / "nowhere")) is None
+
+
+def interval(threshold):
+    """Of the loss by a threshold for the first of two exits, measured on 100 unsure images."""
+    every = np.full((100, 2), 0.5)
+    outcomes = Outcomes(every, np.zeros((100, 2), int), np.ones((100, 2), bool), every)
+    shares, costs = (0.0, 1.0), np.array([1.0, 2.0])
+    point = OperatingPoint(
+        max_accuracy_loss=0.01,
+        thresholds=(threshold,),
+        certified=True,
+        measured_accuracy_loss=0.0,
+        mean_macs=1.0,
+        exit_shares=shares,
+    )
+    policy = SimpleNamespace(operating_points=(point,))
+    measured = SimpleNamespace(policy=policy, outcomes=outcomes, macs=costs, seconds=costs)
+    (result,) = point_results(measured)
+    assert result.exit_shares == shares
+    return result.loss_interval
+
+
+def test_a_loss_that_a_few_images_did_not_show_may_be_there():
+    low, high = interval(0.9)
+    assert -0.05 < low < -0.02 and 0.02 < high < 0.05
+    assert interval(NEVER) == (0.0, 0.0), "with no early exit nothing can be lost"
 
 
 def test_an_interval_for_the_loss_holds_it_and_narrows_with_more_images():

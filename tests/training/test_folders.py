@@ -134,6 +134,33 @@ def test_a_folder_that_cannot_be_used_says_why(folder, spoil, message):
         find_parts(folder)
 
 
+def test_hidden_files_and_folders_are_nobodys(folder):
+    before = find_parts(folder)
+    shutil.copytree(folder / "train" / CLASSES[0], folder / "train" / ".ipynb_checkpoints")
+    (folder / "train" / CLASSES[0] / ".thumbs").mkdir()
+    (folder / "train" / CLASSES[0] / "._000.png").write_bytes(b"of a file system")
+    after = find_parts(folder)
+    assert after.training.classes == CLASSES
+    assert after.digest == before.digest
+
+
+def test_a_file_may_have_a_name_that_is_no_utf_8_but_a_class_may_not(folder):
+    image = next((folder / "train" / CLASSES[0]).iterdir())
+    image.rename(os.fsdecode(os.fsencode(image.parent) + b"/caf\xe9.png"))
+    assert len(find_parts(folder).training) > 0
+    (folder / "train" / CLASSES[0]).rename(os.fsdecode(os.fsencode(folder) + b"/train/caf\xe9"))
+    with pytest.raises(DataError, match=r"caf\\xe9' has a name that is not UTF-8; rename it"):
+        find_parts(folder)
+
+
+def test_a_single_class_is_said_before_it_is_read(folder):
+    for part in ("train", "test"):
+        for name in CLASSES[1:]:
+            shutil.rmtree(folder / part / name)
+    with pytest.raises(DataError, match=f"has one class only, {CLASSES[0]}; it takes several"):
+        open_folder(folder, 16, 1.0, tiny_recipe(), CPU)
+
+
 def test_too_few_images_to_hold_any_out_is_said(tmp_path):
     write_images(tmp_path, n=3)
     with pytest.raises(DataError, match="too few images a class"):
@@ -431,9 +458,9 @@ def test_balanced_classes_count_the_same_together(folder):
 
 def test_images_that_do_not_fit_are_refused_with_what_to_do():
     with pytest.raises(DataError, match=r"take 10 GB decoded, and 5 GB .*--storage disk"):
-        room.check_memory(int(10.1e9), int(5e9))
-    room.check_memory(int(1e9), int(5e9))
-    room.check_memory(int(1e9), None)
+        room.check_memory(int(10.1e9), int(5e9), "add --storage disk")
+    room.check_memory(int(1e9), int(5e9), "")
+    room.check_memory(int(1e9), None, "")
 
 
 def test_images_stream_by_themselves_from_half_of_memory_on():
@@ -451,17 +478,43 @@ def test_a_full_disk_is_said_before_the_first_epoch(tmp_path):
     room.check_disk(tmp_path, net, averaged=True, free=1_000_000)
 
 
+def group(root, folder, **files):
+    """A control group, `root` being that of the file system."""
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (root / folder / name.replace("__", ".")).write_text(text)
+
+
 def test_files_that_a_container_has_read_are_no_memory_in_use(tmp_path):
-    for name, text in {
-        "memory.max": "1000\n",
-        "memory.current": "900\n",
-        "memory.stat": "anon 300\nactive_file 100\ninactive_file 500\n",
-    }.items():
-        (tmp_path / name).write_text(text)
-    assert room._of_container(tmp_path) == 600
-    (tmp_path / "memory.max").write_text("max\n")
-    assert room._of_container(tmp_path) is None
-    assert room._of_container(tmp_path / "nowhere") is None
+    assert room._of_groups(tmp_path) is None
+    group(tmp_path, "proc/self", cgroup="0::/\n")
+    stat = "anon 300\nactive_file 100\ninactive_file 500\n"
+    files = {"memory__max": "1000\n", "memory__current": "900\n", "memory__stat": stat}
+    group(tmp_path, "sys/fs/cgroup", **files)
+    assert room._of_groups(tmp_path) == 600
+    group(tmp_path, "sys/fs/cgroup", memory__max="max\n")
+    assert room._of_groups(tmp_path) is None
+
+
+def test_the_least_that_any_group_of_a_batch_job_leaves_counts(tmp_path):
+    group(tmp_path, "proc/self", cgroup="0::/system.slice/job_7/step_0\n")
+    stat = {"memory__stat": "inactive_file 0\n"}
+    job = "sys/fs/cgroup/system.slice/job_7"
+    group(tmp_path, job, memory__max="1000\n", memory__current="300\n", **stat)
+    group(tmp_path, f"{job}/step_0", memory__max="max\n", memory__current="300\n", **stat)
+    assert room._of_groups(tmp_path) == 700
+
+
+def test_groups_of_the_first_version_have_limits_too(tmp_path):
+    group(tmp_path, "proc/self", cgroup="5:memory:/slurm/job_7\n4:cpu,cpuacct:/\n")
+    group(
+        tmp_path,
+        "sys/fs/cgroup/memory/slurm/job_7",
+        memory__limit_in_bytes="1000\n",
+        memory__usage_in_bytes="800\n",
+        memory__stat="inactive_file 1\ntotal_inactive_file 100\n",
+    )
+    assert room._of_groups(tmp_path) == 300
 
 
 def test_memory_that_is_free_is_known_here():

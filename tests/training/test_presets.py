@@ -256,6 +256,7 @@ def test_a_single_folder_keeps_its_parts_apart_to_the_end(tmp_path):
         (["--size", "2000"], "size must be between 8 and 1024"),
         (["--seed", str(2**64)], "seed must be at least 0, below 2"),
         (["--size", "8", "--batch-size", "1"], "leaves a part of one image"),
+        (["--size", "8", "--architecture", "vgg19-bn"], "vgg19-bn cannot take images of 8x8: "),
         (
             ["--size", "8", "--batch-size", "5", "--accumulate", "3"],
             "5 in 3 parts of each of 1 processes leaves",

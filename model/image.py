@@ -115,6 +115,26 @@ def _begins_like_an_image(data: bytes) -> bool:
     return any(accept is not None and accept(data[:16]) is True for accept in accepts)
 
 
+def from_pixels(pixels: np.ndarray, max_pixels: int) -> Image.Image:
+    """An image that came decoded.
+
+    Args:
+        pixels: uint8 `[H, W, 3]`.
+        max_pixels: the most that it may have.
+
+    Raises:
+        BrokenImage, ImageTooLarge
+    """
+    height, width, _ = pixels.shape
+    if width == 0 or height == 0:
+        raise BrokenImage("the image has no pixels")
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"the image is {width}x{height}; at most {max_pixels} pixels are allowed"
+        )
+    return Image.fromarray(pixels)
+
+
 def render(image: Header, size: int) -> Image.Image:
     """Decode an opened image's pixels. Arguments and errors as for `decode`."""
     try:

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
-from server import routes
+from server import inference, routes
 from server.direct import Direct
 from server.errors import BadRequest, Draining, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
@@ -75,7 +75,14 @@ def create_routes(served: Served) -> FastAPI:
     keys = bool(served.settings.api_keys)
     app.openapi = cache(lambda: document(app, keys))  # type: ignore[method-assign]
     admin = [routes.admin] if served.settings.admin_token is not None else []
-    app.state.routers = [page_router(), routes.protected, *admin, routes.public]
+    app.state.routers = [
+        page_router(),
+        routes.protected,
+        inference.protected,
+        *admin,
+        routes.public,
+        inference.public,
+    ]
     for router in app.state.routers:
         app.include_router(router)
     app.add_exception_handler(OfframpError, _render)

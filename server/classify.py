@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from model.policy import OperatingPoint, Rule
 from server.arrival import reserve_seconds
 from server.context import Context
@@ -31,15 +33,20 @@ class Admission:
     """When the engine must have answered, on its clock."""
 
 
-def admit(parameters: Parameters, served: Served, context: Context) -> Admission:
+def admit(
+    parameters: Parameters, served: Served, context: Context, engine: Engine | None = None
+) -> Admission:
     """Let a request in.
+
+    Args:
+        engine: that it was let in for before its parameters were known.
 
     Raises:
         InvalidParameter: it asks for what the network does not have.
         Unavailable: the server is warming up or draining.
     """
     rule, deadline = rule_for(parameters, served), _deadline_for(parameters, served, context)
-    return Admission(parameters, rule, served.engine, deadline)
+    return Admission(parameters, rule, engine or served.engine, deadline)
 
 
 def rule_for(parameters: Parameters, served: Served) -> Rule:
@@ -96,34 +103,35 @@ def place(served: Served) -> Iterator[None]:
         served.in_flight -= 1
 
 
-async def classify(
-    data: bytes,
+async def answered(
+    image: bytes | np.ndarray,
     admission: Admission,
     served: Served,
     context: Context,
     on_exit: Callable[[Seen], None] | None = None,
-) -> dict[str, Any]:
+) -> tuple[Answer, float]:
     """Decode, schedule and answer one image.
 
     Args:
+        image: encoded, or uint8 pixels `[H, W, 3]` of any size.
         on_exit: called for each exit passed.
 
     Returns:
-        The answer as it goes over the wire.
+        The answer, and the seconds that decoding took.
 
     Raises:
         OfframpError: any of its subclasses that concern one image.
     """
-    parameters, engine, deadline = admission.parameters, admission.engine, admission.deadline
+    engine, deadline = admission.engine, admission.deadline
     with place(served):
         engine.check(deadline)  # before any work is done in vain
-        pixels, decode_seconds = await served.decoder(data, deadline)
+        pixels, decode_seconds = await served.decoder(image, deadline)
         ticket = engine.submit(
             pixels,
             admission.rule,
             context.arrived,
             deadline,
-            bends=parameters.bends,
+            bends=admission.parameters.bends,
             on_exit=on_exit,
             request_id=context.request_id,
         )
@@ -134,7 +142,19 @@ async def classify(
             raise
     if context.trace:
         context.trace.image(context.arrived, ticket.accepted, decode_seconds, answer)
-    return _body(answer, parameters, served, context, decode_seconds)
+    return answer, decode_seconds
+
+
+async def classify(
+    data: bytes,
+    admission: Admission,
+    served: Served,
+    context: Context,
+    on_exit: Callable[[Seen], None] | None = None,
+) -> dict[str, Any]:
+    """Like `answered`; returns the answer as it goes over the wire."""
+    answer, decode_seconds = await answered(data, admission, served, context, on_exit)
+    return _body(answer, admission.parameters, served, context, decode_seconds)
 
 
 async def classify_or_error(

@@ -19,6 +19,8 @@ class Context:
     """When its first byte came, on the engine's clock."""
     behind: float = 0.0
     """Seconds that the event loop took to begin it."""
+    route: str | None = None
+    """Where images are answered; None for any other path."""
     status: int = CLIENT_CLOSED
     fields: dict[str, object] = field(default_factory=dict)
     """What the log line says beside the usual."""

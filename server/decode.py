@@ -58,11 +58,13 @@ class Decoder:
         self._rejected = metrics.rejected_images
         self._missed = metrics.deadlines.labels("missed")
 
-    async def __call__(self, data: bytes, deadline: float = math.inf) -> tuple[np.ndarray, float]:
+    async def __call__(
+        self, data: bytes | np.ndarray, deadline: float = math.inf
+    ) -> tuple[np.ndarray, float]:
         """Decode one image.
 
         Args:
-            data: as it was sent.
+            data: as it was sent: encoded, or uint8 pixels `[H, W, 3]`.
             deadline: on `time.perf_counter`; what waits for a thread until then is not decoded.
 
         Returns:
@@ -86,7 +88,9 @@ class Decoder:
         self._seconds.observe(seconds)
         return pixels, seconds
 
-    async def _decode(self, data: bytes, deadline: float) -> np.ndarray:
+    async def _decode(self, data: bytes | np.ndarray, deadline: float) -> np.ndarray:
+        if isinstance(data, np.ndarray):
+            return await self._scale(image.from_pixels(data, self._max_pixels), deadline)
         if not data:
             self._rejected.labels(NoImage.code).inc()
             raise NoImage
@@ -98,6 +102,11 @@ class Decoder:
         if header.width * header.height <= SMALL_PIXELS:
             return self._render(header)
         return await self._in_pool(deadline, lambda: self._render(header))
+
+    async def _scale(self, whole: image.Header, deadline: float) -> np.ndarray:
+        if whole.width * whole.height <= SMALL_PIXELS:
+            return self._preprocess.pixels(whole)
+        return await self._in_pool(deadline, lambda: self._preprocess.pixels(whole))
 
     async def _in_pool(self, deadline: float, work: Callable[[], np.ndarray]) -> np.ndarray:
         # Whoever gives up while the image still waits for a thread takes it out of the queue.

@@ -31,9 +31,13 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 PARTS = ("event_loop", "engine")
 """Of the server, by the threads that do it."""
 PHASES = ("decode", "queue", "encode")
-ROUTES = ("/classify", "/classify/batch")
+CLASSIFY = ("/classify", "/classify/batch")
+INFER = "/v2/infer"
+"""What requests of the Open Inference Protocol count as, whatever model their path names."""
+ROUTES = (*CLASSIFY, INFER)
+"""That answer images."""
 REQUEST_CODES = tuple(
-    map(str, (200, 400, 401, 403, 405, 408, 413, 422, 429, 431, 499, 500, 503, 504))
+    map(str, (200, 400, 401, 403, 404, 405, 408, 413, 422, 429, 431, 499, 500, 503, 504))
 )
 REFUSALS = ("queue_full", "bodies_full", "not_in_time")
 IMAGE_FAULTS = ("no_image", "unsupported_image", "broken_image", "image_too_large")
@@ -49,6 +53,13 @@ SECONDS_BUCKETS = (
 
 MANY = 512
 """Observations that wait to be made known: those of some sixty answers."""
+
+
+def route_of(path: str) -> str | None:
+    """The route that answers images at this path, if one does."""
+    if path in CLASSIFY:
+        return path
+    return INFER if path.startswith("/v2/models/") and path.endswith("/infer") else None
 
 
 class Metrics:

@@ -18,7 +18,7 @@ from server.arrival import allowed_seconds, arrival, is_hopeless, seconds_behind
 from server.context import CLIENT_CLOSED, Context
 from server.errors import BodyTooLarge, Draining, OfframpError, Overloaded
 from server.gate import Gate
-from server.metrics import ROUTES, Metrics
+from server.metrics import CLASSIFY, Metrics, route_of
 from server.protocol import error_body
 from server.tracing import RequestTracer
 
@@ -66,12 +66,14 @@ class Surroundings:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"] in ROUTES:
+        route = route_of(scope["path"])
+        if route:
             await self._gate()
         now = time.perf_counter()
-        context = Context(_request_id(scope), arrival(scope, now), seconds_behind(scope, now))
+        behind = seconds_behind(scope, now)
+        context = Context(_request_id(scope), arrival(scope, now), behind, route)
         scope.setdefault("state", {})["context"] = context
-        if self._tracer and scope["path"] in ROUTES:
+        if self._tracer and route:
             context.trace = self._tracer.request(
                 scope["method"], scope["path"], scope["headers"], context.arrived
             )
@@ -97,7 +99,7 @@ class Surroundings:
 
     def _refuse_hopeless(self, scope: Scope, context: Context) -> None:
         """Before any work: a loop that is behind falls further behind with each thing it begins."""
-        if scope["path"] not in ROUTES:
+        if context.route not in CLASSIFY:  # another names its deadline in its body
             return
         if is_hopeless(context.behind, allowed_seconds(scope, self._deadline_ms)):
             self._metrics.refused.labels("not_in_time").inc()
@@ -136,15 +138,15 @@ class Surroundings:
             raise Overloaded
 
     def _record(self, scope: Scope, context: Context, seconds: float) -> None:
-        path = scope["path"]
-        if path in ROUTES:
-            self._metrics.answered(path, context.status, seconds)
+        path, route = scope["path"], context.route
+        if route:
+            self._metrics.answered(route, context.status, seconds)
             if "code" in context.fields:
                 self._metrics.failed(context.fields["code"])
         if context.trace:
             context.trace.end(context.status, context.request_id)
             context.fields["trace_id"] = context.trace.trace_id
-        level = logging.INFO if path in ROUTES or context.status >= 400 else logging.DEBUG
+        level = logging.INFO if route or context.status >= 400 else logging.DEBUG
         if log.isEnabledFor(level):
             said: dict[str, object] = {
                 "method": scope["method"],

@@ -157,6 +157,52 @@ def many_images(most: int, *samples: str) -> dict[str, Any]:
     return {"requestBody": body, **shown(*samples)}
 
 
+def inference(*samples: str) -> dict[str, Any]:
+    """A request body of tensors."""
+    settings = {"type": "object", "description": "by name"}
+    tensor = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "description": "`image` or `pixels`"},
+            "datatype": {"type": "string", "description": "BYTES or UINT8"},
+            "shape": {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 0},
+                "description": "`[N]` or `[N, H, W, 3]`",
+            },
+            "data": {
+                "type": "array",
+                "items": {},
+                "description": "its elements, nested or not, where they do not follow raw",
+            },
+            "parameters": settings,
+        },
+        "required": ["name", "datatype", "shape"],
+    }
+    properties = {
+        "id": {"type": "string", "description": "given back as it came"},
+        "parameters": settings,
+        "inputs": {"type": "array", "items": tensor, "description": "one", "minItems": 1},
+        "outputs": {
+            "type": "array",
+            "items": {"type": "object"},
+            "description": "those that are asked for, each with its `name`; without any, all",
+        },
+    }
+    body = {
+        "required": True,
+        "description": "JSON, and behind it the raw bytes of an input whose `parameters` have a "
+        "`binary_data_size`; then `Inference-Header-Content-Length` says how much is JSON.",
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "properties": properties, "required": ["inputs"]}
+            },
+            "application/octet-stream": IMAGE,
+        },
+    }
+    return {"requestBody": body, **shown(*samples)}
+
+
 def shown(*samples: str) -> dict[str, Any]:
     """Command lines that show an operation."""
     return {"x-codeSamples": [{"lang": "sh", "source": source} for source in samples]}
@@ -205,11 +251,20 @@ def document(app: FastAPI, keys: bool) -> dict[str, Any]:
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
     made.setdefault("components", {})["securitySchemes"] = SECURITY_SCHEMES
+    for name in ("HTTPValidationError", "ValidationError"):
+        made["components"].get("schemas", {}).pop(name, None)
     for item in made["paths"].values():
         for operation in item.values():
-            operation["responses"] = dict(sorted(operation["responses"].items()))
+            said = operation["responses"].items()
+            operation["responses"] = dict(sorted(r for r in said if not _is_fastapis(r[1])))
             operation.setdefault("security", _security(operation, keys))
     return made
+
+
+def _is_fastapis(response: dict[str, Any]) -> bool:
+    """Whether FastAPI added it for parameters that it may find invalid, which none of them is: an
+    operation that has such says so itself."""
+    return "HTTPValidationError" in str(response.get("content"))
 
 
 def _security(operation: dict[str, Any], keys: bool) -> list[dict[str, list[str]]]:

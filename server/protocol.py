@@ -86,7 +86,15 @@ def parameters_from(query: bytes) -> Parameters:
 
 
 def _parse(query: bytes) -> Parameters:
-    named = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    return parameters_of(dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)))
+
+
+def parameters_of(named: Mapping[str, Any]) -> Parameters:
+    """The parameters of these names.
+
+    Raises:
+        InvalidParameter: an unknown one, or a bad value.
+    """
     try:
         return Parameters.model_validate(named)
     except ValidationError as error:

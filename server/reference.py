@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 from pydantic_core import PydanticUndefined
 
 from model.table import markdown_table
-from server import routes
+from server import inference, routes
 from server.app import DESCRIPTION
 from server.errors import every_error
 from server.metrics import VERSION, Metrics
@@ -43,7 +43,10 @@ def pages() -> dict[str, str]:
 def http_document() -> Json:
     """The OpenAPI document with every operation in it, of no particular bundle."""
     app = FastAPI(title="Offramp", version=VERSION, description=DESCRIPTION)
-    for router in (routes.protected, routes.admin, routes.public):
+    for router in (
+        *(routes.protected, inference.protected, routes.admin),
+        *(routes.public, inference.public),
+    ):
         app.include_router(router)
     return document(app, keys=False)
 

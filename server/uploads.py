@@ -69,7 +69,17 @@ async def read_image(request: Request, deadline: float, missed: Counter) -> byte
     if _is_multipart(request):
         (image,) = await in_time(_read_parts(request, "file", 1), deadline, missed)
         return image
-    # A small image is one message, for which Starlette's `body` and a timer take longer.
+    return await read_whole(request, deadline, missed)
+
+
+async def read_whole(request: Request, deadline: float, missed: Counter) -> bytes:
+    """A request's body as it is. Arguments as for `read_image`.
+
+    Raises:
+        DeadlineExceeded: it has not come by then, and so would be of no use.
+        ClientDisconnect: nobody waits any more.
+    """
+    # A small one is one message, for which Starlette's `body` and a timer take longer.
     begun, whole = await _read_more(request)
     return begun if whole else await in_time(_read_rest(request, begun), deadline, missed)
 

@@ -15,7 +15,7 @@ from server.metrics import Metrics
 from server.reference import pages
 from server.settings import Settings, load_settings
 from tests.conftest import ROOT
-from tests.server.test_openapi import curl
+from tests.server.test_openapi import curl, with_image
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -98,7 +98,7 @@ def one(serve):
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_every_command_of_the_documentation_can_be_run(page, line, one, png):
-    words = shlex.split(line.partition(" | ")[0], comments=True)
+    words = shlex.split(with_image(line, png).partition(" | ")[0], comments=True)
     words = words[next(i for i, word in enumerate(words) if "=" not in word) :]
     command = Path(words[0]).name
     check = {"curl": run_curl, "make": check_make, "python": check_python}.get(command)

@@ -1,5 +1,6 @@
 """The OpenAPI document says all that the server does."""
 
+import base64
 import re
 import shlex
 from types import SimpleNamespace
@@ -172,8 +173,16 @@ def test_each_command_line_of_the_document_works(one, operations, png):
     assert ran >= 6
 
 
+def with_image(line, image):
+    """What a shell would make of a command line that has an image in base64."""
+    return line.replace("$(base64 -w0 photo.jpg)", base64.b64encode(image).decode())
+
+
 def curl(server, line, image):
     """The response to a curl command line, sent by httpx; every file in it is `image`."""
+    line = with_image(line, image).replace(
+        "/v2/models/default", f"/v2/models/{server.served.bundle.description.name}"
+    )
     command, *words = shlex.split(line, comments=True)
     assert command == "curl"
     method, url, body, files, headers = None, None, None, [], {}

@@ -1,0 +1,204 @@
+"""Tensors of the Open Inference Protocol, V2: in JSON, and in its binary extension."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
+
+from server.errors import BadRequest
+from server.protocol import ROUNDING
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+"""How many bytes of a body are JSON, where raw tensors follow."""
+MOST_JSON_BYTES = 2**20
+"""Read in the event loop; more of anything goes as raw bytes."""
+LENGTH_BYTES = 4
+"""Before each element of a raw tensor of bytes; little-endian, as all numbers there."""
+DATATYPES = {"FP32": "<f4", "INT32": "<i4", "BOOL": "?"}
+"""Of numbers, as numpy has them."""
+
+
+class Sent(BaseModel):
+    """One input, as its JSON says."""
+
+    name: str
+    datatype: Literal["BYTES", "UINT8"]
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    data: list[Any] | None = None
+    parameters: dict[str, Any] = Field({})
+
+    @property
+    def size(self) -> int:
+        """How many elements its shape has room for."""
+        return math.prod(self.shape)
+
+
+class Wanted(BaseModel):
+    """One output that is asked for."""
+
+    name: str
+    parameters: dict[str, Any] = Field({})
+
+
+class InferenceRequest(BaseModel):
+    """The JSON of a request; what the protocol may know of besides is left alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str | None = Field(None, max_length=128, description="given back as it came")
+    parameters: dict[str, Any] = Field({})
+    inputs: tuple[Sent, ...] = Field(min_length=1)
+    outputs: tuple[Wanted, ...] = Field(())
+
+    def wants_binary(self, output: Wanted) -> bool:
+        """Whether this output is to be raw."""
+        usual = self.parameters.get("binary_data_output", False)
+        return output.parameters.get("binary_data", usual) is True
+
+
+def read_request(body: bytes, header_length: str | None) -> tuple[InferenceRequest, bytes]:
+    """A request's JSON, and the raw tensors behind it.
+
+    Args:
+        body: the whole.
+        header_length: what the header of that name says, if there is one.
+
+    Raises:
+        BadRequest: it is malformed.
+    """
+    length = len(body)
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 20):
+            raise BadRequest(f"{HEADER_LENGTH} must be a number of bytes")
+        length = int(header_length)
+    if length > len(body):
+        raise BadRequest(f"{HEADER_LENGTH} is {length}, and the body has {len(body)} bytes")
+    if length > MOST_JSON_BYTES:
+        raise BadRequest(f"the JSON is over {MOST_JSON_BYTES} bytes; send tensors as raw bytes")
+    try:
+        request = InferenceRequest.model_validate_json(body[:length])
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the JSON"
+        raise BadRequest(f"{where[:100]}: {first['msg']}") from None
+    return request, body[length:]
+
+
+def elements_of(sent: Sent, raw: bytes) -> list[bytes]:
+    """A BYTES input's elements; as JSON has no bytes, they are in base64 there.
+
+    Raises:
+        BadRequest: they are malformed, or not as many as the shape says.
+    """
+    found = _raw_elements(raw) if sent.data is None else [_decoded(x, sent.name) for x in sent.data]
+    if len(found) != sent.size:
+        raise BadRequest(f"{sent.name}: {len(found)} elements, and the shape has {sent.size}")
+    return found
+
+
+def array_of(sent: Sent, raw: bytes) -> np.ndarray:
+    """A UINT8 input of its shape.
+
+    Raises:
+        BadRequest: an element is no such number, or there are not as many as the shape says.
+    """
+    if sent.data is None:
+        flat = np.frombuffer(raw, np.uint8)
+    else:
+        try:
+            given = np.array(sent.data).reshape(-1)
+        except ValueError:  # of lists of several lengths
+            raise BadRequest(f"{sent.name}: its data are no tensor") from None
+        flat = given.astype(np.uint8) if given.dtype.kind == "i" else np.zeros(0, np.uint8)
+        if not np.array_equal(flat, given):
+            raise BadRequest(f"{sent.name}: its data must be whole numbers from 0 to 255")
+    if flat.size != sent.size:
+        raise BadRequest(f"{sent.name}: {flat.size} elements, and the shape has {sent.size}")
+    return flat.reshape(sent.shape)
+
+
+def check_raw(sent: Sent, raw: bytes) -> None:
+    """Raise BadRequest unless the raw bytes of a request are those of its only input."""
+    said = sent.parameters.get("binary_data_size")
+    if sent.data is None and said is None:
+        raise BadRequest(f"{sent.name}: it has neither data nor binary_data_size")
+    if sent.data is not None and said is not None:
+        raise BadRequest(f"{sent.name}: it has both data and binary_data_size")
+    if len(raw) != (said or 0):
+        raise BadRequest(f"{len(raw)} raw bytes follow the JSON, and {said or 0} were announced")
+
+
+def written(
+    name: str, datatype: str, values: np.ndarray | Sequence[str], binary: bool
+) -> tuple[dict[str, Any], bytes]:
+    """One output's JSON, and its raw bytes, which are empty where JSON holds its values.
+
+    Args:
+        name: the output's.
+        datatype: of the protocol.
+        values: `[N, …]`, or N strings.
+        binary: whether it is to be raw.
+    """
+    shape = list(values.shape) if isinstance(values, np.ndarray) else [len(values)]
+    said: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
+    if not binary:
+        return {**said, "data": _in_json(values)}, b""
+    if isinstance(values, np.ndarray):
+        raw = values.astype(DATATYPES[datatype]).tobytes()
+    else:
+        raw = b"".join(_with_length(value.encode()) for value in values)
+    return {**said, "parameters": {"binary_data_size": len(raw)}}, raw
+
+
+def write_response(
+    said: dict[str, Any], outputs: Sequence[tuple[dict[str, Any], bytes]]
+) -> tuple[bytes, int | None]:
+    """A response's body, and how much of it is JSON where raw tensors follow.
+
+    Args:
+        said: beside the outputs.
+        outputs: as `written` gives them.
+    """
+    header = to_json({**said, "outputs": [output for output, _ in outputs]})
+    raw = b"".join(raw for _, raw in outputs)
+    return header + raw, len(header) if any("parameters" in o for o, _ in outputs) else None
+
+
+def _in_json(values: np.ndarray | Sequence[str]) -> list[Any]:
+    if not isinstance(values, np.ndarray):
+        return list(values)
+    if values.dtype.kind == "f":
+        values = values.astype(float).round(ROUNDING)
+    flat: list[Any] = values.reshape(-1).tolist()
+    return flat
+
+
+def _raw_elements(raw: bytes) -> list[bytes]:
+    found, at = [], 0
+    while at < len(raw):
+        start = at + LENGTH_BYTES
+        if start > len(raw):
+            raise BadRequest("the raw bytes end amid an element's length")
+        at = start + int.from_bytes(raw[at:start], "little")
+        if at > len(raw):
+            raise BadRequest("the raw bytes end amid an element")
+        found.append(raw[start:at])
+    return found
+
+
+def _with_length(data: bytes) -> bytes:
+    return len(data).to_bytes(LENGTH_BYTES, "little") + data
+
+
+def _decoded(text: Any, name: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raise BadRequest(f"{name}: as JSON its elements are strings in base64") from None

@@ -19,6 +19,8 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 """How many bytes of a body are JSON, where raw tensors follow."""
 MOST_JSON_BYTES = 2**20
 """Read in the event loop; more of anything goes as raw bytes."""
+MOST_JSON_NUMBERS = 2**16
+"""Of a tensor, for the same reason."""
 LENGTH_BYTES = 4
 """Before each element of a raw tensor of bytes; little-endian, as all numbers there."""
 DATATYPES = {"FP32": "<f4", "INT32": "<i4", "BOOL": "?"}
@@ -112,6 +114,10 @@ def array_of(sent: Sent, raw: bytes) -> np.ndarray:
     if sent.data is None:
         flat = np.frombuffer(raw, np.uint8)
     else:
+        if sent.size > MOST_JSON_NUMBERS:
+            raise BadRequest(
+                f"{sent.name}: send more than {MOST_JSON_NUMBERS} numbers as raw bytes"
+            )
         try:
             given = np.array(sent.data).reshape(-1)
         except ValueError:  # of lists of several lengths

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import time
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from model.bundle import Bundle
 from model.confidence import judge
+from model.fold import fold_stages
 from model.numerics import carrier
 from model.policy import Calibration, Measure
 from training.logits import serving_device
@@ -25,22 +26,22 @@ CALIBRATION = Calibration(temperature=1.0, carry=0.5)
 def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndarray:
     """Seconds to leave at each exit, earlier stages included: float64 `[exits]`.
 
-    The median of repeated eager passes over one batch, each stage with its confidence, as a server
-    needs them before it may go on.
+    The median of repeated eager passes over one batch, each stage folded and with its confidence,
+    as a server needs them before it may go on.
     """
     device = serving_device()
     dtype = carrier(dtype)  # eagerly, int8 is only simulated
-    net = copy.deepcopy(bundle.net).to(device, dtype)
-    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stages = nn.ModuleList(fold_stages(bundle.net)).to(device, dtype)
+    stages = stages.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = bundle.description.preprocess.size
     pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
     passes = []
     for _ in tqdm(range(WARM_UP + REPETITIONS), "timing stages", leave=False, disable=None):
         x, passed = bundle.description.preprocess.normalise(pixels, dtype), None
         times = []
-        for k in range(1, net.exits + 1):
+        for stage in stages:
             began = time.perf_counter()
-            x, logits = net.run_stage(k, x)
+            x, logits = stage(x)
             judgement = judge(logits, passed, CALIBRATION, Measure.MARGIN)
             passed = judgement.state
             judgement.confidence.tolist()  # waits for the device

@@ -166,6 +166,7 @@ MALFORMED = {
     "pixels that are no whole numbers": {"inputs": [PIXELS | {"data": [1, 2, 0.5]}]},
     "pixels that are words": {"inputs": [PIXELS | {"data": ["1", "2", "3"]}]},
     "fewer pixels": {"inputs": [PIXELS | {"data": [1, 2]}]},
+    "pixels that should come raw": {"inputs": [PIXELS | {"shape": [1, 200, 200, 3], "data": [1]}]},
     "raw bytes that do not come": {"inputs": [PIXELS | {"parameters": {"binary_data_size": 3}}]},
     "data twice": {"inputs": [PIXELS | {"data": [1] * 3, "parameters": {"binary_data_size": 3}}]},
     "too much JSON": {"inputs": [encoded(bytes(MOST_JSON_BYTES))]},

@@ -123,7 +123,7 @@ class ResNet(Backbone):
         super().__init__()
         # A first stage that halves the resolution is fed by a stem of half its width, since the
         # stem then runs on four times its pixels.
-        channels = width // strides[0]
+        channels = max(1, width // strides[0])
         self.conv1 = stem_conv(channels, stem)
         self.maxpool = stem_pool(stem)
         self.bn1 = nn.BatchNorm2d(channels)

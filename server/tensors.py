@@ -111,20 +111,7 @@ def array_of(sent: Sent, raw: bytes) -> np.ndarray:
     Raises:
         BadRequest: an element is no such number, or there are not as many as the shape says.
     """
-    if sent.data is None:
-        flat = np.frombuffer(raw, np.uint8)
-    else:
-        if sent.size > MOST_JSON_NUMBERS:
-            raise BadRequest(
-                f"{sent.name}: send more than {MOST_JSON_NUMBERS} numbers as raw bytes"
-            )
-        try:
-            given = np.array(sent.data).reshape(-1)
-        except ValueError:  # of lists of several lengths
-            raise BadRequest(f"{sent.name}: its data are no tensor") from None
-        flat = given.astype(np.uint8) if given.dtype.kind == "i" else np.zeros(0, np.uint8)
-        if not np.array_equal(flat, given):
-            raise BadRequest(f"{sent.name}: its data must be whole numbers from 0 to 255")
+    flat = np.frombuffer(raw, np.uint8) if sent.data is None else _bytes_of(sent, sent.data)
     if flat.size != sent.size:
         raise BadRequest(f"{sent.name}: {flat.size} elements, and the shape has {sent.size}")
     return flat.reshape(sent.shape)
@@ -201,6 +188,19 @@ def _raw_elements(raw: bytes) -> list[bytes]:
 
 def _with_length(data: bytes) -> bytes:
     return len(data).to_bytes(LENGTH_BYTES, "little") + data
+
+
+def _bytes_of(sent: Sent, data: list[Any]) -> np.ndarray:
+    if sent.size > MOST_JSON_NUMBERS:
+        raise BadRequest(f"{sent.name}: more than {MOST_JSON_NUMBERS} numbers must come raw")
+    try:
+        given = np.array(data).reshape(-1)
+    except ValueError:  # of lists of several lengths
+        raise BadRequest(f"{sent.name}: its data are no tensor") from None
+    flat = given.astype(np.uint8) if given.dtype.kind == "i" else np.zeros(0, np.uint8)
+    if not np.array_equal(flat, given):
+        raise BadRequest(f"{sent.name}: its data must be whole numbers from 0 to 255")
+    return flat
 
 
 def _decoded(text: Any, name: str) -> bytes:

@@ -52,9 +52,12 @@ def fit(run: Run, work: Work) -> Accuracy:
         with requests() as request:
             leaving, saved = Leaving(request, processes, done), -math.inf
             while run.epoch < recipe.epochs:
-                entry = _epoch(run, work, gradients, bar, leaving)
+                first, earlier = run.step, run.seconds
+                _take_steps(run, work, gradients, bar, leaving)
+                saved = _save_if_due(run, work, saved)  # before validation, which may take long
+                entry = _entry(run, work, first, earlier)
                 run.end_epoch(entry)
-                saved = _save_if_due(run, work, saved)
+                _keep(run, work)
                 if scalars:
                     scalars.write(entry)
                 bar.epoch(entry, recipe.epochs)
@@ -76,16 +79,21 @@ def validate(run: Run, work: Work, images: Images) -> Accuracy:
 
 
 def _save_if_due(run: Run, work: Work, saved: float) -> float:
-    """Save at the end of an epoch, unless it was done a moment ago; returns when it was."""
+    """Save after an epoch's steps, unless it was done a moment ago; returns when it was."""
     now = time.monotonic()
-    due = run.epoch == work.recipe.epochs or now - saved >= work.save_seconds
-    if work.processes.any(due):
+    if work.processes.any(now - saved >= work.save_seconds):
         save(run, work)
         return now
     check_weights(run.student)
-    if work.processes.first:
-        write_log(run.history, work.folder)
     return saved
+
+
+def _keep(run: Run, work: Work) -> None:
+    """Keep what is known of an epoch: in the log, and after the last one with the weights."""
+    if run.epoch == work.recipe.epochs:
+        save(run, work)
+    elif work.processes.first:
+        write_log(run.history, work.folder)
 
 
 def save(run: Run, work: Work) -> None:
@@ -103,11 +111,11 @@ def save(run: Run, work: Work) -> None:
     work.processes.wait()
 
 
-def _epoch(run: Run, work: Work, gradients: Gradients, bar: Bar, leaving: Leaving) -> Entry:
-    """Run the rest of the present epoch; returns its log entry."""
+def _take_steps(run: Run, work: Work, gradients: Gradients, bar: Bar, leaving: Leaving) -> None:
+    """Take the rest of the present epoch's steps."""
     recipe, per_epoch = work.recipe, work.steps_an_epoch
     watch, began = Watch(work.processes.device), time.perf_counter()
-    earlier, first = run.seconds, run.step
+    earlier = run.seconds
     run.student.train()
     for pixels, target in _batches(run, work):
         step = run.epoch * per_epoch + run.step
@@ -124,11 +132,23 @@ def _epoch(run: Run, work: Work, gradients: Gradients, bar: Bar, leaving: Leavin
             bar.loss(run.epoch + 1, float(values.sum()))
         work.after_step(step)
         run.seconds = earlier + time.perf_counter() - began
-        if run.step < per_epoch:
+        if run.step < per_epoch or run.epoch + 1 < recipe.epochs:
             _leave_if_asked(run, work, leaving, watch)
+
+
+def _entry(run: Run, work: Work, first: int, earlier: float) -> Entry:
+    """The log entry of an epoch whose steps were taken, with its validation.
+
+    Args:
+        first: the step that it, or the rest of it, began with, by which its speed is measured.
+        earlier: the seconds that it had taken by then.
+    """
     assert run.sums is not None
+    per_epoch = work.steps_an_epoch
     means = work.processes.sum(run.sums) / (work.processes.count * per_epoch)
-    images = (per_epoch - first) * recipe.batch_size
+    if first == per_epoch:  # it was resumed after its last step
+        first, earlier = 0, 0.0
+    images = (per_epoch - first) * work.recipe.batch_size
     accuracy = validate(run, work, work.validation)
     return {
         "epoch": run.epoch + 1,

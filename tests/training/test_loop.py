@@ -139,7 +139,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(make_work, tmp_path, st
         fit(stopped, work)
     resumed, work = make_work(tmp_path / "parts", net=tiny_net(seed=9), **options)
     resume(resumed, work.recipe, work.origin, work.folder)
-    assert (resumed.epoch, resumed.step) == ((0, step + 1) if step < 2 else divmod(step + 1, 3))
+    assert (resumed.epoch, resumed.step) == (step // 3, step % 3 + 1)  # not validated yet
     fit(resumed, work)
 
     assert same(weights(whole), weights(resumed))
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_was_just_written_is_not_replaced_before_the_end(make_
     run, work = make_work(epochs=4, save_seconds=1000.0)
     monkeypatch.setattr(Bar, "epoch", lambda *_: logged.append(len(read_log(work.folder))))
     fit(run, work)
-    assert saved == [1, 4]
+    assert saved == [0, 4]  # the first before its epoch was validated
     assert logged == [1, 2, 3, 4]
 
 
@@ -344,7 +344,8 @@ def test_weights_that_the_last_step_broke_are_not_saved(make_work):
     with pytest.raises(TrainingError, match="weights are not finite after the last step"):
         fit(run, work)
     saved = torch.load(work.folder / CHECKPOINT, weights_only=True)
-    assert saved["epoch"] == 1 and saved["net"]["heads.1.fc.weight"].isfinite().all()
+    assert (saved["epoch"], saved["step"]) == (0, 3)
+    assert saved["net"]["heads.1.fc.weight"].isfinite().all()
 
 
 @pytest.mark.slow
@@ -358,8 +359,42 @@ def test_whatever_is_broken_is_not_saved_over_what_was_whole(make_work, name, sa
     run, work = make_work(after_step=poison, epochs=3, save_seconds=save_seconds)
     with pytest.raises(TrainingError, match="weights are not finite"):
         fit(run, work)
-    assert run.epoch == 2
-    assert torch.load(work.folder / CHECKPOINT, weights_only=True)["epoch"] == 1
+    assert (run.epoch, run.step) == (1, 3)
+    saved = torch.load(work.folder / CHECKPOINT, weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(EVERYTHING | ON_A_CARD, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("killed_in", [1, 2])
+def test_a_run_that_is_killed_as_it_validates_has_lost_no_step(
+    make_work, tmp_path, monkeypatch, options, killed_in
+):
+    whole, work = make_work(tmp_path / "whole", epochs=2, **options)
+    fit(whole, work)
+    killed, work = make_work(tmp_path / "killed", epochs=2, save_seconds=0.0, **options)
+    validated = []
+
+    def die(*_):
+        validated.append(killed.epoch)
+        if len(validated) == killed_in:
+            raise KeyboardInterrupt
+        return validate(killed, work, work.validation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.validate", die)
+        with pytest.raises(KeyboardInterrupt):
+            fit(killed, work)
+    resumed, work = make_work(tmp_path / "killed", epochs=2, **options)
+    taken = []
+    resume(resumed, work.recipe, work.origin, work.folder)
+    assert (resumed.epoch, resumed.step) == (killed_in - 1, work.steps_an_epoch)
+    fit(resumed, dataclasses.replace(work, after_step=taken.append))
+    assert len(taken) == (2 - killed_in) * work.steps_an_epoch
+    assert same(weights(resumed), weights(whole))
+    assert told(resumed.history) == told(whole.history)
+    assert all(entry["images_per_second"] > 0 for entry in resumed.history)
 
 
 def test_no_more_images_are_validated_at_once_than_trained_on(make_work):

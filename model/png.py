@@ -79,14 +79,14 @@ def is_damaged(data: bytes) -> bool:
     Pillow does not look at those of the pixels, and draws whatever they inflate to. What is cut off
     it notices.
     """
-    at = len(SIGNATURE)
+    at, bytes_of = len(SIGNATURE), memoryview(data)  # a slice of which is no copy
     while len(data) - at >= CHUNK.size + CHECK.size:
         length, kind = CHUNK.unpack_from(data, at)
         stop = at + CHUNK.size + length
         if len(data) < stop + CHECK.size:
             return False
         needed = not kind[0] & LOWER_CASE
-        if needed and CHECK.unpack_from(data, stop)[0] != zlib.crc32(data[at + 4 : stop]):
+        if needed and CHECK.unpack_from(data, stop)[0] != zlib.crc32(bytes_of[at + 4 : stop]):
             return True
         at = stop + CHECK.size
         if kind == b"IEND":

@@ -27,7 +27,7 @@ from server.metrics import EngineMetrics
 from server.overload import OverloadController
 from server.promise import Loop, Promise
 from server.runner import StageOutput, StageRunner
-from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
+from server.scheduler import Batch, Job, JobState, Refused, Scheduler, TooLate
 from server.threads import name_thread
 from server.tickets import Answer, Outbox, Seen, Ticket
 
@@ -98,6 +98,8 @@ class Engine:
         """Whether the device computes nothing any more: some errors of a card outlast whatever
         caused them, until the process ends."""
         self._stopping = threading.Event()
+        self._all_wanted = threading.Event()
+        """Set while the scheduler wants every worker, and when they are to end."""
         metrics.in_force(scheduler.controller.level)
         metrics.watch(scheduler.queued, lambda: scheduler.workers)
 
@@ -231,7 +233,7 @@ class Engine:
         self._beats[worker] = self._clock()
         if leaving_jobs:
             self.call(_wake)  # another worker, which may wait for a message
-        self._stopping.wait(BEAT_SECONDS)
+        self._all_wanted.wait(BEAT_SECONDS)
 
     def step(self, wait: bool, worker: int = 0) -> bool:
         """Take the messages that are there, then run at most one batch.
@@ -264,6 +266,7 @@ class Engine:
             for message in self._inbox.take():
                 if message is None:
                     self._stopping.set()
+                    self._all_wanted.set()
                 else:
                     message()
             self._outbox.send()
@@ -272,6 +275,7 @@ class Engine:
         with self._lock:
             now = self._beats[worker] = self._clock()
             step = self.scheduler.next_step(now)
+            self._wake_or_leave_asleep()
             if step.batch:
                 self._beats[worker] += step.batch.seconds
             self._metrics.in_force(self.scheduler.controller.level)
@@ -281,6 +285,12 @@ class Engine:
             if self.scheduler.calls_for_another_worker:
                 self.call(_wake)
             return step.batch
+
+    def _wake_or_leave_asleep(self) -> None:
+        if self.scheduler.workers == self.scheduler.most_workers or self._stopping.is_set():
+            self._all_wanted.set()
+        else:
+            self._all_wanted.clear()
 
     def _run_batch(self, batch: Batch) -> None:
         """Run and settle; if that fails run the jobs one by one, so that only the guilty fail."""
@@ -334,10 +344,13 @@ class Engine:
 
     def _let_go(self, batch: Batch, output: StageOutput) -> None:
         """Free the features of the jobs that have left; those that go on keep only their own."""
-        staying = [i for i, job in enumerate(batch.jobs) if not job.done]
-        kept = self._runner.keep(output, staying)
-        for place, row in zip(staying, kept, strict=True):
-            batch.jobs[place].payload.inputs = row
+        waiting = [i for i, job in enumerate(batch.jobs) if job.state is JobState.WAITING]
+        audited = [i for i, job in enumerate(batch.jobs) if job.state is JobState.AUDITED]
+        # An audited job may wait long, and would hold the rows of all that go on with it.
+        for staying in (waiting, *([place] for place in audited)):
+            kept = self._runner.keep(output, staying)
+            for place, row in zip(staying, kept, strict=True):
+                batch.jobs[place].payload.inputs = row
         for job in batch.jobs:
             if job.done:
                 job.payload.release()
@@ -366,6 +379,7 @@ class Engine:
     def _admit(self, job: Job) -> None:
         ticket: Ticket = job.payload
         if self._stopping.is_set():
+            job.state = JobState.DONE  # so that its client may still go away
             self._outbox.settle(ticket, Draining())
             return
         try:
@@ -398,7 +412,12 @@ class Engine:
     def _answer(self, job: Job, reason: Reason) -> None:
         self._finish(job, reason)
         if self._tells_of_the_policy(job, reason) and self._chance() < self._audit_rate:
-            self.scheduler.audit(job)
+            self._audit(job)
+
+    def _audit(self, job: Job) -> None:
+        forgotten = self.scheduler.audit(job)
+        if forgotten is not None:
+            forgotten.payload.release()
 
     def _tells_of_the_policy(self, job: Job, reason: Reason) -> bool:
         """Whether the policy in force gave an early answer, and not its request or the load."""

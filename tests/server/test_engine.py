@@ -20,7 +20,7 @@ from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
 from server.rows import Row
 from server.runner import StageOutput
-from server.scheduler import QUIET_SECONDS, Scheduler
+from server.scheduler import MAX_AUDITS, QUIET_SECONDS, Scheduler
 from tests.conftest import until
 from tests.examples import examples
 
@@ -150,6 +150,11 @@ class World:
 @pytest.fixture
 def world():
     return World()
+
+
+@pytest.fixture
+def engine_with_audits():
+    return World(audit_rate=1.0)
 
 
 def answer(ticket):
@@ -705,3 +710,34 @@ def test_the_wait_for_a_processor_amid_a_stage_can_be_seen(world):
     stage = {"model": "tiny", "stage": "2"}
     assert world.value("stage_duration_seconds_sum", **stage) == pytest.approx(SECONDS)
     assert world.value("stage_cpu_seconds_total", **stage) == pytest.approx(BUSY_SHARE * SECONDS)
+
+
+def test_audited_images_are_let_go_of_once_there_are_too_many(engine_with_audits):
+    world = engine_with_audits
+    tickets = [world.submit(0.95, 0.1, 0.1) for _ in range(MAX_AUDITS + 5)]
+    while world.engine.step(wait=False):
+        pass
+    held = [ticket for ticket in tickets if ticket.inputs is not None]
+    assert len(held) == MAX_AUDITS
+    assert held == tickets[-MAX_AUDITS:]
+
+
+def test_a_client_may_leave_that_was_told_of_the_drain(world):
+    world.engine._stopping.set()
+    ticket = world.submit(0.1)
+    world.engine.cancel(ticket)
+    other = world.submit(0.1)
+    world.engine.step(wait=False)
+    assert all(isinstance(t.promise.results[0], Draining) for t in (ticket, other))
+
+
+def test_a_worker_sleeps_only_until_all_are_wanted():
+    world = World(workers=2, http_seconds=1.0)  # images are quick beside HTTP
+    world.submit(0.95)
+    world.engine.step(wait=False)
+    assert world.engine.scheduler.workers == 1
+    assert not world.engine._all_wanted.is_set()
+    world.engine.scheduler._http_seconds = 0.0
+    world.submit(0.95)
+    world.engine.step(wait=False)
+    assert world.engine._all_wanted.is_set()

@@ -18,6 +18,7 @@ from model.policy import Reason, Rule
 from server.costs import CostTable
 from server.overload import Level, OverloadController
 from server.scheduler import (
+    MAX_AUDITS,
     PROBE_SECONDS,
     QUIET_SECONDS,
     Job,
@@ -167,7 +168,7 @@ def test_only_jobs_behind_one_that_was_refused_are_known_to_be_refused_too():
             scheduler.admit(job(deadline=0.02), 0.0)
     assert scheduler.would_refuse(0.02)
     assert not scheduler.would_refuse(0.0199), "it would come first"
-    assert not scheduler.would_refuse(0.0203), "it has time to wait for all"
+    assert not scheduler.would_refuse(0.0213), "it has time to wait for all"
 
 
 def test_a_job_that_would_be_late_even_alone_is_too_late_rather_than_refused():
@@ -296,6 +297,91 @@ def test_a_first_stage_job_at_risk_goes_before_a_better_batch():
     assert scheduler.next_step(0.009).batch.jobs == (urgent,)
 
 
+def unbent(deadline=1.0, **options):
+    scheduler = make_scheduler(**options)
+    scheduler.controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], deadline)
+    return scheduler
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("factor", [1.1, 1.5, 3.0])
+def test_beyond_first_exit_capacity_whoever_is_let_in_gets_an_answer(workers, factor):
+    scheduler = unbent(workers=workers)
+    each = scheduler.costs.seconds(1, 8) / 8 / workers / factor
+    load = [Arrival(i * each, (0.1,) * STAGES, 0.05) for i in range(2000)]
+    seen = simulate(scheduler, load, RULE)
+    assert all(outcome.exit or outcome.refused for outcome in seen)
+    answered = sum(outcome.exit > 0 for outcome in seen)
+    assert answered > 0.9 * len(load) / factor, "and hardly less than there is time for"
+
+
+def test_a_worker_that_is_busy_for_long_takes_none_of_what_waits():
+    scheduler = unbent(workers=2)
+    for _ in range(8):
+        scheduler.admit(job(), 0.0)
+    long = scheduler.next_step(0.0).batch
+    scheduler._ends[long.jobs[0].number] = 10.0  # as if it took so long
+    admitted = 0
+    with contextlib.suppress(Refused):
+        while True:
+            scheduler.admit(job(deadline=0.02), 0.0)
+            admitted += 1
+    now, answered = 0.0, 0
+    while (step := scheduler.next_step(now)).batch and step.batch is not long:
+        assert step.overdue == ()
+        now += step.batch.seconds
+        answered += len(run(scheduler, step.batch, [0.9] * len(step.batch.jobs), now))
+        if answered == admitted:
+            break
+    assert answered == admitted > 8
+
+
+def test_an_urgent_newcomer_is_refused_if_it_would_cost_another_its_first_exit():
+    scheduler = make_scheduler(base=1e-3, each=1e-3)  # a whole batch takes 9 ms
+    for _ in range(8):
+        scheduler.admit(job(deadline=0.01), 0.0)
+    with pytest.raises(Refused):
+        scheduler.admit(job(deadline=0.0095), 0.0)
+    assert not scheduler.would_refuse(0.0095 - 1e-4), "known of it alone"
+
+
+def test_the_most_urgent_image_is_not_passed_over_by_others_that_can_wait():
+    scheduler = make_scheduler(base=1e-3, each=0.25e-3)
+    urgent = job(deadline=0.0013)
+    scheduler.admit(urgent, 0.0)
+    for _ in range(8):
+        scheduler.admit(job(deadline=0.5), 0.0)
+    assert scheduler.next_step(0.0).batch.jobs[0] is urgent
+
+
+def test_a_lone_image_that_computes_for_long_is_no_overload():
+    scheduler = make_scheduler(base=2e-3, deadline=0.025)  # 9 ms to full depth
+    for i in range(50):
+        now = 0.1 * i
+        scheduler.admit(job(now, now + 0.025), now)
+        while (batch := scheduler.next_step(now).batch) is not None:
+            now += batch.seconds
+            run(scheduler, batch, [0.1], now)
+        assert not scheduler.controller.bent
+
+
+def test_of_several_that_would_be_late_one_is_saved_by_every_core():
+    scheduler = with_teams(make_scheduler(workers=2))
+    for _ in range(2):
+        one = job(deadline=0.5)
+        scheduler.admit(one, 0.0)
+        one.deadline = 1e-3  # one thread takes 1.25 ms
+    step = scheduler.next_step(0.0)
+    assert step.batch.alone and len(step.overdue) == 1
+
+
+def test_the_audited_job_that_another_takes_the_place_of_is_told():
+    scheduler = make_scheduler()
+    jobs = [job() for _ in range(MAX_AUDITS + 1)]
+    assert [scheduler.audit(one) for one in jobs] == [None] * MAX_AUDITS + [jobs[0]]
+    assert jobs[0].done and not jobs[1].done
+
+
 @examples(
     100,
     1000,
@@ -307,8 +393,7 @@ def test_a_first_stage_job_at_risk_goes_before_a_better_batch():
 def test_of_images_that_come_at_once_nobody_goes_deeper_at_the_cost_of_anothers_first_exit(
     images, deadline, workers, said
 ):
-    scheduler = make_scheduler(base=0.6e-3, each=0.4e-3, workers=workers)
-    scheduler.controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], 1.0)
+    scheduler = unbent(base=0.6e-3, each=0.4e-3, workers=workers)
     load = [Arrival(0.0, (said,) * STAGES, deadline)] * images
     outcomes = simulate(scheduler, load, RULE)
     assert all(outcome.exit or outcome.refused for outcome in outcomes)

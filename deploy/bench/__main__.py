@@ -96,7 +96,7 @@ def _memory(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         memory.plot(seen, arguments.plot)
     flat = seen.growth_mib <= arguments.most_mib
-    failed = sum(n for status, n in seen.statuses.items() if status in ("0", "500"))
+    failed = sum(n for status, n in seen.statuses.items() if status not in memory.EXPECTED)
     print(
         f"{seen.looks[-1].requests} requests in {seen.seconds:.0f} s; {seen.looks[0].mib:.0f} MiB "
         f"at the start, {seen.looks[-1].mib:.0f} at the end\n"
@@ -104,7 +104,7 @@ def _memory(arguments: argparse.Namespace) -> int:
         f"request: {'flat' if flat else 'NOT flat'} (allowed: {arguments.most_mib:g} MiB)\n"
         f"by status: {seen.statuses}"
     )
-    return 0 if flat and not failed else 1
+    return 0 if flat and not failed and "200" in seen.statuses else 1
 
 
 def _loader(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,8 @@ KINDS = {"plain": 80, "explain": 8, "stream": 6, "broken": 3, "leaving": 3}
 """How often each kind of request is sent, in hundredths."""
 PATIENCE_SECONDS = 0.002
 """After which a client that leaves has left."""
+EXPECTED = {"200", "400", "429", "504", "left"}
+"""What may come of a request: some are of broken images, and a machine may be busy."""
 MOST_LOOKS = 400
 LEAST_REQUESTS = 20
 """From one look at the memory to the next."""

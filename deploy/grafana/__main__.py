@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ FOLDER = Path(__file__).parent / "dashboards"
 DASHBOARDS = (OVERVIEW, ENGINE)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Write every dashboard anew."""
+    argparse.ArgumentParser(prog="python -m deploy.grafana", description=__doc__).parse_args(argv)
     FOLDER.mkdir(exist_ok=True)
     for dashboard in DASHBOARDS:
         file = FOLDER / f"{dashboard.name}.json"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from model.image import SUFFIXES
+
+UNREADABLE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
+"""What archives raise that are none, or are cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,32 +31,37 @@ def read_samples(source: Path, most: int = 10_000) -> list[Sample]:
     Raises:
         ValueError: there is no image.
     """
-    if source.is_dir():
-        names: list[PurePath] = [p.relative_to(source) for p in source.rglob("*")]
-    else:
-        names = [PurePath(name) for name in _members(source)]
-    chosen = sorted(n for n in names if n.suffix.lower() in SUFFIXES)
+    files = _in_folder(source) if source.is_dir() else _in_archive(source)
+    chosen = sorted(n for n in files if n.suffix.lower() in SUFFIXES)
     if not chosen:
         raise ValueError(f"{source} has no image")
     taken = min(most, len(chosen))
     chosen = [chosen[i * len(chosen) // taken] for i in range(taken)]
-    return [Sample(data, name.parent.name or None) for name, data in _read(source, chosen)]
+    return [Sample(data, name.parent.name or None) for name, data in _read(source, chosen, files)]
 
 
-def _members(archive: Path) -> list[str]:
+def _in_folder(folder: Path) -> dict[PurePath, str]:
+    """Every file, by its path within."""
+    return {p.relative_to(folder): str(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def _in_archive(archive: Path) -> dict[PurePath, str]:
+    """The name of every file in it, by its path: `./a` is `a` as well."""
     try:
         with tarfile.open(archive) as tar:
-            return tar.getnames()
-    except tarfile.TarError as error:
+            return {PurePath(m.name): m.name for m in tar.getmembers() if m.isfile()}
+    except UNREADABLE as error:
         raise ValueError(f"{archive} is neither a folder nor a tar archive: {error}") from None
 
 
-def _read(source: Path, names: list[PurePath]) -> Iterator[tuple[PurePath, bytes]]:
+def _read(
+    source: Path, chosen: list[PurePath], files: dict[PurePath, str]
+) -> Iterator[tuple[PurePath, bytes]]:
     if source.is_dir():
-        yield from ((name, (source / name).read_bytes()) for name in names)
+        yield from ((path, Path(files[path]).read_bytes()) for path in chosen)
         return
     with tarfile.open(source) as tar:
-        for name in names:
-            member = tar.extractfile(str(name))
-            assert member is not None, "a name with an image's suffix is a file"
-            yield name, member.read()
+        for path in chosen:
+            member = tar.extractfile(files[path])
+            assert member is not None, "it is a file"
+            yield path, member.read()

@@ -37,12 +37,23 @@ KINDS: dict[str, Callable[[float, float], list[float]]] = {"poisson": poisson, "
 """By name: a mean rate and a length to send times."""
 
 
+def check_swings(seconds: float) -> None:
+    """Raise ValueError unless a load of bursts keeps its mean rate."""
+    swing = 2 * BURST_SECONDS
+    if seconds < swing or seconds % swing:
+        raise ValueError(
+            f"--seconds must be a multiple of {swing:g}, for bursts to keep their mean rate"
+        )
+
+
 def of_kind(kind: str, rate: float, seconds: float) -> list[float]:
     """Send times of the kind that has this name.
 
     Raises:
-        ValueError: there would be none.
+        ValueError: there would be none, or not so many a second.
     """
+    if kind == "bursts":
+        check_swings(seconds)
     times = KINDS[kind](rate, seconds)
     if not times:
         raise ValueError(

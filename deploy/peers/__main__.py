@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from deploy.files import need_writable
 from deploy.loadtest.samples import Sample, read_samples
-from deploy.loadtest.schedules import BURST_SECONDS, KINDS
+from deploy.loadtest.schedules import KINDS, check_swings
 from deploy.options import count, positive
 from deploy.peers import closed, goals, offered, profile
 from deploy.peers.peer import OTHERS, OUR_WAYS, OURS, Peer, PeerError, pinned
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         need_writable(arguments.json, arguments.plot)
-        if arguments.offered and (arguments.seconds or OFFERED_SECONDS) < 2 * BURST_SECONDS:
-            raise ValueError("--seconds must hold a burst and a calm, so at least 2")
+        if arguments.offered:
+            check_swings(arguments.seconds or OFFERED_SECONDS)
         samples = read_samples(arguments.images, arguments.most_images)
         said = _offered(arguments, samples) if arguments.offered else _closed(arguments, samples)
         said["images"] = len(samples)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from deploy.files import need_writable
 from deploy.loadtest.samples import Sample, read_samples
-from deploy.loadtest.schedules import BURST_SECONDS, KINDS, of_kind
+from deploy.loadtest.schedules import KINDS, check_swings, of_kind
 from deploy.options import count, positive
 from deploy.sweep.engine import Row
 from deploy.sweep.measuring import measure, record_exits
@@ -64,8 +64,7 @@ def _keep(said: Row, file: Path | None) -> None:
 def _measured(arguments: argparse.Namespace) -> Row:
     if not (arguments.url and arguments.images and arguments.admin_token):
         raise ValueError("a sweep needs a URL, --images and --admin-token, or --again FILE")
-    if arguments.seconds < 2 * BURST_SECONDS:
-        raise ValueError("--seconds must hold a calm and a burst, so at least 2")
+    check_swings(arguments.seconds)
     samples = read_samples(arguments.images, arguments.most_images)
     return asyncio.run(_sweep(arguments, samples))
 
@@ -135,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=Path, help="folder or tar of CLASS/*")
     parser.add_argument("--admin-token", help="the server's, for GET /engine")
     parser.add_argument("--deadline-ms", type=positive, default=50.0, help="of every request")
-    parser.add_argument("--seconds", type=positive, default=5.0, help="length of each load")
+    parser.add_argument("--seconds", type=positive, default=4.0, help="length of each load")
     parser.add_argument("--most-images", type=count, default=500, help="images to send")
     parser.add_argument("--json", type=Path, help="write the recording here, every figure in it")
     parser.add_argument("--again", type=Path, help="load nothing: simulate this recording again")

@@ -361,6 +361,16 @@ def test_samples_are_the_same_from_a_folder_and_from_its_archive(tmp_path):
         tar.add(tmp_path / "otter", "otter")
         tar.add(tmp_path / "bear", "bear")
     assert read_samples(tmp_path) == [BEAR, OTTER] == read_samples(tmp_path / "all.tar")
+    (tmp_path / "folder.png").mkdir()
+    with tarfile.open(tmp_path / "dots.tar", "w") as tar:
+        tar.add(tmp_path, ".", filter=lambda member: None if "tar" in member.name else member)
+    assert read_samples(tmp_path) == [BEAR, OTTER] == read_samples(tmp_path / "dots.tar")
+    with tarfile.open(tmp_path / "cut.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "dots.tar", "dots.tar")
+    whole = (tmp_path / "cut.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is neither a folder nor a tar archive"):
+        read_samples(tmp_path / "cut.tar.gz")
 
 
 def test_samples_are_taken_evenly_over_all_files(tmp_path):

@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from heapq import heapreplace
 from itertools import count
 from typing import Any
 
@@ -196,8 +195,6 @@ class Scheduler:
         if first_exit > job.deadline:
             self._refusing = job.deadline, first_exit
             raise Refused(self.predicted_wait(now))
-        if self._makes_others_late(job, now):  # which says nothing of others with its deadline
-            raise Refused(self.predicted_wait(now))
         self._queue(job, now)
 
     def would_refuse(self, deadline: float) -> bool:
@@ -254,7 +251,8 @@ class Scheduler:
             self._refusing = NOBODY  # it held only while images waited ahead
         self.workers = self._workers_worth_their_core()
         self.backlog_seconds = self.predicted_wait(now)
-        self.controller.update(self.backlog_seconds - self._own_seconds(), now)
+        # An image beside which there is no other waits for nobody, however long it computes.
+        self.controller.update(0.0 if self._only(1) else self.backlog_seconds, now)
         overdue = self._take_overdue(now, self._only(1))
         if overdue and self._only(0) and (saved := self._saved_by_a_team(overdue, now)):
             overdue.remove(saved)
@@ -365,13 +363,6 @@ class Scheduler:
             survivors *= 1 - self._leaving[stage]
         return work / self.workers
 
-    def _own_seconds(self) -> float:
-        """How much of the predicted wait one image would take that waits for nobody."""
-        first = next((k for k, queue in self._queues.items() if queue), None)
-        if first is None:
-            return 0.0
-        return sum(seconds for seconds, _ in self._course(first, 1)) / self.workers
-
     # --- inside ------------------------------------------------------------------------------
 
     def _queue(self, job: Job, now: float) -> None:
@@ -432,38 +423,10 @@ class Scheduler:
     def _first_exit_seconds(self, job: Job, now: float) -> float:
         if self._only(0):
             return self.costs.seconds(1, 1, alone=True)
-        before, places = divmod(self._ahead_of(job), self.max_batch)
-        # Behind a whole batch its own will be whole too: others come while it waits.
-        size = self.max_batch if before else places + 1
-        return self._starts(before + 1, now)[-1] - now + self.costs.seconds(1, size)
-
-    def _ahead_of(self, job: Job) -> int:
-        return bisect_left(self._queues[1], job.urgency, key=lambda j: j.urgency)
-
-    def _starts(self, batches: int, now: float) -> list[float]:
-        """When so many whole batches of the first stage could start, if nothing else did."""
-        ends = sorted(max(now, end) for end in self._ends.values())[-self.workers :]
-        free = [now] * (self.workers - len(ends)) + ends  # sorted, and so a heap
-        each, starts = self.costs.seconds(1, self.max_batch), []
-        for _ in range(batches):
-            starts.append(free[0])
-            heapreplace(free, free[0] + each)
-        return starts
-
-    def _makes_others_late(self, job: Job, now: float) -> bool:
-        """Whether an image behind it would have its first exit in time without it alone.
-
-        Those are the last of each batch, which move to the next one.
-        """
-        queue, most = self._queues[1], self.max_batch
-        batches = range(self._ahead_of(job) // most, len(queue) // most)
-        if not batches:
-            return False
-        starts, each = self._starts(batches[-1] + 2, now), self.costs.seconds(1, most)
-        return any(
-            starts[i] + each <= queue[i * most + most - 1].deadline < starts[i + 1] + each
-            for i in batches
-        )
+        ahead = bisect_left(self._queues[1], job.urgency, key=lambda j: j.urgency)
+        before, places = divmod(ahead, self.max_batch)
+        wait = before * self.costs.seconds(1, self.max_batch) / self.workers
+        return self._free_at(now) - now + wait + self.costs.seconds(1, places + 1)
 
     def _work(self, stage: int) -> float:
         """Seconds of an answer's share in calm batches, up to a stage.
@@ -536,14 +499,8 @@ class Scheduler:
     def _best_batch(self, stage: int, queue: list[Job], now: float) -> Batch:
         """The most jobs a second, among the batches of all sizes that end in time."""
         most = min(len(queue), self.max_batch)
-        offers = [self._offer(stage, queue, size, now) for size in batch_sizes(most)]
-        best = max(offers, key=_jobs_a_second)
-        if stage > 1 or best.jobs[0] is queue[0]:
-            return best
-        # The most urgent image is passed over only where the better batch could not wait for it.
-        urgent = [b for b in offers if b.jobs[0] is queue[0]]
-        head = max(urgent, key=_jobs_a_second, default=best)
-        return head if now + head.seconds + best.seconds <= best.deadline else best
+        offers = (self._offer(stage, queue, size, now) for size in batch_sizes(most))
+        return max(offers, key=lambda b: len(b.jobs) / b.seconds)
 
     def _offer(self, stage: int, queue: list[Job], size: int, now: float) -> Batch:
         end = now + self.costs.seconds(stage, size)
@@ -584,7 +541,3 @@ class Scheduler:
         job = self._audits.popleft()
         seconds = self.costs.seconds(job.stage, 1)
         return self._began(Batch(job.stage, (job,), seconds, audit=True), now)
-
-
-def _jobs_a_second(batch: Batch) -> float:
-    return len(batch.jobs) / batch.seconds

@@ -168,7 +168,7 @@ def test_only_jobs_behind_one_that_was_refused_are_known_to_be_refused_too():
             scheduler.admit(job(deadline=0.02), 0.0)
     assert scheduler.would_refuse(0.02)
     assert not scheduler.would_refuse(0.0199), "it would come first"
-    assert not scheduler.would_refuse(0.0213), "it has time to wait for all"
+    assert not scheduler.would_refuse(0.0203), "it has time to wait for all"
 
 
 def test_a_job_that_would_be_late_even_alone_is_too_late_rather_than_refused():
@@ -301,57 +301,6 @@ def unbent(deadline=1.0, **options):
     scheduler = make_scheduler(**options)
     scheduler.controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], deadline)
     return scheduler
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("factor", [1.1, 1.5, 3.0])
-def test_beyond_first_exit_capacity_whoever_is_let_in_gets_an_answer(workers, factor):
-    scheduler = unbent(workers=workers)
-    each = scheduler.costs.seconds(1, 8) / 8 / workers / factor
-    load = [Arrival(i * each, (0.1,) * STAGES, 0.05) for i in range(2000)]
-    seen = simulate(scheduler, load, RULE)
-    assert all(outcome.exit or outcome.refused for outcome in seen)
-    answered = sum(outcome.exit > 0 for outcome in seen)
-    assert answered > 0.9 * len(load) / factor, "and hardly less than there is time for"
-
-
-def test_a_worker_that_is_busy_for_long_takes_none_of_what_waits():
-    scheduler = unbent(workers=2)
-    for _ in range(8):
-        scheduler.admit(job(), 0.0)
-    long = scheduler.next_step(0.0).batch
-    scheduler._ends[long.jobs[0].number] = 10.0  # as if it took so long
-    admitted = 0
-    with contextlib.suppress(Refused):
-        while True:
-            scheduler.admit(job(deadline=0.02), 0.0)
-            admitted += 1
-    now, answered = 0.0, 0
-    while (step := scheduler.next_step(now)).batch and step.batch is not long:
-        assert step.overdue == ()
-        now += step.batch.seconds
-        answered += len(run(scheduler, step.batch, [0.9] * len(step.batch.jobs), now))
-        if answered == admitted:
-            break
-    assert answered == admitted > 8
-
-
-def test_an_urgent_newcomer_is_refused_if_it_would_cost_another_its_first_exit():
-    scheduler = make_scheduler(base=1e-3, each=1e-3)  # a whole batch takes 9 ms
-    for _ in range(8):
-        scheduler.admit(job(deadline=0.01), 0.0)
-    with pytest.raises(Refused):
-        scheduler.admit(job(deadline=0.0095), 0.0)
-    assert not scheduler.would_refuse(0.0095 - 1e-4), "known of it alone"
-
-
-def test_the_most_urgent_image_is_not_passed_over_by_others_that_can_wait():
-    scheduler = make_scheduler(base=1e-3, each=0.25e-3)
-    urgent = job(deadline=0.0013)
-    scheduler.admit(urgent, 0.0)
-    for _ in range(8):
-        scheduler.admit(job(deadline=0.5), 0.0)
-    assert scheduler.next_step(0.0).batch.jobs[0] is urgent
 
 
 def test_a_lone_image_that_computes_for_long_is_no_overload():

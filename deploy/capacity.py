@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from deploy.files import need_writable
-from deploy.loadtest.schedules import BURST_SECONDS, KINDS
+from deploy.loadtest.schedules import KINDS, SWING_SECONDS
 from deploy.options import count, positive, share
 from deploy.sweep.engine import Row
 from deploy.sweep.prediction import overhead_of, predict
@@ -89,9 +89,8 @@ def load_seconds(rate: float, wanted: float) -> float:
 
     In whole swings of bursts, over which alone their mean rate is kept.
     """
-    swing = 2 * BURST_SECONDS
     length = max(FEWEST_REQUESTS / rate, min(wanted, MOST_REQUESTS / rate))
-    return swing * max(1, round(length / swing))
+    return SWING_SECONDS * max(1, round(length / SWING_SECONDS))
 
 
 def capacity(answered: Callable[[float], bool], step: Callable[[], object] = lambda: None) -> float:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.groups import control_groups
+from model.groups import control_groups, text_of
 
 
 def usable_cores(root: Path = Path("/"), allowed: int | None = None) -> int:
@@ -34,21 +34,14 @@ def _limits(root: Path) -> Iterator[float]:
 
 
 def _second_version(group: Path) -> float:
-    quota, _, period = _text(group / "cpu.max").partition(" ")
+    quota, _, period = text_of(group / "cpu.max").partition(" ")
     return _cores(quota, period)
 
 
 def _first_version(group: Path) -> float:
-    return _cores(_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us"))
+    return _cores(text_of(group / "cpu.cfs_quota_us"), text_of(group / "cpu.cfs_period_us"))
 
 
 def _cores(quota: str, period: str) -> float:
     """`max`, -1 or nothing is no limit."""
     return int(quota) / int(period) if quota.strip().isdigit() else math.inf
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""

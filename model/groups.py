@@ -17,7 +17,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[Pa
         root: of the file system.
     """
     mount = root / "sys/fs/cgroup"
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             yield from ((group, 2) for group in _upwards(mount, path))
@@ -29,8 +29,9 @@ def _upwards(mount: Path, path: str) -> Iterator[Path]:
     return accumulate(path.strip("/").split("/"), Path.joinpath, initial=mount)
 
 
-def _lines(file: Path) -> list[str]:
+def text_of(file: Path) -> str:
+    """What a file says; nothing where it cannot be read."""
     try:
-        return file.read_text().splitlines()
+        return file.read_text()
     except OSError:
-        return []
+        return ""

@@ -93,12 +93,7 @@ def read_header(data: bytes, max_pixels: int) -> Header:
         raise UnsupportedImage(f"not an image, or not one of {allowed}") from None
     except Exception:  # Pillow's parsers raise many kinds on hostile input
         raise BrokenImage("the image's header is broken") from None
-    width, height = image.size
-    most = max_pixels // 2 if image.format in TWICE_AS_HEAVY else max_pixels
-    if width * height > most:
-        raise ImageTooLarge(f"the image is {width}x{height}; at most {most} pixels are allowed")
-    if width == 0 or height == 0:
-        raise BrokenImage("the image has no pixels")
+    _check_size(*image.size, max_pixels // 2 if image.format in TWICE_AS_HEAVY else max_pixels)
     return image
 
 
@@ -126,13 +121,15 @@ def from_pixels(pixels: np.ndarray, max_pixels: int) -> Image.Image:
         BrokenImage, ImageTooLarge
     """
     height, width, _ = pixels.shape
+    _check_size(width, height, max_pixels)
+    return Image.fromarray(pixels)
+
+
+def _check_size(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise ImageTooLarge(f"the image is {width}x{height}; at most {most} pixels are allowed")
     if width == 0 or height == 0:
         raise BrokenImage("the image has no pixels")
-    if width * height > max_pixels:
-        raise ImageTooLarge(
-            f"the image is {width}x{height}; at most {max_pixels} pixels are allowed"
-        )
-    return Image.fromarray(pixels)
 
 
 def render(image: Header, size: int) -> Image.Image:

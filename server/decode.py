@@ -90,7 +90,8 @@ class Decoder:
 
     async def _decode(self, data: bytes | np.ndarray, deadline: float) -> np.ndarray:
         if isinstance(data, np.ndarray):
-            return await self._scale(image.from_pixels(data, self._max_pixels), deadline)
+            whole = image.from_pixels(data, self._max_pixels)
+            return await self._finish(whole, self._preprocess.pixels, deadline)
         if not data:
             self._rejected.labels(NoImage.code).inc()
             raise NoImage
@@ -98,15 +99,14 @@ class Decoder:
             return self._preprocess.pixels(plain)
         if len(data) > SMALL_BYTES:
             return await self._in_pool(deadline, lambda: self._render(self._read_header(data)))
-        header = self._read_header(data)
-        if header.width * header.height <= SMALL_PIXELS:
-            return self._render(header)
-        return await self._in_pool(deadline, lambda: self._render(header))
+        return await self._finish(self._read_header(data), self._render, deadline)
 
-    async def _scale(self, whole: image.Header, deadline: float) -> np.ndarray:
-        if whole.width * whole.height <= SMALL_PIXELS:
-            return self._preprocess.pixels(whole)
-        return await self._in_pool(deadline, lambda: self._preprocess.pixels(whole))
+    async def _finish(
+        self, begun: image.Header, finish: Callable[[image.Header], np.ndarray], deadline: float
+    ) -> np.ndarray:
+        if begun.width * begun.height <= SMALL_PIXELS:
+            return finish(begun)
+        return await self._in_pool(deadline, lambda: finish(begun))
 
     async def _in_pool(self, deadline: float, work: Callable[[], np.ndarray]) -> np.ndarray:
         # Whoever gives up while the image still waits for a thread takes it out of the queue.

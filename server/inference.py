@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -12,11 +11,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from server import errors, openapi, tensors, uploads
-from server.classify import Admission, admit, answered
-from server.context import Context
+from server.classify import admit, answered
 from server.departure import ending_with_client
 from server.errors import BadRequest, InvalidParameter, NotFound
-from server.gate import Gate
+from server.gate import each_in_turn
 from server.metrics import VERSION
 from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
 from server.protocol import Parameters, parameters_of
@@ -112,6 +110,10 @@ def _health(yes: str, no: str, body: type[BaseModel]) -> openapi.Responses:
     return {200: openapi.good(yes), 503: {**openapi.good(no), "model": body}}
 
 
+def _told(what: str, good: bool, **others: str) -> JSONResponse:
+    return JSONResponse({**others, what: good}, 200 if good else 503)
+
+
 @public.get(
     "/v2/health/live",
     response_model=LiveBody,
@@ -120,7 +122,7 @@ def _health(yes: str, no: str, body: type[BaseModel]) -> openapi.Responses:
 )
 async def get_live(served: Served_) -> JSONResponse:
     """As /livez."""
-    return JSONResponse({"live": served.alive}, 200 if served.alive else 503)
+    return _told("live", served.alive)
 
 
 @public.get(
@@ -131,7 +133,7 @@ async def get_live(served: Served_) -> JSONResponse:
 )
 async def get_ready(served: Served_) -> JSONResponse:
     """As /readyz."""
-    return JSONResponse({"ready": served.ready}, 200 if served.ready else 503)
+    return _told("ready", served.ready)
 
 
 @protected.get(
@@ -178,8 +180,7 @@ async def get_model(served: Named_) -> InferenceModelBody:
 @protected.get("/v2/models/{model}/versions/{version}/ready", include_in_schema=False)
 async def get_model_ready(served: Named_) -> JSONResponse:
     """As /readyz."""
-    said = {"name": served.bundle.description.name, "ready": served.ready}
-    return JSONResponse(said, 200 if served.ready else 503)
+    return _told("ready", served.ready, name=served.bundle.description.name)
 
 
 @protected.post(
@@ -213,16 +214,20 @@ async def post_infer(request: Request, served: Named_, context: Context_) -> Res
     `min_exit`, `max_exit` and `deadline_ms`, as of /classify. The first image that fails fails the
     request.
     """
-    engine = served.engine  # say no before the body is read
-    usual = admit(parameters_of({}), served, context, engine)
+    usual = admit(Parameters(), served, context)  # say no before the body is read
     body = await uploads.read_whole(request, usual.deadline, served.missed_deadlines)
     asked, raw = tensors.read_request(body, request.headers.get(tensors.HEADER_LENGTH))
-    admission = admit(_parameters(asked), served, context, engine)
+    admission = admit(_parameters(asked), served, context, usual.engine)
     wanted = _wanted(asked)
     images = _images(asked.inputs, raw)
     context.fields["images"] = len(images)
+
+    async def answer_of(image: bytes | np.ndarray) -> Answer:
+        answer, _ = await answered(image, admission, served, context)
+        return answer
+
     with ending_with_client(request.scope):
-        answers = await _all_answered(images, admission, served, context)
+        answers = await each_in_turn(answer_of, images)
     return _response(asked, wanted, answers, served)
 
 
@@ -260,24 +265,6 @@ def _images(inputs: Sequence[Sent], raw: bytes) -> Sequence[bytes] | np.ndarray:
     if not 0 < len(images) <= MAX_BATCH_IMAGES:
         raise BadRequest(f"send 1 to {MAX_BATCH_IMAGES} images, not {len(images)}")
     return images
-
-
-async def _all_answered(
-    images: Sequence[bytes] | np.ndarray, admission: Admission, served: Served, context: Context
-) -> list[Answer]:
-    gate = Gate()  # so that decoding them holds nobody up for longer than one image does
-
-    async def answer_of(image: bytes | np.ndarray) -> Answer:
-        await gate()
-        answer, _ = await answered(image, admission, served, context)
-        return answer
-
-    working = [asyncio.ensure_future(answer_of(image)) for image in images]
-    try:
-        return await asyncio.gather(*working)
-    finally:
-        for one in working:  # where one failed the others are of no use
-            one.cancel()
 
 
 def _response(

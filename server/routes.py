@@ -22,7 +22,7 @@ from server.classify import Admission, admit, classify, classify_or_error
 from server.context import Context
 from server.departure import ending_with_client
 from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
-from server.gate import Gate
+from server.gate import each_in_turn
 from server.metrics import CONTENT_TYPE
 from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
 from server.protocol import (
@@ -197,14 +197,12 @@ async def post_batch(
     images = await uploads.read_images(
         request, MAX_BATCH_IMAGES, admission.deadline, served.missed_deadlines
     )
-    gate = Gate()  # so that decoding them holds nobody up for longer than one image does
 
     async def result_of(data: bytes) -> dict[str, Any]:
-        await gate()
         return await classify_or_error(data, admission, served, context)
 
     with ending_with_client(request.scope):
-        results = await asyncio.gather(*map(result_of, images))
+        results = await each_in_turn(result_of, images)
     context.fields["images"] = len(images)
     if failures := Counter(result["code"] for result in results if "code" in result):
         context.fields["errors"] = dict(failures)

@@ -155,7 +155,7 @@ class Scheduler:
         self._http_seconds = http_seconds
         self.exits = costs.stages
         self._queues: dict[int, list[Job]] = {k: [] for k in range(1, self.exits + 1)}
-        self._audits: deque[Job] = deque(maxlen=MAX_AUDITS)
+        self._audits: deque[Job] = deque()
         # Until answers have been seen, a job is as likely to leave at one exit as at another.
         self._leaving = {k: 1 / (self.exits + 1 - k) for k in self._queues}
         self._ends: dict[int, float] = {}
@@ -251,9 +251,10 @@ class Scheduler:
             self._refusing = NOBODY  # it held only while images waited ahead
         self.workers = self._workers_worth_their_core()
         self.backlog_seconds = self.predicted_wait(now)
+        lone = self._only(1)
         # An image beside which there is no other waits for nobody, however long it computes.
-        self.controller.update(0.0 if self._only(1) else self.backlog_seconds, now)
-        overdue = self._take_overdue(now, self._only(1))
+        self.controller.update(0.0 if lone else self.backlog_seconds, now)
+        overdue = self._take_overdue(now, lone)
         if overdue and self._only(0) and (saved := self._saved_by_a_team(overdue, now)):
             overdue.remove(saved)
             self._queue(saved, saved.queued)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 BURST_SECONDS = 1.0
-"""Length of a burst, and of the calm after it."""
+"""Length of a burst, and of the calm before it."""
+SWING_SECONDS = 2 * BURST_SECONDS
+"""Of both together, over which the mean rate is kept."""
 PEAK = 1.8
 """Rate in a burst, over the mean."""
 
@@ -39,10 +41,9 @@ KINDS: dict[str, Callable[[float, float], list[float]]] = {"poisson": poisson, "
 
 def check_swings(seconds: float) -> None:
     """Raise ValueError unless a load of bursts keeps its mean rate."""
-    swing = 2 * BURST_SECONDS
-    if seconds < swing or seconds % swing:
+    if seconds < SWING_SECONDS or seconds % SWING_SECONDS:
         raise ValueError(
-            f"--seconds must be a multiple of {swing:g}, for bursts to keep their mean rate"
+            f"--seconds must be a multiple of {SWING_SECONDS:g}, for bursts to keep their mean rate"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.loadtest.schedules import BURST_SECONDS, KINDS
+from deploy.loadtest.schedules import BURST_SECONDS, KINDS, SWING_SECONDS
 from deploy.sweep.engine import Row
 from model.policy import Reason
 from model.table import markdown_table
@@ -51,7 +51,7 @@ def recovery_seconds(row: Row) -> float | None:
         for sent, reason in zip(requests["sent_ms"], requests["reason"], strict=True)
         if reason == Reason.OVERLOAD
     ]
-    after = [at % (2 * BURST_SECONDS) for at in bent if at >= 2 * BURST_SECONDS]
+    after = [at % SWING_SECONDS for at in bent if at >= SWING_SECONDS]
     return max((at for at in after if at < BURST_SECONDS), default=0.0) if bent else None
 
 

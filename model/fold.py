@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -30,7 +33,32 @@ def fold_stages(net: MultiExitNet) -> list[nn.Module]:
         net: in eval mode and fp32, so that folding loses nothing; left as it is.
     """
     net = copy.deepcopy(net)
-    return [_fold(fx.symbolic_trace(Stage(net, k))) for k in range(1, net.exits + 1)]
+    return [_fold(_traced(Stage(net, k))) for k in range(1, net.exits + 1)]
+
+
+def _traced(stage: Stage) -> fx.GraphModule:
+    return fx.GraphModule(stage, _Tracer().trace(stage))
+
+
+class _Tracer(fx.Tracer):
+    """Sees what its own thread does. While any tracer traces, torch has it asked about every module
+    that is called in this process, and a server's other threads call theirs meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """As torch's, in its own thread; in others the call itself."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As torch's, in its own thread; in others the attribute itself."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def _fold(stage: fx.GraphModule) -> fx.GraphModule:

@@ -20,8 +20,9 @@ from server.app import create_app
 from server.binding import bound, listen, place
 from server.connection import Protocol
 from server.listening import Acceptor
+from server.loaded import Loaded
 from server.logs import configure
-from server.repository import Served
+from server.served import Served
 from server.settings import Settings, SettingsError, load_settings
 
 log = logging.getLogger("offramp")
@@ -47,7 +48,8 @@ class Server(uvicorn.Server):
         self._clock = clock
         self._drain_at = math.inf
         self._acceptors: list[Acceptor] = []
-        self._frozen = False
+        self._frozen: Loaded | None = None
+        """The bundle that answered when garbage was looked for last."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -67,10 +69,10 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: when told to, or when the network cannot run, or not any more."""
-        if self._served.ready and not self._frozen:
+        if self._served.ready and self._frozen is not self._served.loaded:
             # A look through all that torch has brought takes 0.1 s, in which nothing is answered.
             gc.freeze()
-            self._frozen = True
+            self._frozen = self._served.loaded
         if self._clock() >= self._drain_at:
             self._drain()
         return await super().on_tick(counter) or self._served.failed

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
-from server import inference, routes
+from server import inference, repository, routes
 from server.direct import Direct
 from server.errors import BadRequest, Draining, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
@@ -23,7 +23,7 @@ from server.middleware import Surroundings, rendered
 from server.openapi import document
 from server.page import page_router
 from server.protocol import invalid
-from server.repository import Served
+from server.served import Served
 
 log = logging.getLogger("offramp")
 
@@ -74,7 +74,7 @@ def create_routes(served: Served) -> FastAPI:
     app.state.served = served
     keys = bool(served.settings.api_keys)
     app.openapi = cache(lambda: document(app, keys))  # type: ignore[method-assign]
-    admin = [routes.admin] if served.settings.admin_token is not None else []
+    admin = [routes.admin, repository.admin] if served.settings.admin_token is not None else []
     app.state.routers = [
         page_router(),
         routes.protected,

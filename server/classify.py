@@ -17,8 +17,9 @@ from server.arrival import reserve_seconds
 from server.context import Context
 from server.engine import Engine
 from server.errors import InvalidParameter, OfframpError, Overloaded
+from server.loaded import Loaded
 from server.protocol import Parameters, answer_body, error_body
-from server.repository import Served
+from server.served import Served
 from server.tickets import Answer, Seen
 
 
@@ -28,52 +29,56 @@ class Admission:
 
     parameters: Parameters
     rule: Rule
+    loaded: Loaded
+    """The bundle that answers it, though another may take its place meanwhile."""
     engine: Engine
     deadline: float
     """When the engine must have answered, on its clock."""
 
 
 def admit(
-    parameters: Parameters, served: Served, context: Context, engine: Engine | None = None
+    parameters: Parameters, served: Served, context: Context, former: Admission | None = None
 ) -> Admission:
     """Let a request in.
 
     Args:
-        engine: that it was let in for before its parameters were known.
+        former: by which it was let in before its parameters were known.
 
     Raises:
         InvalidParameter: it asks for what the network does not have.
         Unavailable: the server is warming up or draining.
     """
-    rule, deadline = rule_for(parameters, served), _deadline_for(parameters, served, context)
-    return Admission(parameters, rule, engine or served.engine, deadline)
+    loaded = former.loaded if former else served.loaded
+    rule, deadline = rule_for(parameters, loaded), _deadline_for(parameters, served, context)
+    engine = former.engine if former else served.engine
+    return Admission(parameters, rule, loaded, engine, deadline)
 
 
-def rule_for(parameters: Parameters, served: Served) -> Rule:
+def rule_for(parameters: Parameters, loaded: Loaded) -> Rule:
     """The rule that these parameters ask for.
 
     Raises:
         InvalidParameter: an exit that the network does not have, or none left to answer; an
             operating point that the policy does not have, or a threshold beside it.
     """
-    exits = served.policy.exits
+    exits = loaded.policy.exits
     max_exit = parameters.max_exit or exits
     for name, exit in (("min_exit", parameters.min_exit), ("max_exit", max_exit)):
         if exit > exits:
             raise InvalidParameter(f"{name}: there is no exit {exit}; the network has {exits}")
     if parameters.min_exit > max_exit:
         raise InvalidParameter("min_exit: must not be deeper than max_exit")
-    point = _point_for(parameters, served)
-    return served.policy.rule(point, parameters.threshold, parameters.min_exit, parameters.max_exit)
+    point = _point_for(parameters, loaded)
+    return loaded.policy.rule(point, parameters.threshold, parameters.min_exit, parameters.max_exit)
 
 
-def _point_for(parameters: Parameters, served: Served) -> OperatingPoint:
+def _point_for(parameters: Parameters, loaded: Loaded) -> OperatingPoint:
     if parameters.max_accuracy_loss is None:
-        return served.point
+        return loaded.point
     if parameters.threshold is not None:
         raise InvalidParameter("threshold: send it or max_accuracy_loss, not both")
     try:
-        return served.policy.point_for(parameters.max_accuracy_loss)
+        return loaded.policy.point_for(parameters.max_accuracy_loss)
     except ValueError as error:
         raise InvalidParameter(f"max_accuracy_loss: {error}") from None
 
@@ -95,7 +100,7 @@ def place(served: Served) -> Iterator[None]:
     """
     if served.in_flight >= served.settings.max_queue:
         served.metrics.refused.labels("queue_full").inc()
-        raise Overloaded(served.backlog_seconds)
+        raise Overloaded(served.loaded.backlog_seconds)
     served.in_flight += 1
     try:
         yield
@@ -125,7 +130,7 @@ async def answered(
     engine, deadline = admission.engine, admission.deadline
     with place(served):
         engine.check(deadline)  # before any work is done in vain
-        pixels, decode_seconds = await served.decoder(image, deadline)
+        pixels, decode_seconds = await admission.loaded.decoder(image, deadline)
         ticket = engine.submit(
             pixels,
             admission.rule,
@@ -154,7 +159,7 @@ async def classify(
 ) -> dict[str, Any]:
     """Like `answered`; returns the answer as it goes over the wire."""
     answer, decode_seconds = await answered(data, admission, served, context, on_exit)
-    return _body(answer, admission.parameters, served, context, decode_seconds)
+    return _body(answer, admission, context, decode_seconds)
 
 
 async def classify_or_error(
@@ -168,13 +173,10 @@ async def classify_or_error(
 
 
 def _body(
-    answer: Answer,
-    parameters: Parameters,
-    served: Served,
-    context: Context,
-    decode_seconds: float,
+    answer: Answer, admission: Admission, context: Context, decode_seconds: float
 ) -> dict[str, Any]:
-    description = served.bundle.description
+    loaded = admission.loaded
+    description = loaded.bundle.description
     timing = {
         "decode": round(1e3 * decode_seconds, 3),
         "queue": round(1e3 * answer.queue_seconds, 3),
@@ -183,9 +185,9 @@ def _body(
     }
     return answer_body(
         answer,
-        parameters,
+        admission.parameters,
         description.classes,
-        served.policy.exits,
+        loaded.policy.exits,
         {
             "model": description.name,
             "version": description.version,

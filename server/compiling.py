@@ -81,6 +81,8 @@ class Compiling:
         self._thread: threading.Thread | None = None
         self._closing = closing or threading.Event()
         self._beginning = threading.Lock()
+        self._tried = threading.Event()
+        """Set once every program was handed over that can be."""
 
     def use_ready(self, use: Use) -> None:
         """Hand over every program in the cache that has not been handed over yet."""
@@ -172,6 +174,8 @@ class Compiling:
             except Exception as error:
                 log.warning("stages stay uncompiled, so answers take longer: %s", error)
                 return
+            finally:
+                self._tried.set()
             if self.complete:
                 log.info("every stage is compiled")
             if self._settled:
@@ -179,6 +183,11 @@ class Compiling:
                 self._use_teams_later(use_team)
 
         self._begin_thread(work)
+
+    def wait(self) -> None:
+        """Until what `compile_in_background` began has handed over every program that there can be,
+        or was stopped."""
+        self._tried.wait()
 
     def stop(self) -> None:
         """End the compiler and hand over nothing more."""

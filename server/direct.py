@@ -6,8 +6,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.protocol import parameters_from
-from server.repository import Served
 from server.routes import check_key, context_of, post_classify
+from server.served import Served
 
 
 class Direct:

@@ -98,6 +98,7 @@ class Engine:
         """Whether the device computes nothing any more: some errors of a card outlast whatever
         caused them, until the process ends."""
         self._stopping = threading.Event()
+        self._ended = threading.Event()
         self._all_wanted = threading.Event()
         """Set while the scheduler wants every worker, and when they are to end."""
         metrics.in_force(scheduler.controller.level)
@@ -138,6 +139,8 @@ class Engine:
         for number, worker in enumerate(self._workers):
             while worker.is_alive() and self._turns(number):
                 worker.join(BEAT_SECONDS)
+        self._ended.set()
+        self._take_messages()
 
     @property
     def alive(self) -> bool:
@@ -210,8 +213,10 @@ class Engine:
         self.call(replace)
 
     def call(self, message: Callable[[], None]) -> None:
-        """Have a worker call this between two batches."""
+        """Have a worker call this between two batches; where none is left, it is called here."""
         self._inbox.put(message)
+        if self._ended.is_set():
+            self._take_messages()
 
     # --- a worker ----------------------------------------------------------------------------
 
@@ -227,6 +232,7 @@ class Engine:
                 busy = False
         self._take_messages(number)  # jobs sent too late are told so
         self._inbox.put(None)  # for the next worker
+        self._metrics.ends_here()
 
     def _sleep(self, worker: int, leaving_jobs: bool) -> None:
         """Wait for the end, or to be wanted again; no message wakes it, since each would."""
@@ -257,7 +263,7 @@ class Engine:
             now = self._beats[worker] = self._clock()
             return min(BEAT_SECONDS, self.scheduler.next_audit(now))
 
-    def _take_messages(self, worker: int, seconds: float = 0.0) -> None:
+    def _take_messages(self, worker: int = 0, seconds: float = 0.0) -> None:
         self._inbox.wait(worker, seconds)
         # Taken and called under one lock: a worker that took later messages could otherwise call
         # them first. A job sent before the end would be told that it has ended, or be cancelled

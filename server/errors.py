@@ -7,6 +7,7 @@ OfframpError 500 internal
 |- Unauthenticated 401, Forbidden 403
 |- NotFound 404, MethodNotAllowed 405
 |- RequestTimeout 408
+|- UnusableBundle 409 unusable_bundle
 |- TooLarge 413: BodyTooLarge body_too_large, ImageTooLarge image_too_large
 |- InvalidParameter 422
 |- Overloaded 429
@@ -96,6 +97,12 @@ class RequestTimeout(OfframpError):
     status = 408
     code = "request_timeout"
     sentence = "the request stopped coming, or came too slowly"
+
+
+class UnusableBundle(OfframpError):
+    status = 409
+    code = "unusable_bundle"
+    sentence = "the bundle that is in the folder now cannot be served"
 
 
 class TooLarge(OfframpError):

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from model.bundle import Bundle
 from server import errors, openapi, tensors, uploads
 from server.classify import admit, answered
 from server.departure import ending_with_client
@@ -18,8 +19,8 @@ from server.gate import each_in_turn
 from server.metrics import VERSION
 from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
 from server.protocol import Parameters, parameters_of
-from server.repository import Served
 from server.routes import MAX_BATCH_IMAGES, Context_, Served_, check_key
+from server.served import Served
 from server.tensors import InferenceRequest, Sent, Wanted
 from server.tickets import Answer
 
@@ -52,7 +53,7 @@ async def served_as(
     Raises:
         NotFound: it does not.
     """
-    description = served.bundle.description
+    description = served.loaded.bundle.description
     version = request.path_params.get("version", description.version)
     if (model, version) != (description.name, description.version):
         raise NotFound("there is no such model, or no such version of it")
@@ -142,9 +143,12 @@ async def get_ready(served: Served_) -> JSONResponse:
     summary="V2: the server",
     openapi_extra=openapi.shown("curl localhost:8000/v2"),
 )
-async def get_server() -> ServerBody:
+async def get_server(served: Served_) -> ServerBody:
     """Its name, and what it knows beside the protocol."""
-    return ServerBody(name="offramp", version=VERSION, extensions=["binary_tensor_data"])
+    extensions = ["binary_tensor_data"]
+    if served.settings.admin_token is not None:
+        extensions.append("model_repository")
+    return ServerBody(name="offramp", version=VERSION, extensions=extensions)
 
 
 @protected.get(
@@ -156,7 +160,7 @@ async def get_server() -> ServerBody:
 @protected.get("/v2/models/{model}/versions/{version}", include_in_schema=False)
 async def get_model(served: Named_) -> InferenceModelBody:
     """Its tensors. There is one model, and one version of it."""
-    description = served.bundle.description
+    description = served.loaded.bundle.description
     classes = len(description.classes)
     shapes = {name: [-1, classes] if name == "probabilities" else [-1] for name in OUTPUTS}
     return InferenceModelBody(
@@ -180,7 +184,7 @@ async def get_model(served: Named_) -> InferenceModelBody:
 @protected.get("/v2/models/{model}/versions/{version}/ready", include_in_schema=False)
 async def get_model_ready(served: Named_) -> JSONResponse:
     """As /readyz."""
-    return _told("ready", served.ready, name=served.bundle.description.name)
+    return _told("ready", served.ready, name=served.name)
 
 
 @protected.post(
@@ -217,7 +221,7 @@ async def post_infer(request: Request, served: Named_, context: Context_) -> Res
     usual = admit(Parameters(), served, context)  # say no before the body is read
     body = await uploads.read_whole(request, usual.deadline, served.missed_deadlines)
     asked, raw = tensors.read_request(body, request.headers.get(tensors.HEADER_LENGTH))
-    admission = admit(_parameters(asked), served, context, usual.engine)
+    admission = admit(_parameters(asked), served, context, usual)
     wanted = _wanted(asked)
     images = _images(asked.inputs, raw)
     context.fields["images"] = len(images)
@@ -228,7 +232,7 @@ async def post_infer(request: Request, served: Named_, context: Context_) -> Res
 
     with ending_with_client(request.scope):
         answers = await each_in_turn(answer_of, images)
-    return _response(asked, wanted, answers, served)
+    return _response(asked, wanted, answers, admission.loaded.bundle, served)
 
 
 def _parameters(asked: InferenceRequest) -> Parameters:
@@ -268,9 +272,13 @@ def _images(inputs: Sequence[Sent], raw: bytes) -> Sequence[bytes] | np.ndarray:
 
 
 def _response(
-    asked: InferenceRequest, wanted: Sequence[Wanted], answers: Sequence[Answer], served: Served
+    asked: InferenceRequest,
+    wanted: Sequence[Wanted],
+    answers: Sequence[Answer],
+    bundle: Bundle,
+    served: Served,
 ) -> Response:
-    description = served.bundle.description
+    description = bundle.description
     values = _values(answers, description.classes)
     outputs = [
         tensors.written(one.name, OUTPUTS[one.name], values[one.name], asked.wants_binary(one))

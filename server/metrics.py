@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -43,6 +43,8 @@ REFUSALS = ("queue_full", "bodies_full", "not_in_time")
 IMAGE_FAULTS = ("no_image", "unsupported_image", "broken_image", "image_too_large")
 SERVER_FAULTS = ("internal", "overloaded", "not_ready", "draining", "deadline_exceeded")
 """Codes of the errors with a status of 5xx or 429."""
+MODEL_INFO = ("model", "version", "architecture", "device", "dtype", "weights_sha256")
+"""What is told of a bundle."""
 CONFIDENCE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 SECONDS_BUCKETS = (
     # Millisecond work: a stage takes 0.1 to 10 ms, an answer 1 to 100 ms.
@@ -66,24 +68,17 @@ class Metrics:
     """All metric families in a registry of their own, with every series present from the start.
 
     Args:
-        model: the bundle's name.
-        version: the bundle's version.
-        exits: how many exits its network has.
         max_batch: the largest stage batch.
         deadline_seconds: the default deadline, made a bucket boundary.
-        labels: what `model_info` says beside the name (architecture, device, dtype…).
+        on_cuda: whether there is a card, whose memory is told.
     """
 
     def __init__(
-        self,
-        model: str,
-        version: str,
-        exits: int,
-        max_batch: int,
-        deadline_seconds: float | None,
-        labels: dict[str, str],
+        self, max_batch: int, deadline_seconds: float | None = None, on_cuda: bool = False
     ) -> None:
-        self.model = model
+        self.leading: EngineMetrics | None = None
+        """Whose gauges are told."""
+        self._exits = 0
         prometheus_client.disable_created_metrics()  # a second series beside every counter
         self.registry = CollectorRegistry()
         self.ledger = Ledger(self.registry)  # first, since scrapes ask in this order
@@ -97,10 +92,10 @@ class Metrics:
         self._requests(seconds)
         self._answers(seconds)
         self._engine(seconds, batches)
-        self._device(labels.get("device") == "cuda")
+        self._device(on_cuda)
         self._policy()
-        self._information({"model": model, "version": version, **labels})
-        self._create_series(exits)
+        self._information()
+        self._create_series()
 
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(f"offramp_{name}", text, labels, registry=self.registry)
@@ -203,8 +198,8 @@ class Metrics:
             "policy_threshold", "Confidence that suffices at an exit", ["model", "exit"]
         )
 
-    def _information(self, labels: dict[str, str]) -> None:
-        self._gauge("model_info", "The bundle that is served", list(labels)).labels(**labels).set(1)
+    def _information(self) -> None:
+        self.model_info = self._gauge("model_info", "The bundle that is served", MODEL_INFO)
         build = {
             "version": VERSION,
             "python": platform.python_version(),
@@ -212,7 +207,7 @@ class Metrics:
         }
         self._gauge("build_info", "What is running", list(build)).labels(**build).set(1)
 
-    def _create_series(self, exits: int) -> None:
+    def _create_series(self) -> None:
         # Looked up here once, since labels() takes longer than counting does.
         self._request_seconds = {route: self.request_seconds.labels(route) for route in ROUTES}
         self._requests_by_code = {
@@ -230,22 +225,37 @@ class Metrics:
             self.failed_images.labels(code)
         for outcome in ("met", "missed"):
             self.deadlines.labels(outcome)
-        for kind in ("spent", "full"):
-            self.macs.labels(self.model, kind)
-        self.operating_point.labels(self.model)
-        for exit in range(1, exits + 1):
-            self._create_exit(str(exit))
 
-    def _create_exit(self, exit: str) -> None:
+    def describe(self, exits: int, info: Mapping[str, str]) -> None:
+        """Tell of a bundle from now on, with every series of its exits present.
+
+        Args:
+            exits: how many its network has.
+            info: by the names in `MODEL_INFO`.
+        """
+        self.model_info.clear()
+        self.model_info.labels(**info).set(1)
+        model = info["model"]
+        for kind in ("spent", "full"):
+            self.macs.labels(model, kind)
+        self.operating_point.labels(model)
+        for exit in range(1, exits + 1):
+            self._create_exit(model, str(exit))
+        for exit in range(exits + 1, self._exits + 1):  # which the bundle before had
+            for family in (self.policy_threshold, self.queue_jobs):
+                family.remove(model, str(exit))
+        self._exits = exits
+
+    def _create_exit(self, model: str, exit: str) -> None:
         for reason in Reason:
-            self.answers.labels(self.model, exit, reason.value)
+            self.answers.labels(model, exit, reason.value)
         for family in (self.answer_seconds, self.confidence, self.policy_threshold):
-            family.labels(self.model, exit)
+            family.labels(model, exit)
         for family in (self.stage_seconds, self.batch_size, self.queue_jobs):
-            family.labels(self.model, exit)
-        self.stage_cpu_seconds.labels(self.model, exit)
+            family.labels(model, exit)
+        self.stage_cpu_seconds.labels(model, exit)
         for agreed in ("true", "false"):
-            self.audited.labels(self.model, exit, agreed)
+            self.audited.labels(model, exit, agreed)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request to one of the routes got its response, so long after its first byte."""
@@ -311,28 +321,29 @@ class EngineMetrics:
 
     Args:
         metrics: the families.
+        model: the bundle's name.
         macs: of the network up to each exit, shallow to deep.
     """
 
-    def __init__(self, metrics: Metrics, macs: Sequence[int]) -> None:
-        model, exits = metrics.model, range(1, len(macs) + 1)
+    def __init__(self, metrics: Metrics, model: str, macs: Sequence[int]) -> None:
+        exits = range(1, len(macs) + 1)
         self._metrics = metrics
         self._note = metrics.ledger
         self._macs = macs
+        self._model = model
         self._level: Level | None = None
+        self._queued: Callable[[], Sequence[int]] | None = None
+        self._workers: Callable[[], int] | None = None
         self._spent = metrics.macs.labels(model, "spent")
         self._full = metrics.macs.labels(model, "full")
         self._queue = metrics.phase_seconds.labels("queue")
         self._met = metrics.deadlines.labels("met")
         self._missed = metrics.deadlines.labels("missed")
-        self._operating_point = metrics.operating_point.labels(model)
-        self._thresholds = [metrics.policy_threshold.labels(model, str(k)) for k in exits]
         self._confidence = [metrics.confidence.labels(model, str(k)) for k in exits]
         self._answer_seconds = [metrics.answer_seconds.labels(model, str(k)) for k in exits]
         self._stage_seconds = [metrics.stage_seconds.labels(model, str(k)) for k in exits]
         self._stage_cpu_seconds = [metrics.stage_cpu_seconds.labels(model, str(k)) for k in exits]
         self._batch_size = [metrics.batch_size.labels(model, str(k)) for k in exits]
-        self._queue_jobs = [metrics.queue_jobs.labels(model, str(k)) for k in exits]
         self._answers = {
             (k, reason): metrics.answers.labels(model, str(k), reason.value)
             for k in exits
@@ -342,6 +353,10 @@ class EngineMetrics:
     def works_here(self) -> None:
         """The calling thread is one of the engine's."""
         self._metrics.threads.watch("engine")
+
+    def ends_here(self) -> None:
+        """The calling thread was, and is about to end."""
+        self._metrics.threads.release("engine")
 
     def ran(self, stage: int, jobs: int, seconds: float, cpu_seconds: float) -> None:
         """A stage batch ran."""
@@ -375,7 +390,7 @@ class EngineMetrics:
 
     def audited(self, exit: int, agreed: bool) -> None:
         """An early answer was run to the last exit."""
-        labels = (self._metrics.model, str(exit), "true" if agreed else "false")
+        labels = (self._model, str(exit), "true" if agreed else "false")
         self._metrics.audited.labels(*labels).inc()
 
     def watch(self, queued: Callable[[], Sequence[int]], workers: Callable[[], int]) -> None:
@@ -383,19 +398,34 @@ class EngineMetrics:
 
         Right whatever happens to a job, and free for it.
         """
-
-        def waiting(stage: int) -> int:
-            return queued()[stage]
-
-        for stage, gauge in enumerate(self._queue_jobs):
-            gauge.set_function(partial(waiting, stage))
-        self._metrics.workers.set_function(workers)
+        self._queued, self._workers = queued, workers
+        self._tell()
 
     def in_force(self, level: Level) -> None:
         """The operating point that answers are given under."""
-        if level is self._level:
+        if level is not self._level:
+            self._level = level
+            self._tell()
+
+    def lead(self) -> None:
+        """Have the gauges tell of this engine, and no longer of the one before."""
+        self._metrics.leading = self
+        self._tell()
+
+    def _tell(self) -> None:
+        metrics, model = self._metrics, self._model
+        if metrics.leading is not self:
             return
-        self._level = level
-        self._operating_point.set(level.max_accuracy_loss)
-        for gauge, threshold in zip(self._thresholds, (*level.thresholds, 0.0), strict=True):
-            gauge.set(threshold)
+        if self._level:
+            metrics.operating_point.labels(model).set(self._level.max_accuracy_loss)
+            for exit, threshold in enumerate((*self._level.thresholds, 0.0), start=1):
+                metrics.policy_threshold.labels(model, str(exit)).set(threshold)
+        if self._queued and self._workers:
+            for stage in range(1, len(self._macs) + 1):
+                waiting = partial(_element, self._queued, stage - 1)
+                metrics.queue_jobs.labels(model, str(stage)).set_function(waiting)
+            metrics.workers.set_function(self._workers)
+
+
+def _element(sequence: Callable[[], Sequence[int]], place: int) -> int:
+    return sequence()[place]

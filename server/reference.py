@@ -12,20 +12,20 @@ from prometheus_client.metrics_core import Metric
 from pydantic_core import PydanticUndefined
 
 from model.table import markdown_table
-from server import inference, routes
+from server import inference, repository, routes
 from server.app import DESCRIPTION
 from server.errors import every_error
-from server.metrics import VERSION, Metrics
+from server.metrics import MODEL_INFO, VERSION, Metrics
 from server.openapi import document
 from server.settings import PREFIX, Settings
 
 NOTICE = "<!-- Made from the code by: python -m server.reference docs -->\n"
-INFO_LABELS = ("architecture", "device", "dtype", "weights_sha256")
-NUMBERED = {"exit", "stage", "model", "version", "code", *INFO_LABELS}
+NUMBERED = {"exit", "stage", "model", "version", "code", *MODEL_INFO}
 """Labels whose values need no list: of a bundle, or every code."""
 BODIES = ("AnswerBody", "Label", "SeenBody", "Timing", "BatchBody", "ErrorBody", "ModelBody")
 POLICY_BODIES = ("ExitBody", "PolicyBody", "OperatingPoint", "PolicyChange")
 ENGINE_BODIES = ("EngineBody", "LevelBody")
+REPOSITORY_BODIES = ("IndexBody",)
 
 Json = dict[str, Any]
 
@@ -44,7 +44,7 @@ def http_document() -> Json:
     """The OpenAPI document with every operation in it, of no particular bundle."""
     app = FastAPI(title="Offramp", version=VERSION, description=DESCRIPTION)
     for router in (
-        *(routes.protected, inference.protected, routes.admin),
+        *(routes.protected, inference.protected, routes.admin, repository.admin),
         *(routes.public, inference.public),
     ):
         app.include_router(router)
@@ -98,7 +98,8 @@ def errors_page() -> str:
 
 def metrics_page() -> str:
     """A row for each metric family."""
-    metrics = Metrics("default", "1", 4, 32, 1.0, dict.fromkeys(INFO_LABELS, ""))
+    metrics = Metrics(32, 1.0)
+    metrics.describe(4, dict.fromkeys(MODEL_INFO, "") | {"model": "default"})
     rows = []
     for family in metrics.registry.collect():
         if family.name.startswith("offramp_"):
@@ -138,7 +139,7 @@ def http_page(openapi: Json) -> str:
             lines += _operation(method, path, operation)
     schemas = openapi["components"]["schemas"]
     reasons = ", ".join(f"`{reason}`" for reason in schemas["Reason"]["enum"])
-    for name in (*BODIES, *POLICY_BODIES, *ENGINE_BODIES):
+    for name in (*BODIES, *POLICY_BODIES, *ENGINE_BODIES, *REPOSITORY_BODIES):
         lines += ["", f"## {name}", "", _one_line(schemas[name]["description"]), ""]
         properties = schemas[name]["properties"].items()
         rows = [(f"`{field}`", _type(one), one["description"]) for field, one in properties]

@@ -39,12 +39,11 @@ from server.protocol import (
     event,
     seen_body,
 )
-from server.repository import Served
+from server.served import STUCK, Served
 from server.tickets import Seen
 
 Query_ = Annotated[Parameters, Query()]
 MAX_BATCH_IMAGES = 256
-STUCK = "a worker of the engine is stuck, or the device computes nothing"
 NOT_WANTED = re.compile(r"q=0(\.0*)?")
 """The weight of what a client would rather not have (RFC 9110, 12.4.2)."""
 
@@ -258,7 +257,7 @@ async def _after(first: bytes, others: AsyncGenerator[bytes]) -> AsyncIterator[b
 async def _events(
     data: bytes, admission: Admission, served: Served, context: Context
 ) -> AsyncGenerator[bytes]:
-    labels = served.bundle.description.classes
+    labels = admission.loaded.bundle.description.classes
     passed: asyncio.Queue[Seen | None] = asyncio.Queue()
 
     def end(done: asyncio.Task[dict[str, Any]]) -> None:
@@ -294,15 +293,16 @@ async def _events(
 )
 async def get_model(served: Served_) -> ModelBody:
     """What is served, and what each exit costs and is worth."""
-    description = served.bundle.description
+    loaded = served.loaded
+    description = loaded.bundle.description
     full = description.exits[-1].macs
     return ModelBody(
         name=description.name,
         version=description.version,
         architecture=description.architecture,
         weights_sha256=description.weights_sha256,
-        device=served.device.type,
-        dtype=name_of(served.dtype),
+        device=loaded.device.type,
+        dtype=name_of(loaded.dtype),
         input_size=description.preprocess.size,
         labels=list(description.classes),
         exits=[
@@ -327,14 +327,14 @@ async def get_model(served: Served_) -> ModelBody:
 )
 async def get_policy(served: Served_) -> PolicyBody:
     """The ladder of operating points, and the one in force."""
-    policy = served.policy
+    policy = served.loaded.policy
     return PolicyBody(
         method=policy.method,
         delta=policy.delta,
         calibration_images=policy.calibration_images,
         operating_points=list(policy.operating_points),
-        in_force=served.point,
-        overloaded=served.bent,
+        in_force=served.loaded.point,
+        overloaded=served.loaded.bent,
     )
 
 
@@ -382,7 +382,7 @@ async def get_engine(served: Served_) -> EngineBody:
 async def put_policy(change: PolicyChange, served: Served_) -> PolicyBody:
     """From the next request on, answers may lose at most this much accuracy."""
     try:
-        served.use(served.policy.point_for(change.max_accuracy_loss))
+        served.use(change.max_accuracy_loss)
     except ValueError as error:
         raise InvalidParameter(f"max_accuracy_loss: {error}") from None
     return await get_policy(served)
@@ -412,19 +412,13 @@ async def get_livez(served: Served_) -> Response:
 @public.get(
     "/readyz",
     summary="Whether requests are taken",
-    **_text("They are", f"Not now: warming up, draining, or {STUCK}"),
+    **_text("They are", f"Not now: warming up, draining, no bundle loaded, or {STUCK}"),
 )
 async def get_readyz(served: Served_) -> Response:
     """200 once every stage and batch size is warm, 503 before that, once told to end, and
     while /livez says no.
     """
-    return _health(served.ready, "ready", _why_unready(served))
-
-
-def _why_unready(served: Served) -> str:
-    if served.leaving or served.draining:
-        return "draining"
-    return "warming up" if served.alive else STUCK
+    return _health(served.ready, "ready", served.why_unready)
 
 
 def _health(good: bool, yes: str, no: str) -> Response:

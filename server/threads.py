@@ -32,12 +32,24 @@ class ThreadClocks(Collector):
 
     def __init__(self, registry: CollectorRegistry, parts: Sequence[str]) -> None:
         self._clocks: dict[str, list[int]] = {part: [] for part in parts}
+        self._ended = dict.fromkeys(parts, 0.0)
+        """Seconds of threads that were released."""
+        self._lock = threading.Lock()
         registry.register(self)
 
     def watch(self, part: str) -> None:
         """Count the calling thread's time to a part; a no-op where threads have no clocks."""
         if hasattr(time, "pthread_getcpuclockid"):
             self._clocks[part].append(time.pthread_getcpuclockid(threading.get_ident()))
+
+    def release(self, part: str) -> None:
+        """Keep the calling thread's time so far, and count on no more of it: what is counted must
+        never fall, and another thread may be given the clock of one that has ended."""
+        if hasattr(time, "pthread_getcpuclockid"):
+            clock = time.pthread_getcpuclockid(threading.get_ident())
+            with self._lock:
+                self._clocks[part].remove(clock)
+                self._ended[part] += _read(clock)
 
     def describe(self) -> Iterable[CounterMetricFamily]:
         """The one family."""
@@ -46,8 +58,9 @@ class ThreadClocks(Collector):
     def collect(self) -> Iterable[CounterMetricFamily]:
         """As it is now."""
         family = self._family()
-        for part, clocks in self._clocks.items():
-            family.add_metric([part], sum(map(_read, clocks)))
+        with self._lock:
+            for part, clocks in self._clocks.items():
+                family.add_metric([part], self._ended[part] + sum(map(_read, clocks)))
         yield family
 
     def _family(self) -> CounterMetricFamily:

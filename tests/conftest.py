@@ -31,7 +31,7 @@ from model.policy import Calibration, OperatingPoint, Policy
 from model.preprocess import Preprocess
 from server.app import create_app
 from server.connection import Protocol
-from server.repository import Served
+from server.served import Served
 from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent

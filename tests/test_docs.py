@@ -51,7 +51,7 @@ def test_every_setting_metric_and_error_code_is_documented():
     settings, metrics, errors = (pages()[f"{n}.md"] for n in ("settings", "metrics", "errors"))
     for name in Settings.model_fields:
         assert f"`OFFRAMP_{name.upper()}`" in settings
-    families = Metrics("m", "1", 2, 2, None, {}).registry.collect()
+    families = Metrics(2).registry.collect()
     for family in families:
         if family.name.startswith("offramp_"):
             assert f"`{family.name}" in metrics

@@ -25,7 +25,7 @@ from model.cores import usable_cores
 from model.numerics import keep_float32_whole
 from server.compiled import openvino
 from server.numerics import choose_dtype
-from server.repository import device_of
+from server.served import device_of
 from server.settings import Settings
 
 HOURLY_RATE = 100

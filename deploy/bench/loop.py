@@ -27,7 +27,7 @@ from server.engine import Engine
 from server.errors import OfframpError, Overloaded
 from server.logs import configure
 from server.promise import Promise
-from server.repository import Served
+from server.served import Served
 from server.settings import Settings
 from server.tickets import Answer, Seen, Ticket
 
@@ -140,7 +140,7 @@ def table(rows: Sequence[Measured]) -> str:
 async def _measured(
     served: Served, engine: Settling, samples: Sequence[Sample], seconds: float
 ) -> list[float]:
-    served._engine = cast(Engine, engine)
+    served.loaded._engine, served.loaded.warm = cast(Engine, engine), True
     app = create_app(served)
     config = Config(app, http=Protocol, log_config=None, access_log=False, proxy_headers=False)
     config.load()
@@ -172,7 +172,7 @@ def _request(image: bytes) -> bytes:
 
 
 def _answer(served: Served) -> Answer:
-    classes = len(served.bundle.description.classes)
+    classes = len(served.loaded.bundle.description.classes)
     even = np.full(classes, 1 / classes, np.float32)
     return Answer(1, Reason.CONFIDENT, 0.9, even, (Seen(1, 0, 0.9, 1.0, 0.5),), 0.001, 0.001)
 

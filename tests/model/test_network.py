@@ -1,7 +1,10 @@
 """The laws of a multi-exit network, over every registered architecture."""
 
+import threading
+
 import pytest
 import torch
+from torch import nn
 
 from model.fold import fold_stages
 from model.network import build, build_from
@@ -46,6 +49,36 @@ def test_folded_stages_equal_the_network(architecture, stem):
         logits.append(out)
     for folded, eager in zip(logits, whole, strict=True):
         torch.testing.assert_close(folded, eager, rtol=1e-6, atol=1e-6)
+
+
+class Slow(nn.Module):
+    """A network of one stage; whoever traces it waits until another thread has called another."""
+
+    exits = 1
+
+    def __init__(self, meanwhile):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.meanwhile = meanwhile
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def run_stage(self, k, x):
+        thread = threading.Thread(target=self.meanwhile)
+        thread.start()
+        thread.join()
+        x = self.norm(x)
+        return x, x
+
+
+def test_networks_that_other_threads_run_are_not_disturbed_while_one_is_folded():
+    """A server runs one bundle while it folds another."""
+    net, x, said = tiny("resnet18"), images(32, 2), []
+    whole = torch.inference_mode()(lambda: net(x))
+    fold_stages(Slow(lambda: said.append(whole())).eval())
+    for heard, right in zip(said[0], whole(), strict=True):
+        assert torch.equal(heard, right)
 
 
 @EVERY

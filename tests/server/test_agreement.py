@@ -9,7 +9,7 @@ from model.bundle import load_bundle
 from model.confidence import judge
 from model.image import decode
 from model.numerics import DTYPES, suits_cpu
-from server.repository import Served
+from server.served import Served
 from server.settings import Settings
 from tests.conftest import ROOT, running
 

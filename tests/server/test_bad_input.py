@@ -345,7 +345,7 @@ def test_an_unknown_failure_tells_the_client_nothing_and_the_log_everything(
         return 1 / 0
 
     with serve() as one:
-        one.served.decoder._decode = broken
+        one.served.loaded.decoder._decode = broken
         response = one.client.post(path, files={"file" if path == "/classify" else "files": png})
         check_error(response, 500, "internal")
         assert response.json()["error"] == OfframpError.sentence

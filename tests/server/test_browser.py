@@ -146,7 +146,7 @@ def test_the_slider_says_what_is_at_stake_and_asks_for_it(server, visit):
         until(lambda: last_query(page) == "max_accuracy_loss=0" or page.wait_for_timeout(10))
         page.wait_for_selector(".exit.left .name:text('Exit 4')")
         dots = page.locator("#curve .dot:not(.chosen)")
-        assert dots.count() == len(server.served.policy.operating_points)
+        assert dots.count() == len(server.served.loaded.policy.operating_points)
         assert server.client.get("/policy").json()["in_force"]["max_accuracy_loss"] == 0.01
 
 

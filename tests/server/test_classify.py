@@ -130,7 +130,7 @@ def test_metrics_count_what_the_answers_say(serve, images):
         assert one.metric("deadlines_total", outcome="met") == len(images)
         assert one.metric("in_flight_jobs") == 0
         spent, full = (one.metric("macs_total", model="tiny", kind=k) for k in ("spent", "full"))
-        macs = [e.macs for e in one.served.bundle.description.exits]
+        macs = [e.macs for e in one.served.loaded.bundle.description.exits]
         assert spent == sum(macs[a["exit"] - 1] for a in said)
         assert full == macs[-1] * len(images)
 

@@ -31,9 +31,9 @@ from server.engine import Engine
 from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
 from server.programs import disagreement, outputs_of
-from server.repository import Served
 from server.runner import Runner
 from server.scheduler import Scheduler
+from server.served import Served
 from server.settings import Settings
 from server.units import Unit, example_inputs, make_units
 from tests.conftest import PREPROCESS, ROOT, encode, noise, running, until
@@ -137,13 +137,13 @@ def test_only_where_compiled_stages_are_required_is_a_full_cache_waited_for(
         assert waits or checked.wait(20)
         return folder.load(*file)
 
-    monkeypatch.setattr("server.repository.Compiling", partial(Compiling, load=load))
+    monkeypatch.setattr("server.loaded.Compiling", partial(Compiling, load=load))
     with serve(compile=compile, cache_dir=tmp_path, max_batch=2) as server:
         assert server.served.ready
-        assert server.served._compiling.complete == waits
+        assert server.served.loaded._compiling.complete == waits
         assert server.post(png).status_code == 200
         checked.set()
-        until(lambda: server.served._compiling.complete)
+        until(lambda: server.served.loaded._compiling.complete)
         assert server.post(png).status_code == 200
 
 
@@ -197,7 +197,7 @@ def test_auto_without_a_compiler_serves_eagerly_with_one_warning(
     serve, no_compiler, png, tmp_path, caplog
 ):
     with serve(compile="auto", cache_dir=tmp_path) as server:
-        server.served._compiling._thread.join(10)
+        server.served.loaded._compiling._thread.join(10)
         assert server.post(png).status_code == 200
     warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     (warning,) = warnings
@@ -239,13 +239,15 @@ def test_a_server_that_drains_before_it_is_warm_compiles_nothing(
     caplog.set_level(logging.INFO)
     chosen = Settings(bundle=bundle_path, cache_dir=tmp_path, max_batch=1, compile=wanted)
 
-    class Told(Served):
-        def _use_programs(self, *handing_over):
-            self.draining = True
-            self.stop_compiling()  # as the signal does, when there is nothing to stop
-            super()._use_programs(*handing_over)
+    served = Served(chosen)
+    use_programs = served.loaded._use_programs
 
-    served = Told(chosen)
+    def told(*handing_over):
+        served.draining = True
+        served.stop_compiling()  # as the signal does, when there is nothing to stop
+        use_programs(*handing_over)
+
+    served.loaded._use_programs = told
     served.warm_up()
     served.close()
     assert not list(tmp_path.rglob("*.bin"))
@@ -271,7 +273,7 @@ class Swapping:
         self.runner = Runner(bundle, CPU, torch.float32)
         self.costs = CostTable(self.runner.warm_up(batch_sizes(4)))
         controller = OverloadController([Level(0.01, FULL_DEPTH.thresholds[:-1])], None)
-        metrics = EngineMetrics(Metrics("tiny", "1", 4, 4, None, {}), [1, 2, 3, 4])
+        metrics = EngineMetrics(Metrics(4), "tiny", [1, 2, 3, 4])
         scheduler = Scheduler(self.costs, controller, 4)
         self.engine = Engine(scheduler, self.runner, metrics, 0.0, promise=FakePromise)
         self.ran = 0
@@ -349,7 +351,7 @@ def compiled(bundle_path, tmp_path_factory):
         clients = [Asking(server, encode(noise(seed=i))) for i in range(3)]
         for client in clients:
             client.start()
-        compiling = server.served._compiling
+        compiling = server.served.loaded._compiling
         compiling._thread.join(60)
         complete, told = compiling.complete, len(clients[0].answers)
         runner = server.served.engine._runner

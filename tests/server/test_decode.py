@@ -41,7 +41,7 @@ def slow():
 
 @pytest.fixture
 def decoder(slow):
-    metrics = Metrics("tiny", "1", 4, 8, None, {})
+    metrics = Metrics(8)
     decoder = Decoder(slow, 10**6, 2, metrics)
     yield decoder
     slow.end.set()

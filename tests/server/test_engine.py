@@ -108,19 +108,20 @@ class World:
         self.runner = FakeRunner(self)
         rows = {k: {n: SECONDS for n in (1, 2, 4)} for k in range(1, STAGES + 1)}
         controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], 1.0)
-        self.metrics = Metrics("tiny", "1", STAGES, 4, 1.0, {})
+        self.metrics = Metrics(4, 1.0)
         self.at_work, self.workers = 0, workers
         self.runner.meanwhile = self.others_work
         self.engine = Engine(
             Scheduler(CostTable(rows), controller, 4, workers, http_seconds),
             self.runner,
-            EngineMetrics(self.metrics, [1, 2, 3]),
+            engine_metrics := EngineMetrics(self.metrics, "tiny", [1, 2, 3]),
             audit_rate,
             clock=lambda: self.now,
             cpu_clock=lambda: self.now * BUSY_SHARE,
             chance=lambda: 0.0,
             promise=FakePromise,
         )
+        engine_metrics.lead()
 
     def submit(self, *said, seconds=math.inf, loop=None, rule=RULE, bends=True, **others):
         image = np.array(said or (0.1, 0.2, 0.3))

@@ -21,12 +21,12 @@ def card(monkeypatch):
 
 
 def test_the_cards_memory_is_read_at_every_scrape(card, monkeypatch):
-    metrics = Metrics("m", "1", 4, 8, None, {"device": "cuda"})
+    metrics = Metrics(8, on_cuda=True)
     assert memory(metrics) == {"allocated": 10, "reserved": 20, "used": 30, "total": 100}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (40, 100))
     assert memory(metrics)["used"] == 60
 
 
 def test_a_server_on_cpu_leaves_the_card_alone(card):
-    metrics = Metrics("m", "1", 4, 8, None, {"device": "cpu"})
+    metrics = Metrics(8)
     assert set(memory(metrics).values()) == {0}

@@ -18,8 +18,8 @@ from server.errors import Draining
 from server.fusing import fuse
 from server.graphs import Captured, CudaCapture
 from server.host import HostMemory
-from server.repository import Served
 from server.runner import Runner
+from server.served import Served
 from server.settings import Settings
 from server.staging import Staging, card_staging
 
@@ -298,18 +298,12 @@ def test_a_start_on_a_card_prepares_its_worker_unless_told_to_end(
     bundle_path, monkeypatch, draining
 ):
     prepared = []
-    monkeypatch.setattr(
-        "server.repository.Runner", lambda bundle, _, dtype: Runner(bundle, CPU, dtype)
-    )
+    monkeypatch.setattr("server.loaded.Runner", lambda bundle, _, dtype: Runner(bundle, CPU, dtype))
     monkeypatch.setattr(Engine, "prepare", lambda engine, work: prepared.append(work()))
 
-    class Told(Served):
-        def _use_programs(self, *handing_over):
-            self.draining = draining
-            super()._use_programs(*handing_over)
-
-    served = Told(Settings(bundle=bundle_path, device="cpu", compile="off", max_batch=2))
-    served.device = CARD
+    served = Served(Settings(bundle=bundle_path, device="cpu", compile="off", max_batch=2))
+    served.loaded._use_programs = lambda *handing_over: setattr(served, "draining", draining)
+    served.loaded.device = CARD
     served.warm_up()
     served.close()
     assert [list(seconds[1]) for seconds in prepared] == ([] if draining else [[1, 2]])

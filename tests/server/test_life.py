@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from server.__main__ import Server, main
-from server.repository import Served
+from server.served import Served
 from tests.conftest import ROOT, RunningServer, until
 
 
@@ -24,7 +24,7 @@ def server_of(served, **options):
 
 def fake_served(ready=True):
     """What a server knows of the bundle that it serves."""
-    return SimpleNamespace(ready=ready, failed=False, leaving=False, draining=False)
+    return SimpleNamespace(ready=ready, failed=False, leaving=False, draining=False, loaded="")
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def test_a_network_that_cannot_run_ends_the_process(bundle_path, monkeypatch, ca
         raise RuntimeError("no kernel for this card")
 
     monkeypatch.setattr("server.__main__.configure", lambda *_: None)
-    monkeypatch.setattr("server.repository.Served.warm_up", fail)
+    monkeypatch.setattr("server.served.Served.warm_up", fail)
     assert main(["--bundle", str(bundle_path), "--port", "0"]) == 1
     assert "no kernel for this card" in caplog.text
 
@@ -202,11 +202,11 @@ def test_a_device_that_runs_nothing_any_more_ends_the_process(bundle_path, monke
     def break_after(served):
         warm_up(served)
         assert served.ready and served.alive
-        served._engine.broken = True
+        served.loaded._engine.broken = True
         assert not served.ready and not served.alive
 
     monkeypatch.setattr("server.__main__.configure", lambda *_: None)
-    monkeypatch.setattr("server.repository.Served.warm_up", break_after)
+    monkeypatch.setattr("server.served.Served.warm_up", break_after)
     assert main(["--bundle", str(bundle_path), "--port", "0", "--max-batch", "1"]) == 1
 
 

@@ -73,11 +73,11 @@ def test_a_closed_acceptor_leaves_the_listening_to_its_owner():
 def test_what_was_there_when_it_became_ready_is_never_looked_through_again(monkeypatch):
     frozen = []
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
-    served = SimpleNamespace(ready=False, failed=False)
+    served = SimpleNamespace(ready=False, failed=False, loaded="a bundle")
     server = Server(uvicorn.Config(app=None, log_config=None), served)
     seen = []
-    for ready in (False, True, True):
-        served.ready = ready
+    for ready, loaded in ((False, "one"), (True, "one"), (True, "one"), (True, "another")):
+        served.ready, served.loaded = ready, loaded
         assert not asyncio.run(server.on_tick(1))
         seen.append(len(frozen))
-    assert seen == [0, 1, 1]
+    assert seen == [0, 1, 1, 2]

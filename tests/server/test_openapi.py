@@ -180,9 +180,7 @@ def with_image(line, image):
 
 def curl(server, line, image):
     """The response to a curl command line, sent by httpx; every file in it is `image`."""
-    line = with_image(line, image).replace(
-        "/v2/models/default", f"/v2/models/{server.served.bundle.description.name}"
-    )
+    line = with_image(line, image).replace("/models/default", f"/models/{server.served.name}")
     command, *words = shlex.split(line, comments=True)
     assert command == "curl"
     method, url, body, files, headers = None, None, None, [], {}
@@ -206,4 +204,8 @@ def curl(server, line, image):
         else:
             url = re.fullmatch(r"(?:http://)?localhost:8000(/.*)", word).group(1)
     method = method or ("POST" if body or files else "GET")
-    return server.client.request(method, url, content=body, files=files or None, headers=headers)
+    sent = {"content": body, "files": files or None, "headers": headers}
+    response = server.client.request(method, url, **sent)
+    if url.endswith("/unload"):  # the next one wants to be answered
+        assert server.client.request(method, url.replace("/unload", "/load"), **sent).is_success
+    return response

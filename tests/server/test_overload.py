@@ -6,9 +6,10 @@ from deploy.loadtest.schedules import poisson
 from deploy.simulator import Arrival, simulate
 from model.policy import NEVER, Rule
 from server.costs import CostTable
+from server.loaded import ladder
 from server.overload import RECOVERY_SECONDS, Level, OverloadController
-from server.repository import Served, ladder
 from server.scheduler import Scheduler
+from server.served import Served
 from server.settings import Settings
 
 LADDER = [Level(0.01, (0.9,)), Level(0.02, (0.7,)), Level(0.05, (0.5,)), Level(1.0, (0.0,))]
@@ -78,16 +79,13 @@ def test_a_few_requests_that_allow_an_hour_or_nothing_change_the_usual_deadline_
 
 
 def test_a_point_put_in_force_amid_warm_up_is_that_of_the_ladder(bundle_path):
-    class Changed(Served):
-        def _use_programs(self, *handing_over):
-            self.use(self.policy.point_for(0.05))
-
-    served = Changed(Settings(bundle=bundle_path, device="cpu", threads=1, max_batch=1))
+    served = Served(Settings(bundle=bundle_path, device="cpu", threads=1, max_batch=1))
+    served.loaded._use_programs = lambda *handing_over: served.use(0.05)
     served.warm_up()
     served.engine.prepare(lambda: None)  # it has taken what was sent before
     level = served.engine.scheduler.controller.level
     served.close()
-    assert (level.max_accuracy_loss, served.point.max_accuracy_loss) == (0.05, 0.05)
+    assert (level.max_accuracy_loss, served.loaded.point.max_accuracy_loss) == (0.05, 0.05)
 
 
 def test_metrics_tell_what_is_in_force_before_the_server_is_ready(bundle_path):
@@ -95,13 +93,13 @@ def test_metrics_tell_what_is_in_force_before_the_server_is_ready(bundle_path):
 
     def said():
         value = served.metrics.registry.get_sample_value
-        model = {"model": served.bundle.description.name}
+        model = {"model": served.loaded.bundle.description.name}
         threshold = value("offramp_policy_threshold", model | {"exit": "1"})
         return value("offramp_operating_point", model), threshold
 
-    assert said() == (0.01, served.policy.point_for(0.01).thresholds[0])
-    served.use(served.policy.point_for(0.05))
-    assert said() == (0.05, served.policy.point_for(0.05).thresholds[0])
+    assert said() == (0.01, served.loaded.policy.point_for(0.01).thresholds[0])
+    served.use(0.05)
+    assert said() == (0.05, served.loaded.policy.point_for(0.05).thresholds[0])
     served.close()
 
 

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.repository import Served
+from server.served import Served
 from server.settings import Settings
 from server.tickets import Seen
 from server.tracing import RequestTracer, intervals, tracer_from

@@ -230,14 +230,14 @@ def test_a_body_that_comes_too_slowly_for_its_deadline_is_not_waited_for(one, mo
 
 def test_a_batch_lets_others_through_while_its_images_are_decoded(one, png):
     served, seen = one.served, []
-    decode = served.decoder._decode
+    decode = served.loaded.decoder._decode
 
     async def slowly(data, seconds):
         threading.Event().wait(0.02)
         seen.append("image")
         return await decode(data, seconds)
 
-    served.decoder._decode = slowly
+    served.loaded.decoder._decode = slowly
     with ThreadPoolExecutor(1) as thread:
         files = [("files", png)] * 20
         batch = thread.submit(one.client.post, "/classify/batch", files=files)

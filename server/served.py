@@ -1,0 +1,267 @@
+"""The bundle that answers, what takes its place, and what outlasts it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Literal
+
+import torch
+
+from model.bundle import BundleError
+from model.numerics import keep_float32_whole
+from server.compiled import openvino
+from server.engine import Engine
+from server.errors import Draining, NotFound, NotReady, UnusableBundle
+from server.loaded import Loaded
+from server.metrics import Metrics
+from server.settings import Settings
+from server.tracing import tracer_from
+
+State = Literal["READY", "LOADING", "UNAVAILABLE"]
+STUCK = "a worker of the engine is stuck, or the device computes nothing"
+
+
+class Served:
+    """What a server serves: one bundle at a time.
+
+    Another one may take its place while requests are answered: it warms up beside the former, which
+    answers until then, and after that what had been let in before.
+
+    Raises:
+        BundleError: the bundle cannot be served.
+        ValueError: no operating point is as careful as the settings ask, or they ask for what this
+            machine does not have.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.device = device_of(settings.device)
+        on_cpu = self.device.type == "cpu"
+        if settings.compile == "require" and on_cpu:
+            _need_compiler()
+        if on_cpu:
+            torch.set_num_threads(settings.threads)
+        else:
+            keep_float32_whole()
+        deadline_ms = settings.default_deadline_ms
+        self.metrics = Metrics(
+            settings.max_batch, deadline_ms and deadline_ms / 1e3, on_cuda=not on_cpu
+        )
+        self.leaving = False
+        """Told to end and no longer ready, though what comes is answered until it drains."""
+        self.draining = False
+        self._unable = False
+        self._max_accuracy_loss = settings.max_accuracy_loss
+        self._held: set[Loaded] = set()
+        """All that are not closed: the one that answers, former ones, and one that warms up."""
+        self.loaded = self._load()
+        """The one that answers, or did until it was unloaded."""
+        self.loaded.lead()
+        self.unloaded = False
+        """Whether no bundle answers, until one is loaded."""
+        self._changing = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+        self.missed_deadlines = self.metrics.deadlines.labels("missed")
+        self.encode_seconds = self.metrics.phase_seconds.labels("encode")
+        self.metrics.max_queue.set(settings.max_queue)
+        self.in_flight = 0
+        self.metrics.in_flight.set_function(lambda: self.in_flight)
+        self.tracer = tracer_from(os.environ)
+
+    def warm_up(self) -> None:
+        """Have the first bundle answer; takes seconds.
+
+        With COMPILE=require it takes as long as compiling what the cache lacks.
+
+        Raises:
+            Draining: the server drains, and it ended early.
+        """
+        self.loaded.warm_up()
+
+    # --- what takes its place ----------------------------------------------------------------
+
+    async def load(self, model: str) -> None:
+        """Have the bundle that is in the folder now answer, in place of the one that does.
+
+        Requests are answered meanwhile, and none is lost. If it cannot be served, nothing changes.
+
+        Args:
+            model: its name.
+
+        Raises:
+            NotFound: the server serves none of that name.
+            UnusableBundle: it cannot be served.
+            NotReady: the server still warms up.
+            Draining: the server drains.
+        """
+        self.check_name(model)
+        async with self._changing:
+            if not self.unloaded:
+                _ = self.engine  # or say why not
+            try:
+                fresh = await asyncio.to_thread(self._warm)
+                fresh.use(self._max_accuracy_loss)  # it may be another by now
+            except (BundleError, ValueError) as error:
+                raise UnusableBundle(str(error)) from error
+            former, self.loaded, self.unloaded = self.loaded, fresh, False
+            fresh.lead()
+            self._close_later(former)
+
+    async def unload(self, model: str) -> None:
+        """Have no bundle answer; those requests that were let in before are answered.
+
+        Args:
+            model: its name.
+
+        Raises:
+            NotFound: the server serves none of that name.
+        """
+        self.check_name(model)
+        async with self._changing:
+            if not self.unloaded:
+                self.unloaded = True
+                self._close_later(self.loaded)
+
+    def check_name(self, model: str) -> None:
+        """Raises NotFound for another name than that of the bundle that is served."""
+        if model != self.name:
+            raise NotFound("there is no such model")
+
+    def _load(self) -> Loaded:
+        loaded = Loaded(
+            self.settings, self.device, self._max_accuracy_loss, self.metrics, lambda: self.draining
+        )
+        self._held.add(loaded)
+        return loaded
+
+    def _warm(self) -> Loaded:
+        """The bundle that is in the folder now, no slower than the one that answers until then."""
+        fresh = self._load()
+        try:
+            name = fresh.bundle.description.name
+            if name != self.name:
+                raise BundleError(f"{self.settings.bundle} holds the bundle {name} now")
+            fresh.warm_up(compiled=not self.unloaded)
+        except BaseException:
+            self._close(fresh)
+            raise
+        return fresh
+
+    def _close_later(self, former: Loaded) -> None:
+        """After as long as a drain gives to requests that were let in."""
+        former.stop_compiling()
+
+        async def close() -> None:
+            await asyncio.sleep(self.settings.drain_seconds)
+            await asyncio.to_thread(self._close, former)
+
+        closing = asyncio.create_task(close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _close(self, loaded: Loaded) -> None:
+        loaded.close()
+        self._held.discard(loaded)
+
+    # --- how it is ---------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Of the bundle; the same however often it is replaced."""
+        return self.loaded.bundle.description.name
+
+    @property
+    def state(self) -> tuple[State, str]:
+        """As the Open Inference Protocol's repository names it, and why it is not ready."""
+        if self.unloaded and self._changing.locked():
+            return "LOADING", "another bundle warms up"
+        if self.unloaded or self.draining or not self.alive:
+            return "UNAVAILABLE", self.why_unready
+        return ("READY", "") if self.ready else ("LOADING", self.why_unready)
+
+    @property
+    def why_unready(self) -> str:
+        """In words, while it is not ready."""
+        if self.leaving or self.draining:
+            return "draining"
+        if self.unloaded:
+            return "no bundle is loaded"
+        return "warming up" if self.alive else STUCK
+
+    @property
+    def engine(self) -> Engine:
+        """The running engine.
+
+        Raises:
+            NotReady: still warming up, or nothing is loaded.
+            Draining: shutting down.
+        """
+        if self.draining:
+            raise Draining
+        if self.unloaded:
+            raise NotReady("no bundle is loaded")
+        return self.loaded.engine
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return self.loaded.ready and not (self.unloaded or self.leaving or self.draining)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine loop turns, or does not have to."""
+        return not self.failed and (self.unloaded or self.loaded.alive)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the network cannot run here, from the start or any more."""
+        return self._unable or self.loaded.broken
+
+    def give_up(self) -> None:
+        """The network could not be warmed up."""
+        self._unable = True
+
+    def use(self, max_accuracy_loss: float) -> None:
+        """Put another operating point in force, for those bundles too that are loaded later.
+
+        Raises:
+            ValueError: none is as careful.
+        """
+        self.loaded.use(max_accuracy_loss)
+        self._max_accuracy_loss = max_accuracy_loss
+
+    # --- the end -----------------------------------------------------------------------------
+
+    def stop_compiling(self) -> None:
+        """End what compiles, so that a drain does not wait for it."""
+        for loaded in tuple(self._held):
+            loaded.stop_compiling()
+
+    def close(self) -> None:
+        """End every engine once everything sent to it has been answered."""
+        self._unable = self.failed  # which the process's status says
+        for loaded in tuple(self._held):
+            self._close(loaded)
+        if self.tracer:
+            self.tracer.close()
+
+
+def device_of(asked: str) -> torch.device:
+    """Where the network runs, as the settings ask.
+
+    Raises:
+        ValueError: there is no card.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("DEVICE is cuda, but torch finds no CUDA card")
+    return torch.device(asked)
+
+
+def _need_compiler() -> None:
+    try:
+        openvino()
+    except RuntimeError as error:
+        raise ValueError(f"COMPILE is require, but {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import signal
@@ -16,6 +15,7 @@ from types import FrameType
 import uvicorn
 
 from model.bundle import BundleError
+from server import garbage
 from server.app import create_app
 from server.binding import bound, listen, place
 from server.connection import Protocol
@@ -48,8 +48,8 @@ class Server(uvicorn.Server):
         self._clock = clock
         self._drain_at = math.inf
         self._acceptors: list[Acceptor] = []
-        self._frozen: Loaded | None = None
-        """The bundle that answered when garbage was looked for last."""
+        self._kept: Loaded | None = None
+        """The bundle that nothing of is garbage."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -69,10 +69,9 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: when told to, or when the network cannot run, or not any more."""
-        if self._served.ready and self._frozen is not self._served.loaded:
-            # A look through all that torch has brought takes 0.1 s, in which nothing is answered.
-            gc.freeze()
-            self._frozen = self._served.loaded
+        if self._served.ready and self._kept is not self._served.loaded:
+            garbage.keep()
+            self._kept = self._served.loaded
         if self._clock() >= self._drain_at:
             self._drain()
         return await super().on_tick(counter) or self._served.failed

@@ -251,8 +251,9 @@ class Loaded:
         engine, self._engine, self.warm = self._engine, None, False
         if engine:
             engine.stop()
-        if self._compiling:
-            self._compiling.close()
+        compiling, self._compiling = self._compiling, None
+        if compiling:
+            compiling.close()
         self.decoder.close()
 
     def _controller(self) -> OverloadController:

@@ -10,6 +10,7 @@ import torch
 
 from model.bundle import BundleError
 from model.numerics import keep_float32_whole
+from server import garbage
 from server.compiled import openvino
 from server.engine import Engine
 from server.errors import Draining, NotFound, NotReady, UnusableBundle
@@ -149,16 +150,17 @@ class Served:
         return fresh
 
     def _close_later(self, former: Loaded) -> None:
-        """After as long as a drain gives to requests that were let in."""
         former.stop_compiling()
-
-        async def close() -> None:
-            await asyncio.sleep(self.settings.drain_seconds)
-            await asyncio.to_thread(self._close, former)
-
-        closing = asyncio.create_task(close())
+        closing = asyncio.create_task(self._drain(former))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
+
+    async def _drain(self, former: Loaded) -> None:
+        """Close it, after as long as a drain gives to requests that were let in."""
+        await asyncio.sleep(self.settings.drain_seconds)
+        await asyncio.to_thread(self._close, former)
+        del former  # its network is garbage only then
+        garbage.collect()
 
     def _close(self, loaded: Loaded) -> None:
         loaded.close()

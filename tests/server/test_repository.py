@@ -1,8 +1,10 @@
 """A bundle takes another's place while requests are answered."""
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 
 import pytest
 import torch
@@ -129,6 +131,13 @@ def test_gauges_speak_of_the_former_no_more(server, png):
     former.use(0.05)
     until(lambda: len(server.served._held) == 1)
     assert server.metric("operating_point", model="tiny") == 0.01
+
+
+def test_the_former_leaves_nothing_behind(server):
+    networks = [weakref.ref(unit) for unit in server.served.engine._runner.units]
+    gc.freeze()  # as a server does that is ready
+    load(server)
+    until(lambda: all(network() is None for network in networks))
 
 
 def test_what_was_let_in_before_is_answered_by_the_former(server, folder, png):

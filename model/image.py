@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from model import jpeg, png
+from model import jpeg, png, tiff
 
 Header = Image.Image
 """An image whose header was read and whose pixels were not."""
@@ -37,8 +38,14 @@ class ImageTooLarge(ImageError):
 MOST_TEXT_BYTES = 4 * 2**20
 """Of a PNG's comments, which are inflated with its header."""
 
+EXIF = ("exif", "Raw profile type exif")
+"""Where Pillow keeps it, as it came."""
+
 TWICE_AS_HEAVY = {"WEBP"}
 """Formats whose decoder takes 16 bytes a pixel, where others take up to 9."""
+
+MOST_TILING = 2
+"""Times the most pixels that a TIFF's tiles may have, which are whole at its edges too."""
 
 STRIP_PIXELS = 2**20
 """Converted at a time: some conversions need several copies of what they convert."""
@@ -80,7 +87,7 @@ def decode_quickly(data: bytes, max_pixels: int) -> Image.Image | None:
 def read_header(data: bytes, max_pixels: int) -> Header:
     """Identify an image without decoding its pixels. Arguments and errors as for `decode`."""
     if not data:
-        raise UnsupportedImage("no image was sent")
+        raise UnsupportedImage("it is empty")
     _check_as_pillow_would_not(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -94,7 +101,16 @@ def read_header(data: bytes, max_pixels: int) -> Header:
     except Exception:  # Pillow's parsers raise many kinds on hostile input
         raise BrokenImage("the image's header is broken") from None
     _check_size(*image.size, max_pixels // 2 if image.format in TWICE_AS_HEAVY else max_pixels)
+    _check_size(*tiff.decoded_size(image), MOST_TILING * max_pixels)
+    if image.format == "PNG":
+        png.scale_transparency(image, data)
     return image
+
+
+def decoded_pixels(header: Header) -> int:
+    """How many pixels decoding an image takes the time and the memory of."""
+    width, height = tiff.decoded_size(header)
+    return width * height
 
 
 def _check_as_pillow_would_not(data: bytes) -> None:
@@ -136,7 +152,7 @@ def render(image: Header, size: int) -> Image.Image:
     """Decode an opened image's pixels. Arguments and errors as for `decode`."""
     try:
         image.draft("RGB", (2 * size, 2 * size))
-        ImageOps.exif_transpose(image, in_place=True)
+        _turn_upright(image)
         return _to_rgb(image)
     except Image.DecompressionBombError:
         raise ImageTooLarge("a part of the image is too large") from None
@@ -144,18 +160,39 @@ def render(image: Header, size: int) -> Image.Image:
         raise BrokenImage("the image is truncated or corrupt") from None
 
 
+def _turn_upright(image: Header) -> None:
+    """As its EXIF says, of which Pillow would write the rest anew: that fails where any tag is not
+    of its usual type."""
+    image.load()
+    with suppress(Exception):  # it may be no EXIF at all
+        image.getexif()
+    for name in EXIF:
+        image.info.pop(name, None)
+    ImageOps.exif_transpose(image, in_place=True)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         image.load()
         return image
     strips = list(_strips(image))
-    most = max(_most(image.crop(box)) for box in strips) if image.mode in _WIDE else 0.0
+    white = _white(image, strips) if image.mode in _WIDE else 0.0
+    negative = tiff.is_negative(image)
     if len(strips) == 1:
-        return _strip_to_rgb(image, most)
+        return _strip_to_rgb(image, white, negative)
     whole = Image.new("RGB", image.size)
     for box in strips:
-        whole.paste(_strip_to_rgb(image.crop(box), most), box)
+        whole.paste(_strip_to_rgb(image.crop(box), white, negative), box)
     return whole
+
+
+def _white(image: Image.Image, strips: Sequence[tuple[int, int, int, int]]) -> float:
+    """The value that is white, where a pixel's are of more than 8 bits."""
+    whites = _WIDE[image.mode]
+    if not whites:
+        return float(2 ** tiff.grey_bits(image) - 1)
+    most = max(float(_finite(np.asarray(image.crop(box))).max()) for box in strips)
+    return next((white for white in whites if most <= white), most)
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
@@ -165,48 +202,39 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
         yield 0, top, image.width, min(image.height, top + rows)
 
 
-def _strip_to_rgb(image: Image.Image, most: float) -> Image.Image:
+def _strip_to_rgb(image: Image.Image, white: float, negative: bool) -> Image.Image:
     if image.mode in _WIDE:
         pixels = np.asarray(image)
-        rounded = _WIDE[image.mode](pixels, most)
+        rounded = _rounded(pixels, white)
+        if negative:
+            rounded = 255 - rounded
         if (clear := image.info.get("transparency")) is not None:
             rounded[pixels == clear] = 255
         image = Image.fromarray(rounded)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image)
     return image.convert("RGB")
 
 
-def _most(image: Image.Image) -> float:
-    """The largest value, where a pixel's are of more than 8 bits."""
-    return float(_finite(np.asarray(image)).max())
+def _rounded(pixels: np.ndarray, white: float) -> np.ndarray:
+    """To 8 bits: whole numbers by their highest, others by their share of white."""
+    if pixels.dtype.kind == "f":
+        return np.clip(_finite(pixels) * (255 / white), 0, 255).astype(np.uint8)
+    return np.clip(pixels >> (int(white).bit_length() - 8), 0, 255).astype(np.uint8)
 
 
 def _finite(pixels: np.ndarray) -> np.ndarray:
     return np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
 
 
-def _from_16_bit(pixels: np.ndarray, _: float) -> np.ndarray:
-    return (pixels >> 8).astype(np.uint8)
-
-
-def _from_32_bit(pixels: np.ndarray, most: float) -> np.ndarray:
-    wide = most > 255  # a 16-bit image widened, or an 8-bit one
-    return np.clip(pixels >> 8 if wide else pixels, 0, 255).astype(np.uint8)
-
-
-def _from_float(pixels: np.ndarray, most: float) -> np.ndarray:
-    scale = 255 if most <= 1 else 1
-    return np.clip(_finite(pixels) * scale, 0, 255).astype(np.uint8)
-
-
-_WIDE: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "I;16": _from_16_bit,
-    "I;16L": _from_16_bit,
-    "I;16B": _from_16_bit,
-    "I": _from_32_bit,
-    "F": _from_float,
+_WIDE: dict[str, tuple[float, ...]] = {
+    "I;16": (),
+    "I;16L": (),
+    "I;16B": (),
+    "I": (2**8 - 1, 2**16 - 1, 2**31 - 1),
+    "F": (1.0, 2**8 - 1, 2**16 - 1),
 }
-"""By mode: pixels, and the largest value of the whole image, to 8 bits."""
+"""Modes of more than 8 bits, each with what may be white: the least that no pixel is above. Without
+any, the bits of a pixel say so."""

@@ -21,6 +21,8 @@ MODES = {0: "L", 2: "RGB", 6: "RGBA"}
 CHUNK, CHECK = Struct(">I4s"), Struct(">I")
 HEADER = Struct(">II5B")
 OPENING = SIGNATURE + CHUNK.pack(HEADER.size, b"IHDR")
+DEPTH_AT, GREY = 24, 0
+"""Where bits a channel are said, before the colour type, and the one without colours."""
 LOWER_CASE = 0x20
 """In the first letter of a kind of chunk that may be left alone."""
 LEAST_BYTES = len(OPENING) + HEADER.size + 2 * CHUNK.size + 3 * CHECK.size
@@ -71,6 +73,17 @@ def _only_pixels(data: bytes, most_bytes: int) -> bytes | None:
             body = data[start:stop]
         at = stop + CHECK.size
     return body
+
+
+def scale_transparency(image: Image.Image, data: bytes) -> None:
+    """Have the transparent colour of an opened PNG be of as many bits as its pixels will: Pillow
+    makes those of 2 and 4 bits, and those of 16 in each colour, ones of 8."""
+    clear = image.info.get("transparency")
+    depth, colour = data[DEPTH_AT], data[DEPTH_AT + 1]
+    if isinstance(clear, int) and colour == GREY and depth in (2, 4):
+        image.info["transparency"] = clear * 255 // (2**depth - 1)
+    elif isinstance(clear, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
 def is_damaged(data: bytes) -> bool:

@@ -16,6 +16,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from server import inference, repository, routes
+from server.context import CLIENT_CLOSED
 from server.direct import Direct
 from server.errors import BadRequest, Draining, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
@@ -108,8 +109,10 @@ async def _render(request: Request, error: Exception) -> Response:
     return Response(body, error.status, headers)
 
 
-async def _render_unexpected(request: Request, _: Exception) -> Response:
+async def _render_unexpected(request: Request, error: Exception) -> Response:
     """What Starlette answers with before it raises the error again, for the surroundings to log."""
+    if isinstance(error, ClientDisconnect):  # whom nobody answers
+        return Response(status_code=CLIENT_CLOSED)
     return await _render(request, OfframpError())
 
 

@@ -11,6 +11,8 @@ from server.protocol import parameters_from
 
 ARRIVED, READ = "offramp.arrived", "offramp.read"
 """In a request's scope: `time.perf_counter` when its first byte and its whole head were read."""
+BODY = "offramp.body"
+"""There too, once any of its body has been read, or it is known to have none."""
 TIMES_BEHIND = 3
 """How often a request waits as long as it has waited to begin: before, to be read, where it cannot
 be seen; and its answer will, to be sent."""

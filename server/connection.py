@@ -12,7 +12,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.arrival import ARRIVED, READ
+from server.arrival import ARRIVED, BODY, READ
 from server.departure import CONNECTION, Connection
 from server.errors import BadRequest, HeadTooLarge, OfframpError, RequestTimeout
 from server.middleware import FAULT, refusal
@@ -166,6 +166,7 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """As uvicorn's, which would ask the parser for an upgrade first."""
         self._kept = 0
+        self.scope[BODY] = True  # type: ignore[literal-required]
         cycle = self.cycle
         if cycle.response_complete:
             self._discard(len(body))
@@ -176,6 +177,7 @@ class Protocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def on_message_complete(self) -> None:
+        self.scope[BODY] = True  # type: ignore[literal-required]
         super().on_message_complete()
         self._whole = True
         if self.cycle is not None and self.cycle.response_complete:  # it was refused amid its body

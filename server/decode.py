@@ -104,7 +104,7 @@ class Decoder:
     async def _finish(
         self, begun: image.Header, finish: Callable[[image.Header], np.ndarray], deadline: float
     ) -> np.ndarray:
-        if begun.width * begun.height <= SMALL_PIXELS:
+        if image.decoded_pixels(begun) <= SMALL_PIXELS:
             return finish(begun)
         return await self._in_pool(deadline, lambda: finish(begun))
 

@@ -6,8 +6,8 @@ import gc
 
 
 def keep() -> None:
-    """Never look through what is there now: all that torch has brought takes 0.1 s, in which nothing
-    is answered."""
+    """Never look through what is there now: that takes 0.1 s for all that torch has brought, and
+    nothing is answered meanwhile."""
     gc.freeze()
 
 

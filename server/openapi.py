@@ -55,6 +55,14 @@ ERROR_HEADERS = {
 }
 LOCKED = (errors.Unauthenticated, errors.Forbidden)
 IMAGE_FAULTS = (errors.NoImage, errors.UnsupportedImage, errors.BrokenImage, errors.ImageTooLarge)
+BODY_FAULTS = (
+    errors.BadRequest,
+    errors.RequestTimeout,
+    errors.BodyTooLarge,
+    errors.HeadTooLarge,
+    OfframpError,
+)
+"""Of requests with a small body of JSON."""
 UNAVAILABLE = (errors.NotReady, errors.Draining)
 
 SEEN_EXAMPLE = [

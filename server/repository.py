@@ -42,7 +42,7 @@ class Sent(BaseModel):
     response_model=list[IndexBody],
     responses={
         200: openapi.good("The one bundle that there is"),
-        **openapi.failures(BadRequest, errors.BodyTooLarge),
+        **openapi.failures(*openapi.BODY_FAULTS, InvalidParameter),
     },
     openapi_extra=openapi.shown_to_administrators(
         "curl -X POST -H 'Authorization: Bearer TOKEN' localhost:8000/v2/repository/index"
@@ -63,16 +63,14 @@ def _indexed(served: Served) -> IndexBody:
 
 
 CHANGED: openapi.Responses = {200: openapi.good("It is done; the body is empty")}
-FAULTS = (BadRequest, errors.NotFound, errors.BodyTooLarge, InvalidParameter)
+FAULTS = (*openapi.BODY_FAULTS, errors.NotFound, InvalidParameter)
 
 
 @admin.post(
     "/v2/repository/models/{model}/load",
     responses={
         **CHANGED,
-        **openapi.failures(
-            *FAULTS, errors.UnusableBundle, errors.OfframpError, *openapi.UNAVAILABLE
-        ),
+        **openapi.failures(*FAULTS, errors.UnusableBundle, *openapi.UNAVAILABLE),
     },
     response_class=Response,
     openapi_extra=openapi.shown_to_administrators(

@@ -99,8 +99,8 @@ class AdminRoute(APIRoute):
 
 def _sent_key(request: Request) -> str:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    other = request.headers.get("x-api-key", "")
-    sent = (token if scheme.lower() == "bearer" else other).strip()
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    sent = bearer or request.headers.get("x-api-key", "").strip()
     if not sent:
         raise Unauthenticated
     return sent
@@ -371,7 +371,7 @@ async def get_engine(served: Served_) -> EngineBody:
     response_model=PolicyBody,
     responses={
         200: openapi.good("The policy from now on"),
-        **openapi.failures(errors.BadRequest, errors.BodyTooLarge, InvalidParameter),
+        **openapi.failures(*openapi.BODY_FAULTS, InvalidParameter),
     },
     openapi_extra=openapi.shown_to_administrators(
         "curl -X PUT -H 'Authorization: Bearer TOKEN' -H 'Content-Type: application/json' "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import to_json
 
 from server.errors import BadRequest
@@ -21,6 +22,8 @@ MOST_JSON_BYTES = 2**20
 """Read in the event loop; more of anything goes as raw bytes."""
 MOST_JSON_NUMBERS = 2**16
 """Of a tensor, for the same reason."""
+MOST_DIMENSIONS = 8
+MOST_IN_A_DIMENSION = 2**31 - 1
 LENGTH_BYTES = 4
 """Before each element of a raw tensor of bytes; little-endian, as all numbers there."""
 DATATYPES = {"FP32": "<f4", "INT32": "<i4", "BOOL": "?"}
@@ -32,7 +35,10 @@ class Sent(BaseModel):
 
     name: str
     datatype: Literal["BYTES", "UINT8"]
-    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    shape: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=MOST_IN_A_DIMENSION)], ...],
+        Field(max_length=MOST_DIMENSIONS),
+    ]
     data: list[Any] | None = None
     parameters: dict[str, Any] = Field({})
 
@@ -58,6 +64,14 @@ class InferenceRequest(BaseModel):
     parameters: dict[str, Any] = Field({})
     inputs: tuple[Sent, ...] = Field(min_length=1)
     outputs: tuple[Wanted, ...] = Field(())
+
+    @field_validator("outputs")
+    @classmethod
+    def _each_once(cls, outputs: tuple[Wanted, ...]) -> tuple[Wanted, ...]:
+        """Or a short request would have an endless response."""
+        if len({one.name for one in outputs}) < len(outputs):
+            raise ValueError("an output is asked for twice")
+        return outputs
 
     def wants_binary(self, output: Wanted) -> bool:
         """Whether this output is to be raw."""
@@ -114,12 +128,17 @@ def array_of(sent: Sent, raw: bytes) -> np.ndarray:
     flat = np.frombuffer(raw, np.uint8) if sent.data is None else _bytes_of(sent, sent.data)
     if flat.size != sent.size:
         raise BadRequest(f"{sent.name}: {flat.size} elements, and the shape has {sent.size}")
-    return flat.reshape(sent.shape)
+    try:
+        return flat.reshape(sent.shape)
+    except ValueError:  # it is empty, and otherwise too large
+        raise BadRequest(f"{sent.name}: no tensor may have the shape {sent.shape}") from None
 
 
 def check_raw(sent: Sent, raw: bytes) -> None:
     """Raise BadRequest unless the raw bytes of a request are those of its only input."""
     said = sent.parameters.get("binary_data_size")
+    if said is not None and type(said) is not int:
+        raise BadRequest(f"{sent.name}: binary_data_size must be a number of bytes")
     if sent.data is None and said is None:
         raise BadRequest(f"{sent.name}: it has neither data nor binary_data_size")
     if sent.data is not None and said is not None:
@@ -193,14 +212,25 @@ def _with_length(data: bytes) -> bytes:
 def _bytes_of(sent: Sent, data: list[Any]) -> np.ndarray:
     if sent.size > MOST_JSON_NUMBERS:
         raise BadRequest(f"{sent.name}: more than {MOST_JSON_NUMBERS} numbers must come raw")
-    try:
-        given = np.array(data).reshape(-1)
-    except ValueError:  # of lists of several lengths
-        raise BadRequest(f"{sent.name}: its data are no tensor") from None
-    flat = given.astype(np.uint8) if given.dtype.kind == "i" else np.zeros(0, np.uint8)
-    if not np.array_equal(flat, given):
+    numbers = list(islice(_leaves(data), MOST_JSON_NUMBERS + 1))
+    if len(numbers) > MOST_JSON_NUMBERS:
+        raise BadRequest(f"{sent.name}: more than {MOST_JSON_NUMBERS} numbers must come raw")
+    if not all(type(number) is int and 0 <= number <= 255 for number in numbers):
         raise BadRequest(f"{sent.name}: its data must be whole numbers from 0 to 255")
-    return flat
+    try:
+        return np.array(data, np.uint8).reshape(-1)
+    except ValueError:
+        raise BadRequest(f"{sent.name}: its data are lists of several lengths") from None
+
+
+def _leaves(data: Any) -> Iterator[Any]:
+    """What lists hold, which may hold lists. Before numpy sees it, which would give every element
+    the room of the longest."""
+    if isinstance(data, list):
+        for each in data:
+            yield from _leaves(each)
+    else:
+        yield data
 
 
 def _decoded(text: Any, name: str) -> bytes:

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from server.arrival import BODY
 from server.deadline import in_time
 from server.errors import BadMultipart, NoImage
 
@@ -79,8 +80,9 @@ async def read_whole(request: Request, deadline: float, missed: Counter) -> byte
         DeadlineExceeded: it has not come by then, and so would be of no use.
         ClientDisconnect: nobody waits any more.
     """
-    # A small one is one message, for which Starlette's `body` and a timer take longer.
-    begun, whole = await _read_more(request)
+    begun, whole = b"", False
+    if BODY in request.scope:  # a small one is there at once, and a timer would take longer
+        begun, whole = await _read_more(request)
     return begun if whole else await in_time(_read_rest(request, begun), deadline, missed)
 
 

@@ -1,5 +1,6 @@
 """Every kind of image becomes 8-bit RGB as a person would see it, or is a clear error."""
 
+import io
 import struct
 import zlib
 
@@ -14,6 +15,7 @@ from model.image import (
     ImageTooLarge,
     UnsupportedImage,
     decode,
+    decoded_pixels,
     prepare,
     read_header,
     render,
@@ -34,6 +36,17 @@ def halves(left, right, mode="RGB", side=32):
     image = Image.new(mode, (side, side), left)
     image.paste(right, (side // 2, 0, side, side))
     return image
+
+
+def tiff(pixels, bits=8, photometric=1, compression=1, sample=1, tile=None):
+    """A grey TIFF of 32x32, whose only strip or tile is `pixels`."""
+    entries = {256: 32, 257: 32, 258: bits, 259: compression, 262: photometric, 277: 1, 339: sample}
+    entries |= {322: tile, 323: tile} if tile else {278: 32}
+    start = 8 + 2 + 12 * (len(entries) + 2) + 4
+    where, how_long = (324, 325) if tile else (273, 279)
+    entries |= {where: start, how_long: len(pixels)}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in sorted(entries.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4) + pixels
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -79,6 +92,35 @@ def test_exif_orientation_is_honoured(orientation, format):
     upright, turn = noise(12, 20), ORIENTED[orientation]
     expected = upright if turn is None else upright.transpose(turn)
     assert np.array_equal(decoded(upright, format, exif=exif, **options), np.asarray(expected))
+
+
+XRESOLUTION = 282
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("held", ["sideways", "upright"])
+def test_other_exif_may_be_of_any_type(format, held):
+    """Old cameras and tools write tags that Pillow reads and would not write."""
+    exif = Image.Exif()
+    exif[0x0112] = 6 if held == "sideways" else 1
+    entries = exif.tobytes()
+    at = entries.index(b"MM\0*") if b"MM\0*" in entries else entries.index(b"II*\0")
+    order = ">" if entries[at : at + 2] == b"MM" else "<"
+    tag = struct.pack(order + "HHI4s", XRESOLUTION, 2, 3, b"72\0\0")
+    (count,) = struct.unpack_from(order + "H", entries, at + 8)
+    changed = entries[:at] + entries[at : at + 8] + struct.pack(order + "H", count + 1)
+    changed += entries[at + 10 : at + 10 + 12 * count] + tag + b"\0\0\0\0"
+    image = decode(encode(halves(RED, BLUE), format, exif=changed), 32, LIMIT)
+    first = np.asarray(image).astype(int)[4, 4]
+    assert np.abs(first - RED).max() <= 8
+    assert Image.open(io.BytesIO(encode(noise(), format, exif=changed))).getexif()[XRESOLUTION]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0no exif at all", b"Exif\0\0MM\0*\0\0\0\x08\0\x09"])
+def test_exif_that_is_none_spoils_no_image(format, exif):
+    assert decode(encode(halves(RED, BLUE), format, exif=exif), 32, LIMIT).size == (32, 32)
 
 
 def test_a_photo_held_sideways_is_turned_upright():
@@ -173,6 +215,77 @@ def test_floating_point_is_scaled_by_what_it_holds(low, high):
 def test_floating_point_that_is_no_number_is_black():
     pixels = np.array([[np.nan, 1.0], [np.inf, -np.inf]], np.float32)
     assert decoded(Image.fromarray(pixels), "TIFF")[:, :, 0].tolist() == [[0, 255], [255, 0]]
+
+
+RAMP = np.arange(32) / 31
+
+
+def ramp(pixels):
+    """Rows that go from one side to the other."""
+    return np.broadcast_to(pixels, (32, 32)).copy()
+
+
+def of_12_bits(pixels):
+    first, second = pixels.reshape(-1, 2).T.astype(int)
+    packed = [first >> 4, (first & 15) << 4 | second >> 8, second & 255]
+    return np.stack(packed, axis=1).astype(np.uint8).tobytes()
+
+
+WIDE_TIFFS = {
+    "12 bits": tiff(of_12_bits(ramp(np.round(4095 * RAMP))), bits=12),
+    "16 bits": tiff(ramp(np.round(65535 * RAMP)).astype("<u2").tobytes(), bits=16),
+    "16 bits, 0 is white": tiff(
+        ramp(np.round(65535 * (1 - RAMP))).astype("<u2").tobytes(), bits=16, photometric=0
+    ),
+    "32 bits": tiff(ramp(np.round((2**31 - 1) * RAMP)).astype("<i4").tobytes(), bits=32, sample=2),
+    "floats to 65535": tiff(ramp(65535 * RAMP).astype("<f4").tobytes(), bits=32, sample=3),
+    "floats to 255": tiff(ramp(255 * RAMP).astype("<f4").tobytes(), bits=32, sample=3),
+    "floats to 1": tiff(ramp(RAMP).astype("<f4").tobytes(), bits=32, sample=3),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_TIFFS)
+def test_a_wide_grey_tiff_keeps_its_range(name):
+    pixels = np.asarray(decode(WIDE_TIFFS[name], 32, LIMIT)).astype(int)
+    assert np.abs(pixels[..., 0] - 255 * RAMP).max() <= 2
+
+
+def test_a_tile_is_no_larger_than_an_image_may_be():
+    """Its size has nothing to do with the image's, and it is inflated whole."""
+    small = tiff(zlib.compress(bytes(64 * 64)), compression=8, tile=64)
+    assert decode(small, 32, 64 * 64).size == (32, 32)
+    large = tiff(zlib.compress(bytes(2048 * 2048)), compression=8, tile=2048)
+    assert decoded_pixels(read_header(large, 2048 * 2048)) == 2048 * 2048
+    with pytest.raises(ImageTooLarge):
+        read_header(large, LIMIT)
+
+
+def grey_png(depth, clear, colour=0):
+    """Every value of so few bits in a row of its own, of which one stands for transparency."""
+
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    rows, samples = 2**depth if depth < 8 else 4, 3 if colour else 1
+    value = [r * (0x1111 if depth == 16 else 1) for r in range(rows)]
+    if depth == 16:
+        lines = [b"\0" + struct.pack(">H", v) * 8 * samples for v in value]
+    else:
+        per_byte = sum(1 << (depth * i) for i in range(8 // depth))
+        lines = [b"\0" + bytes([v * per_byte]) * depth for v in value]
+    header = struct.pack(">IIBBBBB", 8, rows, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"tRNS", struct.pack(">H", value[clear]) * samples)]
+    parts += [(b"IDAT", zlib.compress(b"".join(lines))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(("depth", "colour"), [(1, 0), (2, 0), (4, 0), (16, 0), (16, 2)])
+def test_the_transparent_colour_of_a_png_of_any_depth_becomes_white(depth, colour):
+    pixels = np.asarray(decode(grey_png(depth, 1, colour), 32, LIMIT))
+    steps = {1: 255, 2: 85, 4: 17, 16: 17}[depth]
+    for row, line in enumerate(pixels):
+        assert (line == (255 if row == 1 else steps * row)).all(), row
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])

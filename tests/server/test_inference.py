@@ -11,7 +11,7 @@ from PIL import Image
 from server.inference import OUTPUTS
 from server.metrics import INFER
 from server.routes import MAX_BATCH_IMAGES
-from server.tensors import HEADER_LENGTH, MOST_JSON_BYTES
+from server.tensors import HEADER_LENGTH, MOST_JSON_BYTES, MOST_JSON_NUMBERS
 from tests.conftest import encode, noise
 
 INFER_PATH = "/v2/models/tiny/infer"
@@ -169,6 +169,14 @@ MALFORMED = {
     "pixels that should come raw": {"inputs": [PIXELS | {"shape": [1, 200, 200, 3], "data": [1]}]},
     "raw bytes that do not come": {"inputs": [PIXELS | {"parameters": {"binary_data_size": 3}}]},
     "data twice": {"inputs": [PIXELS | {"data": [1] * 3, "parameters": {"binary_data_size": 3}}]},
+    "a word among pixels": {"inputs": [PIXELS | {"data": ["x" * 1000, *[1] * 50_000]}]},
+    "too many pixels": {"inputs": [PIXELS | {"data": [1] * (MOST_JSON_NUMBERS + 1)}]},
+    "a shape without room": {"inputs": [PIXELS | {"shape": [0, 2**30, 2**30, 3], "data": []}]},
+    "a shape beyond numbers": {"inputs": [PIXELS | {"shape": [1, 0, 10**30, 3], "data": []}]},
+    "a shape beyond printing": {"inputs": [encoded(b"x") | {"shape": [10**4000, 10**4000]}]},
+    "many dimensions": {"inputs": [encoded(b"x") | {"shape": [1] * 100}]},
+    "an output twice": {"inputs": [encoded(b"x")], "outputs": [{"name": "exit"}] * 2},
+    "a size in words": {"inputs": [PIXELS | {"parameters": {"binary_data_size": "0"}}]},
     "too much JSON": {"inputs": [encoded(bytes(MOST_JSON_BYTES))]},
 }
 

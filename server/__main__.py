@@ -17,7 +17,7 @@ import uvicorn
 from model.bundle import BundleError
 from server import garbage
 from server.app import create_app
-from server.binding import bound, listen, place
+from server.binding import authority, bound, listen
 from server.connection import Protocol
 from server.listening import Acceptor
 from server.loaded import Loaded
@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         for server in self.servers if self.started else ():
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
-                log.info("listening on http://%s", place(host, port))
+                log.info("listening on http://%s", authority(host, port))
                 self._acceptors.append(Acceptor(listening, self._protocol))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

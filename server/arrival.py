@@ -44,10 +44,9 @@ def allowed_seconds(scope: Scope, default_deadline_ms: float | None) -> float:
         default_deadline_ms: of requests that name none, if they have one.
     """
     try:
-        deadline_ms = parameters_from(scope["query_string"]).deadline_ms or default_deadline_ms
+        return parameters_from(scope["query_string"]).allowed_seconds(default_deadline_ms)
     except InvalidParameter:
         return math.inf  # it must not be told to try again
-    return math.inf if deadline_ms is None else deadline_ms / 1e3
 
 
 def is_hopeless(behind: float, allowed: float) -> bool:

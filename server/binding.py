@@ -58,7 +58,7 @@ def listen(sockets: Sequence[socket.socket]) -> None:
             raise _refused(host, port, error) from error
 
 
-def place(host: str, port: int) -> str:
+def authority(host: str, port: int) -> str:
     """As it stands in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -79,4 +79,4 @@ def _new(family: int) -> socket.socket:
 
 def _refused(host: str, port: int, error: Exception) -> SettingsError:
     reason = getattr(error, "strerror", None) or error
-    return SettingsError(f"cannot listen on {place(host, port)}: {reason}")
+    return SettingsError(f"cannot listen on {authority(host, port)}: {reason}")

@@ -39,7 +39,6 @@ class Capturing:
         bundle: what is served.
         units: the eager units on the card, shallow to deep, that captured ones must agree with.
         dtype: their numerics.
-        device: the card.
         capture: records a unit's work.
         staging: of the card.
         ways: by a name, what makes of a unit one that gives the same and may be faster; where
@@ -52,7 +51,6 @@ class Capturing:
         bundle: Bundle,
         units: list[Unit],
         dtype: torch.dtype,
-        device: torch.device,
         capture: Capture,
         staging: Staging,
         ways: Mapping[str, Way],
@@ -61,7 +59,6 @@ class Capturing:
         self._bundle = bundle
         self._units = units
         self._dtype = dtype
-        self._device = device
         self._capture = capture
         self._staging = staging
         self._made = [
@@ -169,12 +166,10 @@ class Capturing:
         return captured, share_of_eager(captured, eager, inputs, self._clock)
 
     def _examples(self, size: int) -> list[tuple[Tensor, ...]]:
-        return example_inputs(self._units, self._bundle, size, self._device)
+        return example_inputs(self._units, self._bundle, size)
 
 
-def card_capturing(
-    bundle: Bundle, units: list[Unit], dtype: torch.dtype, device: torch.device
-) -> Capturing:
+def card_capturing(bundle: Bundle, units: list[Unit], dtype: torch.dtype) -> Capturing:
     """As a server on a card has it."""
     ways: dict[str, Way] = {"merged": merge}
     if dtype in HALF:
@@ -183,4 +178,4 @@ def card_capturing(
             "fused and merged": lambda unit: merge(fuse(unit)),
             "dense, fused and merged": lambda unit: merge(fuse(densify(unit))),
         }
-    return Capturing(bundle, units, dtype, device, CudaCapture(), card_staging(), ways)
+    return Capturing(bundle, units, dtype, CudaCapture(), card_staging(), ways)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,15 +83,12 @@ def _point_for(parameters: Parameters, loaded: Loaded) -> OperatingPoint:
 
 
 def _deadline_for(parameters: Parameters, served: Served, context: Context) -> float:
-    milliseconds = parameters.deadline_ms or served.settings.default_deadline_ms
-    if milliseconds is None:
-        return math.inf
-    seconds = milliseconds / 1e3
-    return context.arrived + seconds - max(reserve_seconds(seconds), context.behind)
+    allowed = parameters.allowed_seconds(served.settings.default_deadline_ms)
+    return context.arrived + allowed - max(reserve_seconds(allowed), context.behind)
 
 
 @contextmanager
-def place(served: Served) -> Iterator[None]:
+def queue_place(served: Served) -> Iterator[None]:
     """Hold a place in the server before any work is done for an image.
 
     Raises:
@@ -128,7 +124,7 @@ async def answered(
         OfframpError: any of its subclasses that concern one image.
     """
     engine, deadline = admission.engine, admission.deadline
-    with place(served):
+    with queue_place(served):
         engine.check(deadline)  # before any work is done in vain
         pixels, decode_seconds = await admission.loaded.decoder(image, deadline)
         ticket = engine.submit(

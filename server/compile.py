@@ -59,7 +59,7 @@ def compile_missing(arguments: argparse.Namespace) -> None:
     programs.remove_stale()
     units = traceable_units(bundle, dtype)
     for size in order(arguments.max_batch):
-        inputs = example_inputs(units, bundle, size, torch.device("cpu"))
+        inputs = example_inputs(units, bundle, size)
         for stage, unit in enumerate(units, start=1):
             file = programs.file(stage, size)
             if not file.exists():

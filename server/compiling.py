@@ -246,7 +246,7 @@ class Compiling:
         return [*command, "--cache-dir", str(self._programs.cache)]
 
     def _examples(self, size: int) -> list[tuple[Tensor, ...]]:
-        return example_inputs(self._units, self._bundle, size, torch.device("cpu"))
+        return example_inputs(self._units, self._bundle, size)
 
     def _measured_teams(
         self, stage: int, inputs: tuple[Tensor, ...]

@@ -421,9 +421,7 @@ class Engine:
             self._audit(job)
 
     def _audit(self, job: Job) -> None:
-        forgotten = self.scheduler.audit(job)
-        if forgotten is not None:
-            forgotten.payload.release()
+        _release(self.scheduler.audit(job))
 
     def _tells_of_the_policy(self, job: Job, reason: Reason) -> bool:
         """Whether the policy in force gave an early answer, and not its request or the load."""
@@ -458,11 +456,19 @@ class Engine:
         self._outbox.settle(ticket, answer)
 
     def _settle_audit(self, batch: Batch) -> None:
-        for job in self.scheduler.settle_audit(batch):
+        (job,) = batch.jobs
+        _release(self.scheduler.settle_audit(batch))
+        if batch.stage == self.scheduler.exits:
             ticket: Ticket = job.payload
             assert ticket.probabilities is not None
             said = ticket.seen[-1]
             self._metrics.audited(said.exit, said.class_id == int(ticket.probabilities.argmax()))
+
+
+def _release(forgotten: Job | None) -> None:
+    """Let go of an audited job that was forgotten for another."""
+    if forgotten is not None:
+        forgotten.payload.release()
 
 
 def _say_why(what: str, batch: Batch) -> None:

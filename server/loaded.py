@@ -148,7 +148,7 @@ class Loaded:
             return
         if self.device.type == "cuda":
             keep_kernels(self.settings.cache_dir.expanduser() / "kernels")
-            capturing = card_capturing(self.bundle, runner.units, self.dtype, self.device)
+            capturing = card_capturing(self.bundle, runner.units, self.dtype)
             required = self.settings.compile == "require"
             capturing.use_all(self.settings.max_batch, use, required, self._draining)
             return

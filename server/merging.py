@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from model.confidence import Constants
 from model.policy import Measure
-from model.preprocess import Preprocess, normalised
+from model.preprocess import normalised
 from server.programs import make_private
 from server.rewriting import called, copy_of, replace, tidied
 from server.units import Unit, say
@@ -75,9 +75,11 @@ class _Merged(Unit):
         self._constants = constants.to(next(unit.parameters()).device)
         self._normalised, self._said = compile(normalised), compile(_said)
 
-    def prepared(self, pixels: Tensor, normalise: Preprocess) -> Tensor:
+    def prepared(self, pixels: Tensor) -> Tensor:
         """As `Unit`."""
-        out: Tensor = self._normalised(pixels, *normalise.affine_on(pixels.device), self.dtype)
+        assert self.normalise is not None
+        affine = self.normalise.affine_on(pixels.device)
+        out: Tensor = self._normalised(pixels, *affine, self.dtype)
         return out
 
     def said(self, logits: Tensor, passed: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,9 @@ class Metrics:
         return Histogram(f"offramp_{name}", text, labels, registry=self.registry, buckets=buckets)
 
     def _requests(self, seconds: Sequence[float]) -> None:
-        self.requests = self._counter("requests_total", "HTTP requests", ["route", "code"])
+        self.requests = self._counter(
+            "requests_total", "Requests to the routes that answer images", ["route", "code"]
+        )
         self.request_seconds = self._histogram(
             "request_duration_seconds", "First byte to last byte", ["route"], seconds
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -56,6 +57,15 @@ class Parameters(BaseModel):
     explain: bool = Field(
         False, description="add `seen`: what every exit on the way said", examples=[True]
     )
+
+    def allowed_seconds(self, default_deadline_ms: float | None) -> float:
+        """From the first byte to the answer; infinite where there is no deadline.
+
+        Args:
+            default_deadline_ms: of requests that name none, if they have one.
+        """
+        milliseconds = self.deadline_ms or default_deadline_ms
+        return math.inf if milliseconds is None else milliseconds / 1e3
 
     @property
     def bends(self) -> bool:

@@ -20,8 +20,8 @@ from server.openapi import document
 from server.settings import PREFIX, Settings
 
 NOTICE = "<!-- Made from the code by: python -m server.reference docs -->\n"
-NUMBERED = {"exit", "stage", "model", "version", "code", *MODEL_INFO}
-"""Labels whose values need no list: of a bundle, or every code."""
+NUMBERED = {"exit", "stage", "code", "python", "torch", *MODEL_INFO}
+"""Labels whose values need no list: of a bundle or a machine, or every code."""
 BODIES = ("AnswerBody", "Label", "SeenBody", "Timing", "BatchBody", "ErrorBody", "ModelBody")
 POLICY_BODIES = ("ExitBody", "PolicyBody", "OperatingPoint", "PolicyChange")
 ENGINE_BODIES = ("EngineBody", "LevelBody")
@@ -182,6 +182,8 @@ def _type(schema: Json) -> str:
 def _name(kind: Json) -> str:
     if "$ref" in kind:
         return str(kind["$ref"]).rpartition("/")[2]
+    if "anyOf" in kind:
+        return " or ".join(map(_name, kind["anyOf"]))
     if kind.get("type") == "array":
         return f"list of {_name(kind['items'])}"
     return str(kind.get("type", "anything"))

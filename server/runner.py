@@ -83,7 +83,7 @@ class Runner:
         self._eager: CostTable | None = None
         self._programs: dict[tuple[int, int], tuple[Program, float]] = {}
         self._teams: dict[int, Program] = {}
-        self._plans: dict[tuple[int, int], tuple[Program | None, int]] = {}
+        self._plans: dict[tuple[int, int], Program | None] = {}
 
     @property
     def exits(self) -> int:
@@ -101,7 +101,7 @@ class Runner:
         """
         program = self._teams.get(stage) if alone else None
         if program is None:
-            program, _ = self._plan(stage, len(inputs))
+            program = self._plan(stage, len(inputs))
         if program:
             features, said, passed = self._memory.run(program, inputs)
         else:
@@ -125,14 +125,12 @@ class Runner:
     def warm_up(
         self,
         sizes: Sequence[int],
-        clock: Callable[[], float] = time.perf_counter,
         draining: Callable[[], bool] = lambda: False,
     ) -> Seconds:
         """Run every stage at every batch size; eagerly, where no program has come yet.
 
         Args:
             sizes: small to large.
-            clock: seconds.
             draining: whether nobody wants the result any more.
 
         Returns:
@@ -147,7 +145,7 @@ class Runner:
                 raise Draining
             inputs: Inputs = [self._black] * size
             for stage in seconds:
-                output, seconds[stage][size] = self._timed(stage, inputs, clock)
+                output, seconds[stage][size] = self._timed(stage, inputs)
                 inputs = self.keep(output, range(size))
         self._eager = CostTable(seconds)
         return seconds
@@ -182,28 +180,27 @@ class Runner:
         corners = {*batch_sizes(largest), *sizes, *(s + 1 for s in sizes)}
         return {n: self._best(stage, n)[0] for n in sorted(corners) if n <= largest}
 
-    def _plan(self, stage: int, n: int) -> tuple[Program | None, int]:
+    def _plan(self, stage: int, n: int) -> Program | None:
         plans = self._plans  # once: a plan made before a program came must not outlast it
-        plan = plans.get((stage, n))
-        if plan is None:
-            plan = plans[stage, n] = self._best(stage, n)[1:]
-        return plan
+        if (stage, n) not in plans:
+            _, plans[stage, n] = self._best(stage, n)
+        return plans[stage, n]
 
-    def _best(self, stage: int, n: int) -> tuple[float, Program | None, int]:
+    def _best(self, stage: int, n: int) -> tuple[float, Program | None]:
         return min(self._ways(stage, n), key=lambda way: way[0])
 
-    def _ways(self, stage: int, n: int) -> Iterator[tuple[float, Program | None, int]]:
+    def _ways(self, stage: int, n: int) -> Iterator[tuple[float, Program | None]]:
         """The ways for `n` images: eagerly, and through the smallest program with room for them. A
         larger one only seems faster where the machine was busier when the smaller was timed."""
         size = min((z for k, z in self._programs if k == stage and z >= n), default=None)
         if size is None or not self._memory.plans_anew:
-            yield self._eager.seconds(stage, n) if self._eager else float("inf"), None, n
+            yield self._eager.seconds(stage, n) if self._eager else float("inf"), None
         if size is not None:
             program, seconds = self._programs[stage, size]
-            yield seconds, program, size
+            yield seconds, program
 
     def _timed(
-        self, stage: int, inputs: Inputs, clock: Callable[[], float]
+        self, stage: int, inputs: Inputs, clock: Callable[[], float] = time.perf_counter
     ) -> tuple[StageOutput, float]:
         output = self.run(stage, inputs)  # of a new shape, which a card takes its time to plan
         taken: list[float] = []

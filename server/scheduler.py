@@ -38,7 +38,8 @@ have to wait for it."""
 PROBE_SECONDS = 1.0
 """After so long without a batch, one job runs although it is expected to be late even alone. Costs
 are learned only from batches that run: one slow spell could have every job refused for ever."""
-NOBODY = math.inf, -math.inf
+NO_DEADLINES = math.inf, -math.inf
+"""An interval that holds none."""
 LEAVING_RATE = 0.02
 """Weight of one job in the running share of jobs that leave at an exit."""
 
@@ -161,7 +162,7 @@ class Scheduler:
         self._ends: dict[int, float] = {}
         """When each running batch is expected to end, by the number of its first job."""
         self._live_until = -math.inf
-        self._refusing = NOBODY
+        self._refusing = NO_DEADLINES
         """Deadlines sure to be refused: from that of the last job refused to when it would have had
         its first exit's answer."""
         self._probe: Job | None = None
@@ -248,7 +249,7 @@ class Scheduler:
     def next_step(self, now: float) -> Step:
         """Choose what a free worker does now, and take those jobs off their queues."""
         if not self._queues[1]:
-            self._refusing = NOBODY  # it held only while images waited ahead
+            self._refusing = NO_DEADLINES  # it held only while images waited ahead
         self.workers = self._workers_worth_their_core()
         self.backlog_seconds = self.predicted_wait(now)
         lone = self._only(1)
@@ -316,12 +317,15 @@ class Scheduler:
             self.controller.saw_answers(len(answered), self._work(batch.stage))
         return answered
 
-    def settle_audit(self, batch: Batch) -> list[Job]:
-        """Take back an audit batch; returns the jobs that have now reached the last exit."""
-        self._ended(batch.jobs[0])
-        for job in batch.jobs:
-            self.audit(job)
-        return [job for job in batch.jobs if batch.stage == self.exits]
+    def settle_audit(self, batch: Batch) -> Job | None:
+        """Take back an audit batch, whose job waits for its next stage if there is one.
+
+        Returns:
+            As `audit`.
+        """
+        (job,) = batch.jobs
+        self._ended(job)
+        return self.audit(job)
 
     def abandon(self, job: Job) -> None:
         """Forget a job whose run failed, wherever it has got to."""

@@ -69,8 +69,8 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
-        description="numerics of the network; auto takes float16 on CUDA, or bfloat16 where the "
-        "policy was certified in that one of the two, and on CPU the faster of float32 and, where "
+        description="numerics of the network; on CUDA auto takes float16, or bfloat16 if of the "
+        "two the policy was certified in bfloat16 alone; on CPU the faster of float32 and, where "
         "the policy was certified in it, bfloat16; int8, for CPU, is taken only if asked for, and "
         "only with a policy that was calibrated for it",
     )

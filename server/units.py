@@ -53,13 +53,14 @@ class Unit(nn.Module):
             its probabilities; and what the next exit wants to know of this one `[N, classes]`.
         """
         if self.normalise is not None:
-            x = self.prepared(x, self.normalise)
+            x = self.prepared(x)
         features, logits = self.stage(x)
         return features, *self.said(logits, passed)
 
-    def prepared(self, pixels: Tensor, normalise: Preprocess) -> Tensor:
-        """What the stage takes of pixels."""
-        return normalise.normalise(pixels, self.dtype)
+    def prepared(self, pixels: Tensor) -> Tensor:
+        """What the first stage takes of pixels."""
+        assert self.normalise is not None
+        return self.normalise.normalise(pixels, self.dtype)
 
     def said(self, logits: Tensor, passed: Tensor | None) -> tuple[Tensor, Tensor]:
         """What is returned second and third."""
@@ -83,11 +84,10 @@ def make_units(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> list
     """The units of a calibrated bundle, shallow to deep; its network stays as it is.
 
     Raises:
-        ValueError: the bundle has no policy, or for int8 none that was calibrated for it.
+        BundleError: it was not calibrated.
+        ValueError: for int8 it was not.
     """
-    policy = bundle.policy
-    if policy is None:
-        raise ValueError("the bundle has no policy")
+    policy = bundle.calibrated
     preprocess = bundle.description.preprocess
     if dtype is torch.int8:
         stages = quantised_stages(bundle.net, policy.for_int8().ranges)
@@ -102,13 +102,12 @@ def make_units(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> list
     ]
 
 
-def example_inputs(
-    units: list[Unit], bundle: Bundle, size: int, device: torch.device
-) -> list[tuple[Tensor, ...]]:
+def example_inputs(units: list[Unit], bundle: Bundle, size: int) -> list[tuple[Tensor, ...]]:
     """What each unit takes in a batch of `size` random images, shallow to deep."""
     side = bundle.description.preprocess.size
     chance = torch.Generator().manual_seed(size)
     pixels = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8, generator=chance)
+    device = next(units[0].parameters()).device
     inputs: list[tuple[Tensor, ...]] = [(pixels.to(device),)]
     with torch.inference_mode():
         for unit in units[:-1]:

@@ -31,5 +31,5 @@ class FakeProgram:
 
 def fake_program(bundle, units, stage, size, **how):
     """Of one of a bundle's units, in front of random inputs."""
-    inputs = example_inputs(units, bundle, size, torch.device("cpu"))[stage - 1]
+    inputs = example_inputs(units, bundle, size)[stage - 1]
     return FakeProgram(units[stage - 1], inputs, **how)

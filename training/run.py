@@ -38,7 +38,7 @@ class Run:
     sums: Tensor | None = None
     """Of the loss terms over those steps, fp32 `[terms]`."""
     seconds: float = 0.0
-    """Spent on those steps before the run was last resumed."""
+    """Spent on those steps, those before a resume included."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry for each complete epoch."""
 

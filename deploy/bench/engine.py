@@ -92,7 +92,7 @@ class Ready:
             self.runner.use_program(stage, size, program, share * eager[stage][size])
 
         if device.type == "cuda":
-            capturing = card_capturing(bundle, self.runner.units, dtype, device)
+            capturing = card_capturing(bundle, self.runner.units, dtype)
             capturing.use_all(max_batch, use, required=True)
         self.warm_up_seconds, self.capture_seconds = warm - began, time.perf_counter() - warm
 
@@ -316,7 +316,7 @@ def _repeated(ready: Ready, stage: int, n: int) -> Callable[[], object]:
     if program:
         return program.replay
     unit = ready.unit(stage, n)
-    inputs = example_inputs(ready.runner.units, ready.bundle, n, ready.device)[stage - 1]
+    inputs = example_inputs(ready.runner.units, ready.bundle, n)[stage - 1]
     return lambda: unit(*inputs)
 
 

@@ -98,7 +98,7 @@ def cases_of(bundle: Bundle, batches: Sequence[int]) -> Iterator[tuple[torch.dty
 def fused_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, folder: Path) -> Pass:
     """A pass over random images through all stages at once, compiled into `folder`."""
     units = _units(bundle, way, dtype)
-    example = example_inputs(units, bundle, batch, torch.device("cpu"))[0]
+    example = example_inputs(units, bundle, batch)[0]
     whole = _programs([Whole(units)], [example], way, dtype, [folder / f"{dtype}-{batch}.bin"])[0]
     pixels = _given(way, example)
 
@@ -115,7 +115,7 @@ def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, cache:
     What a server with as many threads has compiled is only loaded.
     """
     units = _units(bundle, way, dtype)
-    examples = example_inputs(units, bundle, batch, torch.device("cpu"))
+    examples = example_inputs(units, bundle, batch)
     kept = Programs(cache, bundle, dtype, torch.get_num_threads())
     files = [kept.file(stage, batch) for stage in range(1, len(units) + 1)]
     programs = _programs(units, examples, way, dtype, files)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from server.binding import bound, listen, place
+from server.binding import authority, bound, listen
 from server.settings import SettingsError
 
 
@@ -62,8 +62,8 @@ def test_a_host_that_is_not_here_is_named(host):
 
 
 def test_an_address_stands_in_a_url():
-    assert place("127.0.0.1", 80) == "127.0.0.1:80"
-    assert place("::1", 80) == "[::1]:80"
+    assert authority("127.0.0.1", 80) == "127.0.0.1:80"
+    assert authority("::1", 80) == "[::1]:80"
 
 
 def test_an_address_that_a_name_has_and_the_system_has_not_is_left_out(monkeypatch):

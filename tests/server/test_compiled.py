@@ -62,25 +62,27 @@ def test_a_batch_is_timed_until_it_is_known_or_has_taken_long(runner, readings, 
 
 
 def test_a_batch_is_padded_only_where_that_is_cheaper(runner):
-    runner.use_program(1, 4, object(), 2.5)
-    assert [runner._plan(1, n)[1] for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 5]
+    program = object()
+    runner.use_program(1, 4, program, 2.5)
+    plans = [runner._plan(1, n) for n in (1, 2, 3, 4, 5)]
+    assert plans == [None, None, program, program, None]
     expected = {1: 1.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 5.0, 6: 6.0, 8: 8.0}
     assert runner.expected(1, 8) == expected
-    assert runner._plan(2, 3) == (None, 3)
+    assert runner._plan(2, 3) is None
 
 
 def test_a_batch_is_never_padded_beyond_the_next_larger_program(runner):
     small, large = object(), object()
     runner.use_program(1, 8, large, 0.1)  # measured while the machine was idle
-    assert runner._plan(1, 2) == (large, 8)
+    assert runner._plan(1, 2) is large
     runner.use_program(1, 4, small, 0.9)  # and this one while it was busy
-    assert runner._plan(1, 2) == (small, 4)
-    assert runner._plan(1, 5) == (large, 8)
+    assert runner._plan(1, 2) is small
+    assert runner._plan(1, 5) is large
 
 
 def test_a_program_slower_than_the_eager_stage_is_not_used(runner):
     runner.use_program(1, 4, object(), 9.0)
-    assert runner._plan(1, 4) == (None, 4)
+    assert runner._plan(1, 4) is None
 
 
 class Interrupted(Runner):
@@ -99,16 +101,17 @@ class Interrupted(Runner):
 def test_a_program_that_comes_while_a_batch_is_planned_is_used_for_the_next(bundle):
     program = object()
     runner = Interrupted(bundle, lambda one: one.use_program(1, 4, program, 0.5))
-    assert runner._plan(1, 3) == (None, 3)
-    assert runner._plan(1, 3) == (program, 4)
+    assert runner._plan(1, 3) is None
+    assert runner._plan(1, 3) is program
 
 
 def test_padding_gives_the_same_answers(bundle, runner):
     pixels = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
     eager = runner.run(1, pixels)
-    runner.use_program(1, 4, fake_program(bundle, runner.units, 1, 4), 0.5)
+    program = fake_program(bundle, runner.units, 1, 4)
+    runner.use_program(1, 4, program, 0.5)
     padded = runner.run(1, pixels)
-    assert runner._plan(1, 3)[1] == 4
+    assert runner._plan(1, 3) is program
     np.testing.assert_allclose(padded.confidences, eager.confidences, atol=1e-4)
     assert len(padded.probabilities) == 3
 

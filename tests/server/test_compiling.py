@@ -355,7 +355,7 @@ def compiled(bundle_path, tmp_path_factory):
         compiling._thread.join(60)
         complete, told = compiling.complete, len(clients[0].answers)
         runner = server.served.engine._runner
-        until(lambda: all(runner._plan(stage, 1)[0] for stage in (1, 2, 3, 4)))
+        until(lambda: all(runner._plan(stage, 1) for stage in (1, 2, 3, 4)))
         for client in clients:
             client.enough.set()
             client.join(20)
@@ -379,7 +379,7 @@ def test_no_answer_is_lost_or_changed_while_a_server_compiles(compiled):
 def test_compiled_units_equal_the_eager_ones_at_every_stage(compiled, bundle, units):
     files = {f.name: f for f in compiled[0].rglob("*.bin")}
     assert len(files) == len(units)
-    inputs = example_inputs(units, bundle, 1, CPU)
+    inputs = example_inputs(units, bundle, 1)
     for k, unit in enumerate(units, start=1):
         program = CompiledUnit(files[f"stage{k}-batch1.bin"], torch.float32)
         assert disagreement(program, unit, inputs[k - 1], torch.float32) is None
@@ -407,7 +407,7 @@ def test_a_unit_keeps_to_one_thread(compiled):
 def test_a_team_gives_the_same_answer(compiled, bundle, units):
     (file,) = compiled[0].rglob("stage1-batch1.bin")
     team = CompiledUnit(file, torch.float32, threads=2)
-    (inputs, *_) = example_inputs(units, bundle, 1, CPU)
+    (inputs, *_) = example_inputs(units, bundle, 1)
     assert disagreement(team, units[0], inputs, torch.float32) is None
     assert team._network.get_property("INFERENCE_NUM_THREADS") == 2
 
@@ -416,7 +416,7 @@ def test_a_team_gives_the_same_answer(compiled, bundle, units):
 def test_workers_may_call_a_unit_at_the_same_time(compiled, bundle, units):
     (file,) = compiled[0].rglob("stage1-batch1.bin")
     program = CompiledUnit(file, torch.float32, workers=2)
-    (inputs, *_) = example_inputs(units, bundle, 1, CPU)
+    (inputs, *_) = example_inputs(units, bundle, 1)
     with torch.inference_mode():
         expected = units[0](*inputs)[1]
         with ThreadPoolExecutor(2) as workers:
@@ -507,7 +507,7 @@ def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):
 def test_no_compiled_unit_copies_features_at_its_borders(tmp_path):
     bundle = load_servable(ROOT / "model" / "default")
     units = make_units(bundle, CPU, torch.float32)
-    for unit, inputs in zip(units[1:], example_inputs(units, bundle, 1, CPU)[1:], strict=True):
+    for unit, inputs in zip(units[1:], example_inputs(units, bundle, 1)[1:], strict=True):
         compile_unit(unit, inputs, torch.float32, tmp_path / "unit.bin")
         for operation in operations(CompiledUnit(tmp_path / "unit.bin", torch.float32)):
             moves = operation.get_rt_info()["layerType"].value in ("Reorder", "Transpose")

@@ -47,7 +47,7 @@ def test_a_convolution_that_the_card_cannot_fuse_is_tried_once_and_computed_in_p
         return by_parts(convolution, x, other)
 
     unit = make_units(bundle, CPU, torch.float32)[0]
-    fused, (pixels,) = fuse(unit, some), example_inputs([unit], bundle, 3, CPU)[0]
+    fused, (pixels,) = fuse(unit, some), example_inputs([unit], bundle, 3)[0]
     for _ in range(3):
         torch.testing.assert_close(fused(pixels)[1], unit(pixels)[1])
     assert sum(c.in_channels == 3 for c in tried) == 1
@@ -81,7 +81,7 @@ def test_nothing_is_computed_twice_for_being_wanted_before_its_relu_too(what):
 def test_a_card_fuses_the_convolutions_of_a_resnet(bundle, dtype):
     card = torch.device("cuda")
     units = make_units(bundle, card, dtype)
-    for unit, inputs in zip(units, example_inputs(units, bundle, 3, card), strict=True):
+    for unit, inputs in zip(units, example_inputs(units, bundle, 3), strict=True):
         said, expected = fuse(unit)(*inputs), unit(*inputs)
         assert said[0].is_contiguous(memory_format=torch.channels_last)
         np.testing.assert_allclose(said[1].cpu(), expected[1].cpu(), atol=0.1)

@@ -54,7 +54,7 @@ def card_memory():
 
 def capturing(runner, bundle, capture, device=CPU, dtype=torch.float32):
     stages = card_staging() if device == CARD else staging()
-    return Capturing(bundle, runner.units, dtype, device, capture, stages, {})
+    return Capturing(bundle, runner.units, dtype, capture, stages, {})
 
 
 def with_all(runner, capturing):
@@ -94,17 +94,17 @@ def expected(eager):
 def test_every_stage_and_size_is_captured_and_preferred(captured):
     for stage in range(1, captured.exits + 1):
         for n in range(1, LARGEST + 1):
-            program, size = captured._plan(stage, n)
+            program = captured._plan(stage, n)
             assert isinstance(program, Captured)
-            assert size == min(s for s in batch_sizes(LARGEST) if s >= n)
+            assert len(program.buffers[0]) == min(s for s in batch_sizes(LARGEST) if s >= n)
 
 
 def test_all_sizes_of_a_stage_share_their_input_buffers_in_channels_last(captured):
     for stage in range(1, captured.exits + 1):
-        programs = [captured._plan(stage, n)[0] for n in (1, 2, 4)]
+        programs = [captured._plan(stage, n) for n in (1, 2, 4)]
         assert len({p.buffers[0].data_ptr() for p in programs}) == 1
     for stage in range(2, captured.exits + 1):
-        features = captured._plan(stage, 4)[0].buffers[0]
+        features = captured._plan(stage, 4).buffers[0]
         assert features.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -170,7 +170,7 @@ def test_rows_between_others_are_picked_as_they_are(captured, monkeypatch, few):
 
 
 def test_numbers_that_are_none_do_not_spread_from_padding(captured, expected):
-    program, _ = captured._plan(2, 3)
+    program = captured._plan(2, 3)
     with torch.inference_mode():
         for buffer in program.buffers:
             buffer.fill_(float("nan"))
@@ -242,7 +242,7 @@ def ways_taken(bundle, compute, clock=time.perf_counter):
     runner, taken = Runner(bundle, CPU, torch.float32), []
     ways = {"fused": lambda unit: fuse(unit, compute)}
     units = runner.units
-    capturing = Capturing(bundle, units, torch.float32, CPU, rerun, staging(), ways, clock)
+    capturing = Capturing(bundle, units, torch.float32, rerun, staging(), ways, clock)
     capturing.use_all(2, lambda _, __, program, ___: taken.append(program.way), required=True)
     return taken
 
@@ -287,9 +287,9 @@ def test_a_card_runs_nothing_eagerly_that_a_graph_can_run(bundle, memory, eagerl
     runner.warm_up((1, 2, 4))
     program = object()
     runner.use_program(1, 4, program, 1e9)
-    assert runner._plan(1, 3) == ((None, 3) if eagerly else (program, 4))
-    assert runner._plan(2, 3) == (None, 3)
-    assert runner._plan(1, 5) == (None, 5)
+    assert runner._plan(1, 3) is (None if eagerly else program)
+    assert runner._plan(2, 3) is None
+    assert runner._plan(1, 5) is None
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_a_failed_capture_ends_a_start_that_requires_it(bundle):
 @pytest.fixture(scope="module")
 def on_card(bundle):
     runner = Runner(bundle, CARD, torch.float16)
-    return with_all(runner, card_capturing(bundle, runner.units, torch.float16, CARD))
+    return with_all(runner, card_capturing(bundle, runner.units, torch.float16))
 
 
 @pytest.mark.gpu

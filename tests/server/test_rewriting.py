@@ -212,7 +212,7 @@ def test_a_card_says_the_same_in_fewer_kernels(bundle, dtype):
     changed = [merge(fuse(densify(unit))) for unit in units]
     for n in (1, 3, 8):
         for unit, other, given in zip(
-            units, changed, example_inputs(units, bundle, n, card), strict=True
+            units, changed, example_inputs(units, bundle, n), strict=True
         ):
             said, expected = other(*given), unit(*given)
             assert said[0].is_contiguous(memory_format=torch.channels_last)

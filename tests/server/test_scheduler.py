@@ -417,10 +417,21 @@ def test_audits_run_only_when_nothing_else_is_to_do():
     for stage in (2, 3, 4):
         batch = scheduler.next_step(quiet).batch
         assert (batch.jobs, batch.stage, batch.audit) == ((audited,), stage, True)
-        finished = scheduler.settle_audit(batch)
-        assert finished == ([audited] if stage == STAGES else [])
+        assert scheduler.settle_audit(batch) is None
+        assert audited.done == (stage == STAGES)
     assert scheduler.next_step(quiet).batch is None
     assert scheduler.next_audit(quiet) == math.inf
+
+
+def test_an_audited_job_that_waits_again_is_kept_in_place_of_the_oldest():
+    scheduler, jobs = make_scheduler(), [job() for _ in range(MAX_AUDITS + 1)]
+    scheduler.audit(jobs[0])
+    batch = scheduler.next_step(1.0).batch
+    assert batch.jobs == (jobs[0],)
+    for one in jobs[1:]:
+        assert scheduler.audit(one) is None
+    assert scheduler.settle_audit(batch) is jobs[1]
+    assert jobs[1].done and not jobs[0].done
 
 
 def test_a_job_without_a_deadline_does_not_starve_under_a_flood_of_better_batches():

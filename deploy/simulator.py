@@ -197,7 +197,7 @@ class _Simulation:
         behind, allowed = self._machine.now - read, arrival.deadline_seconds
         deadline = read + allowed - max(self._overhead.reserve_seconds, behind)
         refused = is_hopeless(behind, allowed)
-        if not refused and (refused := self._scheduler.would_refuse(deadline)):
+        if not refused and (refused := self._scheduler.short_seconds(deadline) > 0):
             self._scheduler.turn_away(self._machine.now)
         if refused:
             yield Work(Needs.LOCK, self._overhead.refuse_seconds)

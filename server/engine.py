@@ -160,9 +160,9 @@ class Engine:
         Raises:
             Overloaded: even the first exit would be late.
         """
-        if self.scheduler.would_refuse(deadline):
+        if short_seconds := self.scheduler.short_seconds(deadline):
             self.call(self._turn_away)
-            raise Overloaded(self.scheduler.backlog_seconds)
+            raise Overloaded(short_seconds)
 
     def submit(
         self,
@@ -337,7 +337,7 @@ class Engine:
             ticket.confidence = output.confidences[i]
             ticket.compute_seconds += run.seconds
         if batch.audit:
-            self._settle_audit(batch)
+            self._settle_audit(batch, run.seconds)
         else:
             self._metrics.ran(batch.stage, len(tickets), run.seconds, run.cpu_seconds)
             class_ids = output.probabilities.argmax(axis=1).tolist()
@@ -393,9 +393,11 @@ class Engine:
         except Refused as refused:
             self._metrics.refused("not_in_time")
             self._outbox.settle(ticket, Overloaded(refused.retry_after_seconds))
+            ticket.release()
         except TooLate:
             self._metrics.deadline(met=False)
             self._outbox.settle(ticket, DeadlineExceeded())
+            ticket.release()
 
     def _turn_away(self) -> None:
         self.scheduler.turn_away(self._clock())
@@ -455,9 +457,9 @@ class Engine:
             self._metrics.deadline(met=now <= job.deadline)
         self._outbox.settle(ticket, answer)
 
-    def _settle_audit(self, batch: Batch) -> None:
+    def _settle_audit(self, batch: Batch, seconds: float) -> None:
         (job,) = batch.jobs
-        _release(self.scheduler.settle_audit(batch))
+        _release(self.scheduler.settle_audit(batch, seconds))
         if batch.stage == self.scheduler.exits:
             ticket: Ticket = job.payload
             assert ticket.probabilities is not None

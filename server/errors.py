@@ -143,7 +143,7 @@ class Overloaded(OfframpError):
     """Refused for load.
 
     Args:
-        retry_after_seconds: until the backlog is expected to have drained.
+        retry_after_seconds: until the same is expected to be in time.
     """
 
     status = 429

@@ -1,9 +1,11 @@
 """Which batch of which stage runs next, who is answered now, who is refused.
 
 The rule: every stage offers its most urgent jobs (earliest deadline first), as many as are worth
-most a second and still end in time. Of these batches runs the one whose jobs are expected to leave
+most a second and still end in time; one that a batch so large would make late is not passed over
+where a smaller one costs nobody anything. Of these batches runs the one whose jobs are expected to leave
 fastest for each second of device time, counting the stages they may still need; a batch counts for
-more the longer its jobs have waited, so no stage starves. A batch yields to another whose jobs
+more the longer its jobs have waited, so no stage starves, and the last place in a batch is for a
+job without a deadline that has waited long. A batch yields to another whose jobs
 would be late if they waited for it, and above all to the first stage, if any image there would:
 before the first exit being late is an error. A job that can no longer be in time is never started:
 it is answered at once with what it has; but now and then, when there is nothing else to do, one is
@@ -19,7 +21,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from itertools import count
 from typing import Any
@@ -30,6 +32,10 @@ from server.overload import OverloadController
 
 PATIENCE_SECONDS = 0.05
 """Having waited this long doubles a batch's weight."""
+PATIENT_SECONDS = 0.25
+"""Having waited this long a job without a deadline has the last place in a batch of its stage…"""
+LEAST_SHARED = 4
+"""…of so many jobs, however many are more urgent."""
 MAX_AUDITS = 64
 """Audited jobs kept; more are forgotten, oldest first."""
 QUIET_SECONDS = 0.01
@@ -117,7 +123,7 @@ class Refused(Exception):
     """A job that cannot be in time even at the first exit.
 
     Args:
-        retry_after_seconds: until the present backlog is expected to have drained.
+        retry_after_seconds: until one that allows as long is expected to be in time.
     """
 
     def __init__(self, retry_after_seconds: float) -> None:
@@ -184,28 +190,29 @@ class Scheduler:
         job.state = JobState.DONE
         self._live_until = now
         self._probe_at = min(self._probe_at, now + PROBE_SECONDS)
-        self.controller.saw_arrival(now)
         if now + self.costs.seconds(1, 1, alone=True) > job.deadline:
             if not self._may_probe(job, now):
-                raise TooLate
+                raise TooLate  # which is no load: it takes nothing
             self._probe, job.state = job, JobState.WAITING
             return
+        self.controller.saw_arrival(now)
         if math.isfinite(job.deadline):
             self.controller.saw_deadline(job.deadline - job.arrived)
         first_exit = now + self._first_exit_seconds(job, now)
         if first_exit > job.deadline:
             self._refusing = job.deadline, first_exit
-            raise Refused(self.predicted_wait(now))
+            raise Refused(first_exit - job.deadline)
         self._queue(job, now)
 
-    def would_refuse(self, deadline: float) -> bool:
-        """Whether a job that is not here yet is not worth bringing; any thread may ask.
+    def short_seconds(self, deadline: float) -> float:
+        """How much too late the first exit of a job would be that is not here yet; 0 where it is
+        worth bringing. Any thread may ask.
 
         The last one refused is expected to have come to its first exit too late. One with a later
         deadline would come after it, so it is refused if its deadline is before that moment.
         """
         since, until = self._refusing
-        return since <= deadline < until
+        return until - deadline if since <= deadline < until else 0.0
 
     def turn_away(self, now: float) -> None:
         """Count a job that was not brought because it would have been refused."""
@@ -271,12 +278,9 @@ class Scheduler:
         if alone:
             seconds = self.costs.seconds(batch.stage, 1, alone)
             batch = Batch(batch.stage, batch.jobs, seconds, alone=True)
+        batch = self._with_a_place_for_who_waits(batch, now)
         self._began(batch, now)
-        queue = self._queues[batch.stage]
-        first = queue.index(batch.jobs[0])
-        del queue[first : first + len(batch.jobs)]
-        for job in batch.jobs:
-            job.state = JobState.RUNNING
+        self._take(batch)
         overdue += self._take_overdue(self._free_at(now))
         return Step(batch, tuple(overdue))
 
@@ -317,14 +321,20 @@ class Scheduler:
             self.controller.saw_answers(len(answered), self._work(batch.stage))
         return answered
 
-    def settle_audit(self, batch: Batch) -> Job | None:
+    def settle_audit(self, batch: Batch, seconds: float) -> Job | None:
         """Take back an audit batch, whose job waits for its next stage if there is one.
+
+        Args:
+            batch: as `next_step` gave it.
+            seconds: how long it took. A stage that looks too dear for any live job is known by
+                these alone.
 
         Returns:
             As `audit`.
         """
         (job,) = batch.jobs
         self._ended(job)
+        self.costs.observe(batch.stage, 1, seconds)
         return self.audit(job)
 
     def abandon(self, job: Job) -> None:
@@ -407,6 +417,26 @@ class Scheduler:
             yield self.costs.seconds(k, survivors), leaving
             survivors -= leaving
 
+    def _take(self, batch: Batch) -> None:
+        """Off its queue, where its jobs follow each other, but for the last."""
+        queue = self._queues[batch.stage]
+        first, together = queue.index(batch.jobs[0]), len(batch.jobs) - 1
+        del queue[first : first + together]
+        queue.remove(batch.jobs[-1])
+        for job in batch.jobs:
+            job.state = JobState.RUNNING
+
+    def _with_a_place_for_who_waits(self, batch: Batch, now: float) -> Batch:
+        """The same, with the last place for the oldest job without a deadline if it waits long."""
+        queue = self._queues[batch.stage]
+        patient = bisect_left(queue, (math.inf, -1), key=lambda j: j.urgency)
+        if len(batch.jobs) < LEAST_SHARED or patient == len(queue):
+            return batch
+        oldest = queue[patient]
+        if oldest in batch.jobs or now - oldest.queued < PATIENT_SECONDS:
+            return batch
+        return replace(batch, jobs=(*batch.jobs[:-1], oldest))
+
     def _free_at(self, now: float) -> float:
         """When a worker is expected to be free."""
         if len(self._ends) < self.workers:
@@ -475,11 +505,15 @@ class Scheduler:
             return None
         best = max(batches, key=lambda b: self._index(b, now))
         others = [b for b in batches if b is not best and self._holds_up(best, b, now)]
-        if not others or best.stage == 1:
+        if not others:
             return best
         rival = min(others, key=lambda b: (b.stage > 1, b.deadline))
-        harmless = now + rival.seconds + best.seconds <= best.deadline
-        return rival if rival.stage == 1 or harmless else best
+        if rival.stage == 1:
+            return rival
+        late = now + rival.seconds + best.seconds > best.deadline
+        if best.stage == 1:
+            late = late or self._holds_up_first_exits(rival, now)
+        return best if late else rival
 
     def _holds_up(self, batch: Batch, other: Batch, now: float) -> bool:
         """Whether another batch, or one behind it in the first stage, would be late after this."""
@@ -502,10 +536,16 @@ class Scheduler:
         return False
 
     def _best_batch(self, stage: int, queue: list[Job], now: float) -> Batch:
-        """The most jobs a second, among the batches of all sizes that end in time."""
+        """The most jobs a second, among the batches of all sizes that end in time; but the most
+        urgent job is not passed over where nobody would be late for it.
+        """
         most = min(len(queue), self.max_batch)
-        offers = (self._offer(stage, queue, size, now) for size in batch_sizes(most))
-        return max(offers, key=lambda b: len(b.jobs) / b.seconds)
+        offers = [self._offer(stage, queue, size, now) for size in batch_sizes(most)]
+        best = max(offers, key=_jobs_a_second)
+        if best.jobs[0] is queue[0]:
+            return best
+        first = max((b for b in offers if b.jobs[0] is queue[0]), key=_jobs_a_second, default=best)
+        return first if now + first.seconds + best.seconds <= best.deadline else best
 
     def _offer(self, stage: int, queue: list[Job], size: int, now: float) -> Batch:
         end = now + self.costs.seconds(stage, size)
@@ -546,3 +586,7 @@ class Scheduler:
         job = self._audits.popleft()
         seconds = self.costs.seconds(job.stage, 1)
         return self._began(Batch(job.stage, (job,), seconds, audit=True), now)
+
+
+def _jobs_a_second(batch: Batch) -> float:
+    return len(batch.jobs) / batch.seconds

@@ -19,6 +19,7 @@ from server.costs import CostTable
 from server.overload import Level, OverloadController
 from server.scheduler import (
     MAX_AUDITS,
+    PATIENT_SECONDS,
     PROBE_SECONDS,
     QUIET_SECONDS,
     Job,
@@ -131,14 +132,27 @@ def test_the_most_urgent_jobs_of_a_stage_go_first():
     assert scheduler.next_step(0.0).batch.jobs == (soon, middle)
 
 
-def test_a_job_that_cannot_be_in_time_is_refused_with_the_time_to_drain():
-    scheduler = make_scheduler()
+@pytest.mark.parametrize("before", [math.inf, 0.1])
+def test_a_job_that_cannot_be_in_time_is_refused_until_one_like_it_can(before):
+    """Whatever waits behind it does not count."""
+    scheduler, allowed = make_scheduler(), 0.01
     for _ in range(80):
-        scheduler.admit(job(), 0.0)
-    scheduler.next_step(0.0)
+        scheduler.admit(job(deadline=before), 0.0)
+    scheduler.admit(job(deadline=0.003), 0.0)
+    running = scheduler.next_step(0.0).batch
+    for _ in range(40):
+        with contextlib.suppress(Refused):
+            scheduler.admit(job(deadline=allowed), 0.0)
     with pytest.raises(Refused) as refused:
-        scheduler.admit(job(deadline=2e-3), 0.0)
-    assert refused.value.retry_after_seconds >= 80 / 8 * 3e-3
+        scheduler.admit(job(deadline=allowed), 0.0)
+    after = refused.value.retry_after_seconds
+    assert 0 < after < 80 / 8 * 3e-3
+    now = 0.0
+    while running and now + running.seconds <= after:
+        now += running.seconds
+        run(scheduler, running, [0.9] * len(running.jobs), now)
+        running = scheduler.next_step(now).batch
+    scheduler.admit(job(after, after + allowed), after)
 
 
 @examples(
@@ -155,20 +169,20 @@ def test_what_would_be_refused_is_refused_if_it_is_brought(waiting, deadlines):
     first, second = sorted(deadlines)
     with contextlib.suppress(Refused, TooLate):
         scheduler.admit(job(deadline=first), 0.0)
-    if scheduler.would_refuse(second):
+    if scheduler.short_seconds(second):
         with pytest.raises(Refused):
             scheduler.admit(job(deadline=second), 0.0)
 
 
 def test_only_jobs_behind_one_that_was_refused_are_known_to_be_refused_too():
     scheduler = make_scheduler()
-    assert not scheduler.would_refuse(0.02)
+    assert scheduler.short_seconds(0.02) == 0
     with pytest.raises(Refused):
         for _ in range(60):
             scheduler.admit(job(deadline=0.02), 0.0)
-    assert scheduler.would_refuse(0.02)
-    assert not scheduler.would_refuse(0.0199), "it would come first"
-    assert not scheduler.would_refuse(0.0203), "it has time to wait for all"
+    assert 0 < scheduler.short_seconds(0.02) < 0.0003
+    assert scheduler.short_seconds(0.0199) == 0, "it would come first"
+    assert scheduler.short_seconds(0.0203) == 0, "it has time to wait for all"
 
 
 def test_a_job_that_would_be_late_even_alone_is_too_late_rather_than_refused():
@@ -249,11 +263,11 @@ def test_what_was_refused_behind_others_is_not_refused_without_them():
     for one in waiting:
         with contextlib.suppress(Refused):
             scheduler.admit(one, 0.0)
-    assert scheduler.would_refuse(0.02)
+    assert scheduler.short_seconds(0.02) > 0
     for one in waiting:
         scheduler.cancel(one)
     scheduler.next_step(0.0)
-    assert not scheduler.would_refuse(0.02)
+    assert scheduler.short_seconds(0.02) == 0
 
 
 def test_a_deadline_past_the_first_exit_answers_now_with_what_there_is():
@@ -301,6 +315,71 @@ def unbent(deadline=1.0, **options):
     scheduler = make_scheduler(**options)
     scheduler.controller = OverloadController([Level(0.01, RULE.thresholds[:-1])], deadline)
     return scheduler
+
+
+def test_jobs_that_could_never_be_in_time_are_no_load():
+    """Or answers would stay shallow for as long as such jobs come."""
+    scheduler = make_scheduler(deadline=0.05)
+    controller = scheduler.controller
+    controller.saw_answers(1, 0.01)  # in peace an answer takes so long
+    controller.update(1.0, 0.0)
+    for i in range(900):
+        with pytest.raises(TooLate):
+            scheduler.admit(job(i / 1000, i / 1000 + 1e-4), i / 1000)
+        controller.update(0.0, i / 1000)
+    assert not controller.bent
+
+
+@pytest.mark.parametrize("others", [1, 3, 7, 20])
+def test_the_most_urgent_of_a_stage_is_not_passed_over_for_a_better_batch(others):
+    scheduler = unbent(base=0.3e-3, each=0.5e-3)
+    load = [Arrival(0.0, (0.95,) * STAGES)] * others + [Arrival(0.0, (0.95,) * STAGES, 2.2e-3)]
+    *_, urgent = sorted(simulate(scheduler, load, RULE), key=lambda o: -o.arrival.deadline_seconds)
+    assert urgent.exit == 1
+
+
+def test_images_without_a_deadline_make_way_for_a_deeper_one_that_has_little_time():
+    scheduler, deep = unbent(base=1e-3, each=1e-3), job(deadline=0.02)
+    scheduler.admit(deep, 0.0)
+    run(scheduler, scheduler.next_step(0.0).batch, [0.1], 0.002)
+    for _ in range(200):
+        scheduler.admit(job(0.002), 0.002)
+    now, answered = 0.002, []
+    while not deep.done:
+        step = scheduler.next_step(now)
+        now += step.batch.seconds
+        said = [0.1 if one is deep else 0.9 for one in step.batch.jobs]
+        answered += run(scheduler, step.batch, said, now)
+    assert (deep, Reason.FINAL) in answered
+
+
+def test_an_image_without_a_deadline_waits_no_longer_than_it_must_beyond_capacity():
+    scheduler, patient = unbent(base=1e-3, each=1e-3), job()
+    scheduler.admit(patient, 0.0)
+    now = 0.0
+    while not patient.done:
+        for _ in range(16):
+            with contextlib.suppress(Refused):
+                scheduler.admit(job(now, now + 0.03), now)
+        batch = scheduler.next_step(now).batch
+        assert len(set(batch.jobs)) == len(batch.jobs)
+        now += batch.seconds
+        run(scheduler, batch, [0.9] * len(batch.jobs), now)
+    assert PATIENT_SECONDS < now < PATIENT_SECONDS + 0.02
+
+
+def test_a_stage_that_looks_too_dear_is_known_by_audits():
+    scheduler = make_scheduler()
+    scheduler.costs.replace(2, {1: 1.0})
+    for _ in range(300):
+        one = job()
+        scheduler.audit(one)
+        batch = scheduler.next_step(1.0).batch
+        assert batch.stage == 2
+        scheduler.settle_audit(batch, 2e-3)
+        while (deeper := scheduler.next_step(1.0).batch) is not None:
+            scheduler.settle_audit(deeper, deeper.seconds)
+    assert scheduler.costs.seconds(2, 1) < 0.1
 
 
 def test_a_lone_image_that_computes_for_long_is_no_overload():
@@ -417,7 +496,7 @@ def test_audits_run_only_when_nothing_else_is_to_do():
     for stage in (2, 3, 4):
         batch = scheduler.next_step(quiet).batch
         assert (batch.jobs, batch.stage, batch.audit) == ((audited,), stage, True)
-        assert scheduler.settle_audit(batch) is None
+        assert scheduler.settle_audit(batch, batch.seconds) is None
         assert audited.done == (stage == STAGES)
     assert scheduler.next_step(quiet).batch is None
     assert scheduler.next_audit(quiet) == math.inf
@@ -430,7 +509,7 @@ def test_an_audited_job_that_waits_again_is_kept_in_place_of_the_oldest():
     assert batch.jobs == (jobs[0],)
     for one in jobs[1:]:
         assert scheduler.audit(one) is None
-    assert scheduler.settle_audit(batch) is jobs[1]
+    assert scheduler.settle_audit(batch, batch.seconds) is jobs[1]
     assert jobs[1].done and not jobs[0].done
 
 

@@ -2,11 +2,12 @@
 
 It moves along a ladder of operating points, from the one in force in peace to the most lossy one
 allowed. Up at once, as far as the predicted wait asks, as a share of the time that requests usually
-allow. Down a level at a time, and only to a level that bears the load: the present rate of arrivals
-times the work that an answer took when that level was last in force must leave the device some
-rest. The wait alone cannot tell, since a shallower level makes it short while the load is as large
-as before. At the end of a burst the rate falls at once, and full depth is back within a second.
-What is known of a level fades, so that under a load that stays each is tried again now and then.
+allow, but no further than the load asks while all that waits can still be in time. Down a level at
+a time, and only to a level that bears the load: the present rate of arrivals times the work that an
+answer took when that level was last in force must leave the device some rest. The wait alone cannot
+tell, since a shallower level makes it short while the load is as large as before. At the end of a
+burst the rate falls at once, and full depth is back within a second. What is known of a level
+fades, so that under a load that stays each is tried again now and then.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class OverloadController:
     def update(self, predicted_wait_seconds: float, now: float) -> Level:
         """The level for this predicted wait."""
         self._in_force[self._index] = now
-        wanted = self._wanted(predicted_wait_seconds)
+        wanted = self._wanted(predicted_wait_seconds, now)
         while wanted < self._index and not self._bears(wanted, now):
             wanted += 1
         if wanted >= self._index:
@@ -127,9 +128,13 @@ class OverloadController:
         known = math.exp((self._in_force[index] - now) / FADING_SECONDS)
         return self._rate_at(now) * self._work[index] * known < BEARABLE
 
-    def _wanted(self, wait: float) -> int:
+    def _wanted(self, wait: float, now: float) -> int:
         top = len(self._ladder) - 1
         pressure = (wait - self.calm_seconds) / (FIRM * self._budget - self.calm_seconds)
         if pressure <= 0:
             return 0
-        return min(top, 1 + int(pressure * top))
+        asked = min(top, 1 + int(pressure * top))
+        if pressure >= 1:
+            return asked
+        # What waits will be in time as it is: a few that met by chance bend nothing.
+        return next((i for i in range(asked) if self._work[i] and self._bears(i, now)), asked)

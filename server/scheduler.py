@@ -2,13 +2,13 @@
 
 The rule: every stage offers its most urgent jobs (earliest deadline first), as many as are worth
 most a second and still end in time; one that a batch so large would make late is not passed over
-where a smaller one costs nobody anything. Of these batches runs the one whose jobs are expected to leave
-fastest for each second of device time, counting the stages they may still need; a batch counts for
-more the longer its jobs have waited, so no stage starves, and the last place in a batch is for a
-job without a deadline that has waited long. A batch yields to another whose jobs
-would be late if they waited for it, and above all to the first stage, if any image there would:
-before the first exit being late is an error. A job that can no longer be in time is never started:
-it is answered at once with what it has; but now and then, when there is nothing else to do, one is
+where a smaller one costs nobody anything. Of these batches runs the one whose jobs are expected to
+leave fastest for each second of device time, counting the stages they may still need; a batch
+counts for more the longer its jobs have waited, so no stage starves, and the last place in one is
+for a job without a deadline that has waited long. A batch yields to another whose jobs would be
+late if they waited for it, and above all to the first stage, if any image there would: before the
+first exit being late is an error. A job that can no longer be in time is never started: it is
+answered at once with what it has; but now and then, when there is nothing else to do, one is
 started all the same, to see whether that is so. A job beside which there is no other has the
 workers' cores all to itself. When nothing is left to do, an audited job takes a step.
 

@@ -38,6 +38,17 @@ def test_answers_are_as_shallow_as_they_get_while_what_waits_can_still_be_in_tim
     assert losses == [0.02, 0.05, 1.0]
 
 
+def test_images_that_meet_by_chance_bend_nothing_under_a_load_that_is_borne(controller):
+    controller.saw_answers(1, 0.1)
+    for i in range(10):  # a quarter of what it bears
+        controller.saw_arrival(0.4 * i)
+        assert controller.update(0.45, now=0.4 * i) is LADDER[0]
+    assert controller.update(0.55, now=4.0) is LADDER[-1], "some of it would be late"
+    for i in range(100):
+        controller.saw_arrival(4.0 + 0.01 * i)
+    assert controller.update(0.45, now=5.0) is not LADDER[0]
+
+
 def test_overload_is_answered_at_once(controller):
     assert controller.update(5.0, now=0.0) is LADDER[-1]
 

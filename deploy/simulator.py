@@ -23,7 +23,8 @@ from deploy.machine import Machine, Needs, Thread, Work
 from model.policy import Reason, Rule
 from server.arrival import is_hopeless
 from server.gate import EACH_TURN
-from server.scheduler import Batch, Job, Refused, Scheduler, TooLate
+from server.jobs import Batch, Job, Refused, TooLate
+from server.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -17,13 +17,14 @@ from starlette.types import ASGIApp
 
 from server import inference, repository, routes
 from server.context import CLIENT_CLOSED
+from server.dependencies import context_of
 from server.direct import Direct
 from server.errors import BadRequest, Draining, MethodNotAllowed, NotFound, OfframpError
 from server.metrics import VERSION
 from server.middleware import Surroundings, rendered
 from server.openapi import document
 from server.page import page_router
-from server.protocol import invalid
+from server.parameters import invalid
 from server.served import Served
 
 log = logging.getLogger("offramp")
@@ -75,15 +76,7 @@ def create_routes(served: Served) -> FastAPI:
     app.state.served = served
     keys = bool(served.settings.api_keys)
     app.openapi = cache(lambda: document(app, keys))  # type: ignore[method-assign]
-    admin = [routes.admin, repository.admin] if served.settings.admin_token is not None else []
-    app.state.routers = [
-        page_router(),
-        routes.protected,
-        inference.protected,
-        *admin,
-        routes.public,
-        inference.public,
-    ]
+    app.state.routers = [page_router(), *routers(served.settings.admin_token is not None)]
     for router in app.state.routers:
         app.include_router(router)
     app.add_exception_handler(OfframpError, _render)
@@ -91,6 +84,13 @@ def create_routes(served: Served) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _render_validation)
     app.add_exception_handler(Exception, _render_unexpected)
     return app
+
+
+def routers(admin: bool) -> list[APIRouter]:
+    """Of all documented paths, in order; with those of administrators or without."""
+    administrators = [routes.admin, repository.admin] if admin else []
+    protected = [routes.protected, inference.protected]
+    return [*protected, *administrators, routes.public, inference.public]
 
 
 async def _warm_up(served: Served) -> None:
@@ -105,7 +105,7 @@ async def _warm_up(served: Served) -> None:
 
 async def _render(request: Request, error: Exception) -> Response:
     assert isinstance(error, OfframpError)
-    headers, body = rendered(await routes.context_of(request), error)
+    headers, body = rendered(await context_of(request), error)
     return Response(body, error.status, headers)
 
 

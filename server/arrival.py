@@ -7,7 +7,7 @@ import math
 from starlette.types import Scope
 
 from server.errors import InvalidParameter
-from server.protocol import parameters_from
+from server.parameters import parameters_from
 
 ARRIVED, READ = "offramp.arrived", "offramp.read"
 """In a request's scope: `time.perf_counter` when its first byte and its whole head were read."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.bundle import Bundle
+from server.agreement import disagreement, share_of_eager
 from server.compiling import Use
 from server.costs import batch_sizes
 from server.dense import densify
@@ -18,7 +19,6 @@ from server.errors import Draining
 from server.fusing import fuse
 from server.graphs import Capture, Captured, CudaCapture
 from server.merging import merge
-from server.programs import disagreement, share_of_eager
 from server.staging import Staging, card_staging
 from server.units import Unit, example_inputs
 

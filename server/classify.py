@@ -17,7 +17,8 @@ from server.context import Context
 from server.engine import Engine
 from server.errors import InvalidParameter, OfframpError, Overloaded
 from server.loaded import Loaded
-from server.protocol import Parameters, answer_body, error_body
+from server.parameters import Parameters
+from server.protocol import answer_body, error_body
 from server.served import Served
 from server.tickets import Answer, Seen
 

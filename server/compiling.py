@@ -16,10 +16,11 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from model.numerics import name_of
+from server.agreement import disagreement, outputs_of, share_of_eager
 from server.compile import READY, order
 from server.compiled import CompiledUnit, openvino
 from server.memory import Program
-from server.programs import Programs, disagreement, outputs_of, share_of_eager
+from server.programs import Programs
 from server.settings import Settings
 from server.teams import WORTH_ITS_CORES, share_of_one, team_sizes
 from server.units import Unit, example_inputs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.tracing import RequestTrace
 
@@ -30,3 +32,7 @@ class Context:
     started: bool = False
     body_bytes: int = 0
     """Of its body, those that have been read."""
+
+    def note_answer(self, body: Mapping[str, Any]) -> None:
+        """Have the log line say who answered, and why."""
+        self.fields.update(exit=body["exit"], reason=body["reason"])

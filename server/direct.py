@@ -5,8 +5,9 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.protocol import parameters_from
-from server.routes import check_key, context_of, post_classify
+from server.dependencies import check_key, context_of
+from server.parameters import parameters_from
+from server.routes import post_classify
 from server.served import Served
 
 

@@ -23,11 +23,12 @@ import numpy as np
 from model.policy import Reason, Rule
 from server.errors import DeadlineExceeded, Draining, OfframpError, Overloaded
 from server.inbox import Inbox
+from server.jobs import Batch, Job, JobState, Refused, TooLate
 from server.metrics import EngineMetrics
 from server.overload import OverloadController
 from server.promise import Loop, Promise
 from server.runner import StageOutput, StageRunner
-from server.scheduler import Batch, Job, JobState, Refused, Scheduler, TooLate
+from server.scheduler import Scheduler
 from server.threads import name_thread
 from server.tickets import Answer, Outbox, Seen, Ticket
 

@@ -187,6 +187,10 @@ class DeadlineExceeded(OfframpError):
     sentence = "the deadline passed before the first exit"
 
 
+IMAGE_FAULTS = (NoImage, UnsupportedImage, BrokenImage, ImageTooLarge)
+"""What may be wrong with an image itself."""
+
+
 def every_error() -> list[type[OfframpError]]:
     """All error classes, for the documentation and its test."""
 

@@ -14,12 +14,13 @@ from model.bundle import Bundle
 from server import errors, openapi, tensors, uploads
 from server.classify import admit, answered
 from server.departure import ending_with_client
+from server.dependencies import Context_, Served_, check_key
 from server.errors import BadRequest, InvalidParameter, NotFound
 from server.gate import each_in_turn
 from server.metrics import VERSION
-from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
-from server.protocol import Parameters, parameters_of
-from server.routes import MAX_BATCH_IMAGES, Context_, Served_, check_key
+from server.openapi import LOCKED, UNAVAILABLE
+from server.parameters import Parameters, parameters_of
+from server.routes import MAX_BATCH_IMAGES
 from server.served import Served
 from server.tensors import InferenceRequest, Sent, Wanted
 from server.tickets import Answer
@@ -193,7 +194,7 @@ async def get_model_ready(served: Named_) -> JSONResponse:
         200: openapi.good("The outputs, as JSON, or raw behind it where the request says so"),
         **openapi.failures(
             errors.BadRequest,
-            *IMAGE_FAULTS,
+            *errors.IMAGE_FAULTS,
             errors.RequestTimeout,
             errors.NotFound,
             errors.BodyTooLarge,

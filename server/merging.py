@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from model.confidence import Constants
 from model.policy import Measure
 from model.preprocess import normalised
-from server.programs import make_private
+from server.private import make_private
 from server.rewriting import called, copy_of, replace, tidied
 from server.units import Unit, say
 

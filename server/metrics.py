@@ -23,6 +23,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from model.policy import Reason
+from server.errors import IMAGE_FAULTS, Overloaded, Unavailable, every_error
 from server.overload import Level
 from server.threads import ThreadClocks
 
@@ -40,8 +41,11 @@ REQUEST_CODES = tuple(
     map(str, (200, 400, 401, 403, 404, 405, 408, 413, 422, 429, 431, 499, 500, 503, 504))
 )
 REFUSALS = ("queue_full", "bodies_full", "not_in_time")
-IMAGE_FAULTS = ("no_image", "unsupported_image", "broken_image", "image_too_large")
-SERVER_FAULTS = ("internal", "overloaded", "not_ready", "draining", "deadline_exceeded")
+SERVER_FAULTS = tuple(
+    kind.code
+    for kind in every_error()
+    if (kind.status >= 500 or kind is Overloaded) and kind is not Unavailable
+)
 """Codes of the errors with a status of 5xx or 429."""
 MODEL_INFO = ("model", "version", "architecture", "device", "dtype", "weights_sha256")
 """What is told of a bundle."""
@@ -221,8 +225,8 @@ class Metrics:
             self.phase_seconds.labels(phase)
         for reason in REFUSALS:
             self.refused.labels(reason)
-        for code in IMAGE_FAULTS:
-            self.rejected_images.labels(code)
+        for kind in IMAGE_FAULTS:
+            self.rejected_images.labels(kind.code)
         for code in SERVER_FAULTS:
             self.failed_images.labels(code)
         for outcome in ("met", "missed"):

@@ -54,7 +54,6 @@ ERROR_HEADERS = {
     },
 }
 LOCKED = (errors.Unauthenticated, errors.Forbidden)
-IMAGE_FAULTS = (errors.NoImage, errors.UnsupportedImage, errors.BrokenImage, errors.ImageTooLarge)
 BODY_FAULTS = (
     errors.BadRequest,
     errors.RequestTimeout,

@@ -12,8 +12,7 @@ from prometheus_client.metrics_core import Metric
 from pydantic_core import PydanticUndefined
 
 from model.table import markdown_table
-from server import inference, repository, routes
-from server.app import DESCRIPTION
+from server.app import DESCRIPTION, routers
 from server.errors import every_error
 from server.metrics import MODEL_INFO, VERSION, Metrics
 from server.openapi import document
@@ -43,10 +42,7 @@ def pages() -> dict[str, str]:
 def http_document() -> Json:
     """The OpenAPI document with every operation in it, of no particular bundle."""
     app = FastAPI(title="Offramp", version=VERSION, description=DESCRIPTION)
-    for router in (
-        *(routes.protected, inference.protected, routes.admin, repository.admin),
-        *(routes.public, inference.public),
-    ):
+    for router in routers(admin=True):
         app.include_router(router)
     return document(app, keys=False)
 

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 
 from server import errors, openapi, uploads
+from server.dependencies import AdminRoute, Served_
 from server.errors import BadRequest, InvalidParameter
 from server.openapi import LOCKED
-from server.routes import AdminRoute, Served_
 from server.served import Served, State
 
 admin = APIRouter(route_class=AdminRoute, responses=openapi.failures(*LOCKED))

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import hmac
-import re
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
-from fastapi.routing import APIRoute
+from fastapi.responses import PlainTextResponse
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
 
 from model.numerics import name_of
 from server import errors, openapi, uploads
-from server.classify import Admission, admit, classify, classify_or_error
-from server.context import Context
+from server.classify import admit, classify, classify_or_error
 from server.departure import ending_with_client
-from server.errors import Forbidden, InvalidParameter, OfframpError, Unauthenticated
+from server.dependencies import AdminRoute, Context_, Served_, check_key
+from server.errors import InvalidParameter, OfframpError
+from server.events import EventStream, answer_events, wants_events
 from server.gate import each_in_turn
 from server.metrics import CONTENT_TYPE
-from server.openapi import IMAGE_FAULTS, LOCKED, UNAVAILABLE
+from server.openapi import LOCKED, UNAVAILABLE
+from server.parameters import Parameters
 from server.protocol import (
     AnswerBody,
     BatchBody,
@@ -32,82 +27,13 @@ from server.protocol import (
     ExitBody,
     LevelBody,
     ModelBody,
-    Parameters,
     PolicyBody,
     PolicyChange,
-    error_body,
-    event,
-    seen_body,
 )
 from server.served import STUCK, Served
-from server.tickets import Seen
 
 Query_ = Annotated[Parameters, Query()]
 MAX_BATCH_IMAGES = 256
-NOT_WANTED = re.compile(r"q=0(\.0*)?")
-"""The weight of what a client would rather not have (RFC 9110, 12.4.2)."""
-
-
-# Dependencies are coroutines, since FastAPI would run each plain function in a thread of its own.
-
-
-async def served_of(request: Request) -> Served:
-    """The bundle that this application serves."""
-    return cast(Served, request.app.state.served)
-
-
-async def context_of(request: Request) -> Context:
-    """What the middleware gave this request."""
-    return cast(Context, request.state.context)
-
-
-Served_ = Annotated[Served, Depends(served_of)]
-Context_ = Annotated[Context, Depends(context_of)]
-
-
-async def check_key(request: Request, served: Served_) -> None:
-    """Let a request through if it carries an API key, or none is configured.
-
-    Raises:
-        Unauthenticated: no key was sent.
-        Forbidden: a wrong one was.
-    """
-    keys = served.settings.api_keys
-    if not keys:
-        return
-    sent = _sent_key(request)
-    if not any(_same(sent, key.get_secret_value()) for key in keys):
-        raise Forbidden
-
-
-class AdminRoute(APIRoute):
-    """Checks the admin token before anything else: FastAPI reads a body before it asks what a
-    route depends on.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def check_and_handle(request: Request) -> Response:
-            token = (await served_of(request)).settings.admin_token
-            if token is None or not _same(_sent_key(request), token.get_secret_value()):
-                raise Forbidden
-            return await handle(request)
-
-        return check_and_handle
-
-
-def _sent_key(request: Request) -> str:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    bearer = token.strip() if scheme.lower() == "bearer" else ""
-    sent = bearer or request.headers.get("x-api-key", "").strip()
-    if not sent:
-        raise Unauthenticated
-    return sent
-
-
-def _same(a: str, b: str) -> bool:
-    return hmac.compare_digest(a.encode(), b.encode())
 
 
 public = APIRouter()
@@ -121,7 +47,7 @@ admin = APIRouter(route_class=AdminRoute, responses=openapi.failures(*LOCKED))
     responses={
         200: openapi.ANSWER_RESPONSE,
         **openapi.failures(
-            *IMAGE_FAULTS,
+            *errors.IMAGE_FAULTS,
             errors.BadMultipart,
             errors.RequestTimeout,
             errors.BodyTooLarge,
@@ -153,11 +79,11 @@ async def post_classify(
     data = await uploads.read_image(request, admission.deadline, served.missed_deadlines)
     with ending_with_client(request.scope):
         if wants_events(",".join(request.headers.getlist("accept"))):
-            events = _events(data, admission, served, context)
+            events = answer_events(data, admission, served, context)
             # With its first event, so that what fails before it still has its status.
             return EventStream(await anext(events), events)
         body = await classify(data, admission, served, context)
-    _note(body, context)
+    context.note_answer(body)
     timing = body["timing_ms"].items()
     context.server_timing = ", ".join(f"{name};dur={ms}" for name, ms in timing)
     return _encoded(body, served)
@@ -210,78 +136,9 @@ async def post_batch(
     return _encoded({"results": results}, served)
 
 
-def _note(body: dict[str, Any], context: Context) -> None:
-    """Have the log line say who answered, and why."""
-    context.fields.update(exit=body["exit"], reason=body["reason"])
-
-
 def _encoded(body: dict[str, Any], served: Served) -> Response:
     with served.encode_seconds.time():
         return Response(to_json(body), media_type="application/json")
-
-
-def wants_events(accept: str) -> bool:
-    """Whether an `Accept` header names the event stream."""
-    kinds = (kind.replace(" ", "").lower().split(";") for kind in accept.split(","))
-    return any(
-        kind == "text/event-stream" and not any(map(NOT_WANTED.fullmatch, rest))
-        for kind, *rest in kinds
-    )
-
-
-class EventStream(StreamingResponse):
-    """Ends with its client, by an error: Starlette's would count as sent whole.
-
-    Args:
-        first: the event that there is already.
-        others: gives those that follow.
-    """
-
-    def __init__(self, first: bytes, others: AsyncGenerator[bytes]) -> None:
-        headers = {"cache-control": "no-store"}
-        super().__init__(_after(first, others), headers=headers, media_type="text/event-stream")
-        self._others = others
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with ending_with_client(scope):
-            async with aclosing(self._others):
-                await self.stream_response(send)
-
-
-async def _after(first: bytes, others: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for each in others:
-        yield each
-
-
-async def _events(
-    data: bytes, admission: Admission, served: Served, context: Context
-) -> AsyncGenerator[bytes]:
-    labels = admission.loaded.bundle.description.classes
-    passed: asyncio.Queue[Seen | None] = asyncio.Queue()
-
-    def end(done: asyncio.Task[dict[str, Any]]) -> None:
-        passed.put_nowait(None)
-        if not done.cancelled():
-            done.exception()  # which asyncio would log, where nobody asks any more
-
-    work = asyncio.ensure_future(classify(data, admission, served, context, passed.put_nowait))
-    work.add_done_callback(end)
-    begun = False
-    try:
-        while (seen := await passed.get()) is not None:
-            begun = True
-            yield event("exit", seen_body(seen, labels))
-        body = await work
-        _note(body, context)
-        yield event("answer", body)
-    except OfframpError as error:
-        if not begun:
-            raise
-        context.fields["code"] = error.code
-        yield event("error", error_body(error, context.request_id))
-    finally:
-        work.cancel()
 
 
 @protected.get(

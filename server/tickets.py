@@ -10,9 +10,9 @@ import numpy as np
 
 from model.policy import Reason
 from server.errors import OfframpError
+from server.jobs import Job
 from server.promise import Loop, Promise
 from server.rows import Row
-from server.scheduler import Job
 
 log = logging.getLogger("offramp.engine")
 

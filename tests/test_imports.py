@@ -37,7 +37,7 @@ def test_a_package_imports_only_what_it_may(package):
         assert not FORBIDDEN[package] & set(imported(file)), file
 
 
-@pytest.mark.parametrize("name", ["scheduler", "overload", "costs"])
+@pytest.mark.parametrize("name", ["scheduler", "jobs", "overload", "costs"])
 def test_what_decides_knows_no_tensors_and_no_threads(name):
     assert not HEAVY & set(imported(ROOT / f"server/{name}.py"))
 

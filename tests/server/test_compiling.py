@@ -22,6 +22,7 @@ from model.numerics import suits_cpu
 from model.policy import Calibration, Measure, Rule
 from model.quantisation import observe, quantise
 from server.__main__ import main
+from server.agreement import disagreement, outputs_of
 from server.compile import compile_unit
 from server.compile import main as compile_main
 from server.compiled import CompiledUnit
@@ -30,7 +31,6 @@ from server.costs import CostTable, batch_sizes
 from server.engine import Engine
 from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
-from server.programs import disagreement, outputs_of
 from server.runner import Runner
 from server.scheduler import Scheduler
 from server.served import Served

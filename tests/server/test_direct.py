@@ -7,7 +7,7 @@ import pytest
 
 from server.app import create_app, create_routes, surround
 from server.errors import InvalidParameter
-from server.protocol import parameters_from
+from server.parameters import parameters_from
 from server.served import Served
 from server.settings import Settings
 

@@ -12,13 +12,9 @@ import pytest
 import torch
 
 from model.files import put_in_place
-from server.programs import (
-    STALE_SECONDS,
-    Programs,
-    disagreement,
-    make_private,
-    share_of_eager,
-)
+from server.agreement import disagreement, share_of_eager
+from server.private import make_private
+from server.programs import STALE_SECONDS, Programs
 from server.runner import WARM_UP_RUNS
 from tests.program import FakeProgram
 

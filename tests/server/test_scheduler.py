@@ -16,18 +16,9 @@ from hypothesis.stateful import (
 from deploy.simulator import Arrival, simulate
 from model.policy import Reason, Rule
 from server.costs import CostTable
+from server.jobs import Job, JobState, Refused, TooLate
 from server.overload import Level, OverloadController
-from server.scheduler import (
-    MAX_AUDITS,
-    PATIENT_SECONDS,
-    PROBE_SECONDS,
-    QUIET_SECONDS,
-    Job,
-    JobState,
-    Refused,
-    Scheduler,
-    TooLate,
-)
+from server.scheduler import MAX_AUDITS, PATIENT_SECONDS, PROBE_SECONDS, QUIET_SECONDS, Scheduler
 from tests.examples import examples
 
 STAGES = 4

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 
 from server.costs import CostTable
-from server.errors import Overloaded, Unavailable, every_error
 from server.metrics import SERVER_FAULTS
 from tests.conftest import encode, noise, until
 from tests.gate import gated
@@ -202,11 +201,6 @@ def test_a_failed_request_counts_as_one_failed_image_if_that_was_not_its_client(
     failed = {code: one.metric("failed_images_total", code=code) for code in SERVER_FAULTS}
     assert {code for code, count in failed.items() if count} == {"overloaded", "draining"}
     assert failed["overloaded"] == 1
-
-
-def test_the_servers_faults_are_the_errors_with_its_statuses():
-    codes = {e.code for e in every_error() if e.status >= 500 or e.status == Overloaded.status}
-    assert codes - {Unavailable.code} == set(SERVER_FAULTS)
 
 
 def test_a_deadline_that_passes_in_the_queue_is_a_504(one, png):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import signal
@@ -15,12 +16,10 @@ from types import FrameType
 import uvicorn
 
 from model.bundle import BundleError
-from server import garbage
 from server.app import create_app
 from server.binding import authority, bound, listen
 from server.connection import Protocol
 from server.listening import Acceptor
-from server.loaded import Loaded
 from server.logs import configure
 from server.served import Served
 from server.settings import Settings, SettingsError, load_settings
@@ -48,8 +47,6 @@ class Server(uvicorn.Server):
         self._clock = clock
         self._drain_at = math.inf
         self._acceptors: list[Acceptor] = []
-        self._kept: Loaded | None = None
-        """The bundle that nothing of is garbage."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -69,9 +66,6 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: when told to, or when the network cannot run, or not any more."""
-        if self._served.ready and self._kept is not self._served.loaded:
-            garbage.keep()
-            self._kept = self._served.loaded
         if self._clock() >= self._drain_at:
             self._drain()
         return await super().on_tick(counter) or self._served.failed
@@ -103,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
             settings = load_settings(sys.argv[1:] if argv is None else argv)
             configure(settings.log_format, settings.log_level)
             sockets = held.enter_context(bound(settings.host, settings.port))
+            # Not to be looked through for garbage, which takes 0.1 s for all that torch brings, and
+            # nothing is answered meanwhile; a bundle and its requests take 10 ms.
+            gc.freeze()
             served = Served(settings)
             listen(sockets)
         except (SettingsError, BundleError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from typing import Literal
 
@@ -10,7 +11,6 @@ import torch
 
 from model.bundle import BundleError
 from model.numerics import keep_float32_whole
-from server import garbage
 from server.compiled import openvino
 from server.engine import Engine
 from server.errors import Draining, NotFound, NotReady, UnusableBundle
@@ -159,8 +159,8 @@ class Served:
         """Close it, after as long as a drain gives to requests that were let in."""
         await asyncio.sleep(self.settings.drain_seconds)
         await asyncio.to_thread(self._close, former)
-        del former  # its network is garbage only then
-        garbage.collect()
+        del former
+        gc.collect()  # which knows that its graphs refer to themselves
 
     def _close(self, loaded: Loaded) -> None:
         loaded.close()

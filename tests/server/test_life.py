@@ -1,6 +1,7 @@
 """The life of a real process, from its start to its drain."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
+from model.bundle import BundleError
 from server.__main__ import Server, main
 from server.served import Served
 from tests.conftest import ROOT, RunningServer, until
@@ -24,7 +26,7 @@ def server_of(served, **options):
 
 def fake_served(ready=True):
     """What a server knows of the bundle that it serves."""
-    return SimpleNamespace(ready=ready, failed=False, leaving=False, draining=False, loaded="")
+    return SimpleNamespace(ready=ready, failed=False, leaving=False, draining=False)
 
 
 @contextmanager
@@ -208,6 +210,20 @@ def test_a_device_that_runs_nothing_any_more_ends_the_process(bundle_path, monke
     monkeypatch.setattr("server.__main__.configure", lambda *_: None)
     monkeypatch.setattr("server.served.Served.warm_up", break_after)
     assert main(["--bundle", str(bundle_path), "--port", "0", "--max-batch", "1"]) == 1
+
+
+def test_what_was_imported_is_never_looked_through_for_garbage(monkeypatch, capsys):
+    begun = []
+
+    def serve(_):
+        begun.append("a bundle")
+        raise BundleError("there is none")
+
+    monkeypatch.setattr("server.__main__.configure", lambda *_: None)
+    monkeypatch.setattr("server.__main__.Served", serve)
+    monkeypatch.setattr(gc, "freeze", lambda: begun.append("keep"))
+    assert main(["--port", "0"]) == 2
+    assert begun == ["keep", "a bundle"]
 
 
 @pytest.fixture

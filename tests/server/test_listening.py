@@ -1,15 +1,11 @@
 """Connections that wait are taken all at once; what stays of the start is not looked through."""
 
 import asyncio
-import gc
 import socket
-from types import SimpleNamespace
 
 import pytest
-import uvicorn
 import uvloop
 
-from server.__main__ import Server
 from server.listening import Acceptor
 
 CLIENTS = 20
@@ -68,16 +64,3 @@ def test_a_closed_acceptor_leaves_the_listening_to_its_owner():
         made, turns = runner.run(crowd(close_first=True))
     assert made == CLIENTS
     assert turns >= CLIENTS, "uvloop takes all at once by itself now: Acceptor is not needed"
-
-
-def test_what_was_there_when_it_became_ready_is_never_looked_through_again(monkeypatch):
-    frozen = []
-    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
-    served = SimpleNamespace(ready=False, failed=False, loaded="a bundle")
-    server = Server(uvicorn.Config(app=None, log_config=None), served)
-    seen = []
-    for ready, loaded in ((False, "one"), (True, "one"), (True, "one"), (True, "another")):
-        served.ready, served.loaded = ready, loaded
-        assert not asyncio.run(server.on_tick(1))
-        seen.append(len(frozen))
-    assert seen == [0, 1, 1, 2]

@@ -1,6 +1,5 @@
 """A bundle takes another's place while requests are answered."""
 
-import gc
 import json
 import shutil
 import threading
@@ -135,7 +134,6 @@ def test_gauges_speak_of_the_former_no_more(server, png):
 
 def test_the_former_leaves_nothing_behind(server):
     networks = [weakref.ref(unit) for unit in server.served.engine._runner.units]
-    gc.freeze()  # as a server does that is ready
     load(server)
     until(lambda: all(network() is None for network in networks))
 

@@ -263,7 +263,7 @@ class Metrics:
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request to one of the routes got its response, so long after its first byte.
 
-        Only of an answer is the time observed: a refusal is quick, and would pass for a fast answer.
+        Only an answer's time is observed: a refusal is quick, and would pass for a fast one.
         """
         known = self._requests_by_code.get((route, status))
         (known or self.requests.labels(route, str(status))).inc()

@@ -91,7 +91,8 @@ def test_the_health_check_tells_a_ready_server_from_none(server):
     (check,) = re.findall(r'CMD \["python", "-c", (".*")\]$', DOCKERFILE, re.MULTILINE)
     program = json.loads(check)
     asked = [sys.executable, "-c", program]
-    environment = {**os.environ, "OFFRAMP_PORT": str(server.port)}
+    proxy = {"http_proxy": "http://127.0.0.1:9"}  # which asks other machines
+    environment = {**os.environ, **proxy, "OFFRAMP_PORT": str(server.port)}
     assert subprocess.run(asked, env=environment).returncode == 0
     nobody = {**os.environ, "OFFRAMP_PORT": "9"}
     assert subprocess.run(asked, env=nobody, stderr=subprocess.DEVNULL).returncode != 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.files import need_writable
+from deploy.files import need_picture, need_writable
 from deploy.loadtest import schedules
 from deploy.loadtest.client import Client
 from deploy.loadtest.headroom import own_rate
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         need_writable(arguments.json, arguments.plot)
+        need_picture(arguments.plot)
         load, samples = _load(arguments), read_samples(arguments.images)
         results, summaries = asyncio.run(_run(arguments, load, samples))
         print(_table(summaries))

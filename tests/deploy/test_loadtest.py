@@ -241,12 +241,16 @@ def test_the_command_prints_a_table_and_writes_figures_and_a_picture(tmp_path, c
 
 
 @pytest.mark.slow
-def test_figures_are_there_even_if_the_picture_cannot_be_drawn(tmp_path, capsys):
+def test_figures_are_there_even_if_the_picture_cannot_be_drawn(tmp_path, capsys, monkeypatch):
+    def fail(results, deadline_seconds, file):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("deploy.loadtest.__main__.plot", fail)
     out = tmp_path / "x.json"
-    assert run_main(tmp_path, "--json", str(out), "--plot", str(tmp_path / "x.nope"))[0] == 2
+    assert run_main(tmp_path, "--json", str(out), "--plot", str(tmp_path / "x.png"))[0] == 2
     said = capsys.readouterr()
     assert "effective accuracy" in said.out
-    assert said.err.startswith("error: Format 'nope' is not supported")
+    assert said.err == "error: no space left on device\n"
     assert json.loads(out.read_text())
 
 
@@ -264,6 +268,7 @@ def test_requests_of_a_trace_that_come_all_at_once_have_no_rates(tmp_path, capsy
     ("arguments", "said"),
     [
         (["--plot", "/nope/x.png"], "/nope/x.png cannot be written: there is no folder /nope"),
+        (["--plot", "x.nope"], "x.nope cannot be drawn: its name must end in .png, "),
         (["--json", "/nope/x.json"], "/nope/x.json cannot be written: there is no folder /nope"),
         (["--json", "/"], "/ cannot be written: it is a folder"),
         (["--trace", "/nope/trace"], "No such file"),

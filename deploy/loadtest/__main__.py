@@ -36,7 +36,11 @@ class Load:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load each server in turn with the same load, print one table."""
+    """Load each server in turn with the same load, print one table.
+
+    Returns:
+        0; 1 where a server served nobody, 2 where something could not be done.
+    """
     arguments = _parser().parse_args(argv)
     try:
         need_writable(arguments.json, arguments.plot)
@@ -51,7 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return _served(summaries)
+
+
+def _served(summaries: dict[str, Any]) -> int:
+    """The status: 1 if one of the servers answered no request with an answer."""
+    silent = [url for url, summary in summaries.items() if "200" not in summary.get("status", ())]
+    for url in silent:
+        print(f"error: {url} answered no image", file=sys.stderr)
+    return 1 if silent else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     load.add_argument("--trace", type=Path, help="file of send times in seconds, one a line")
     load.add_argument("--clients", type=count, help="closed loop with so many clients instead")
-    parser.add_argument("--seconds", type=positive, default=10.0, help="length of the load")
+    parser.add_argument(
+        "--seconds", type=positive, default=10.0, help="length of the load; a trace has its own"
+    )
     parser.add_argument("--deadline-ms", type=positive, default=50.0, help="what counts as in time")
     parser.add_argument(
         "--patience",
@@ -99,6 +113,7 @@ def _load(arguments: argparse.Namespace) -> Load:
         times = schedules.recorded(arguments.trace)
         seconds = schedules.length(times)
     elif arguments.bursts is not None:
+        schedules.check_swings(seconds)
         times = schedules.bursts(arguments.bursts, seconds, seed=seed)
     else:
         times = schedules.poisson(arguments.rate, seconds, seed)

@@ -28,7 +28,9 @@ class Client:
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"not an http:// address: {url}")
         self._host, self._port = parts.hostname, parts.port or 80
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self.path = parts.path or "/"
+        """What is asked for, without the query."""
+        target = self.path + (f"?{parts.query}" if parts.query else "")
         lines = [f"POST {target} HTTP/1.1", f"Host: {parts.netloc}"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self._head = "\r\n".join(lines).encode()

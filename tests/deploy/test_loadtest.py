@@ -22,7 +22,7 @@ from deploy.loadtest.summary import summarise
 OTTER = Sample(b"otter", "otter")
 BEAR = Sample(b"bear", "bear")
 SILENCE = Sample(b"silence", "otter")
-NONSENSE = [b"otter, I think", b'["otter"]', b"null", b"[" * 100_000]
+NONSENSE = [b"otter, I think", b'["otter"]', b"null", b"{}", b'{"label": 1}', b"[" * 100_000]
 """What a server may say of an image with status 200 without saying anything."""
 GONE = "http://127.0.0.1:9/"
 
@@ -118,6 +118,15 @@ def test_a_server_that_is_gone_is_counted_not_raised():
 def test_an_answer_that_says_nothing_of_an_image_is_counted_not_raised(said):
     results = against_server(lambda c: open_loop(c, [Sample(said, "otter"), OTTER], [0.0] * 9))
     assert {(r.status, r.right) for r in results} == {(0, False), (200, True)}
+
+
+def test_what_another_server_says_of_an_image_may_have_any_form():
+    class Saying(Client):
+        async def post(self, body):
+            return 200, b'{"predictions": [3]}'
+
+    (result,) = asyncio.run(open_loop(Saying(f"{GONE}predict"), [OTTER], [0.0]))
+    assert (result.status, result.right) == (200, False)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +282,7 @@ def test_requests_of_a_trace_that_come_all_at_once_have_no_rates(tmp_path, capsy
         (["--json", "/"], "/ cannot be written: it is a folder"),
         (["--trace", "/nope/trace"], "No such file"),
         (["--rate", "0.001"], "at this rate no request comes in 0.1 s"),
+        (["--bursts", "50"], "--seconds must be a multiple of 2, for bursts to keep"),
         ([GONE], f"{GONE} gives no answer"),
         ([GONE, GONE], "the same URL is given twice"),
     ],
@@ -285,6 +295,15 @@ def test_what_would_lose_a_measurement_is_said_before_it(tmp_path, capsys, argum
     assert said in captured.err
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_serves_nobody_is_a_failure_after_its_figures(tmp_path, capsys):
+    assert run_main(tmp_path, image=b"busy")[0] == 1
+    said = capsys.readouterr()
+    assert "status" in said.out and "'429'" in said.out
+    assert said.err.startswith("error: http://127.0.0.1:")
+    assert said.err.endswith("/classify answered no image\n")
 
 
 def test_a_server_that_is_silent_from_the_start_is_not_loaded(tmp_path, capsys):

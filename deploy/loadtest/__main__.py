@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("urls", nargs="+", metavar="URL", help="where images are posted")
-    parser.add_argument("--images", type=Path, required=True, help="folder CLASS/* or plain")
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder or tar of CLASS/*, or plain"
+    )
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--rate", type=positive, default=50.0, help="Poisson requests a second")
     load.add_argument(

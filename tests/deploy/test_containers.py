@@ -269,6 +269,11 @@ def test_the_demo_load_comes_by_profile_only_and_has_its_images():
     assert (ROOT / source / Path(archive).relative_to(target)).exists()
 
 
+def test_the_demo_load_ends_when_it_is_told_to():
+    """It handles no signal, and a first process without a handler is not ended by one."""
+    assert SERVICES["load"]["init"] is True
+
+
 def test_the_gpu_override_changes_services_that_exist_and_asks_for_a_card():
     assert set(GPU["services"]) <= set(SERVICES)
     assert set(GPU_SERVER["build"]["args"]) <= {a.split("=")[0] for a in instructions("ARG")}

@@ -441,6 +441,14 @@ def test_the_demo_comes_in_waves_with_a_peak():
     assert all(n < 64 for n in clients[:50] + clients[60:])
 
 
+def test_a_short_demo_says_what_came_of_it(tmp_path, capsys):
+    (tmp_path / "1.png").write_bytes(OTTER.data)
+    words = ["--images", str(tmp_path), "--seconds", "0.05"]
+    assert beside_server(lambda url: asyncio.to_thread(demo.main, [url, *words])) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and " x 200" in said
+
+
 @pytest.mark.slow
 def test_the_demo_sends_with_and_without_deadlines():
     asked = Counter()

@@ -44,11 +44,12 @@ class CutShortError(Exception):
 
     Args:
         said: the recording so far.
-        reason: in a sentence.
+        loads: how many there were to be.
+        reason: why there are no more, in a sentence.
     """
 
-    def __init__(self, said: Row, reason: Exception) -> None:
-        super().__init__(f"after {len(said['rows'])} loads: {reason}")
+    def __init__(self, said: Row, loads: int, reason: Exception) -> None:
+        super().__init__(f"after {len(said['rows'])} of {loads} loads: {reason}")
         self.said = said
 
 
@@ -131,7 +132,7 @@ async def _sweep(arguments: argparse.Namespace, url: str, samples: list[Sample])
         await _record_all(said, loads, arguments, url, samples)
     except (ValueError, OSError) as error:
         if said["rows"]:
-            raise CutShortError(said, error) from None
+            raise CutShortError(said, len(loads), error) from None
         raise
     return said
 

@@ -196,6 +196,10 @@ def test_patience_is_ten_deadlines_but_ten_seconds_at_least():
     assert said == [10.0, 40.0, 0.5]
 
 
+def test_help_says_that_a_trace_has_its_own_length():
+    assert "length of the load; a trace has its own" in " ".join(_parser().format_help().split())
+
+
 def evenly(rate, seconds):
     """Results of a load whose every request is answered after 5 ms."""
     times = [i / rate for i in range(rate * seconds)]

@@ -29,6 +29,9 @@ from model.table import markdown_table
 
 FEWEST_REQUESTS, MOST_REQUESTS = 100, 20_000
 """Of one simulation: its load is made longer, or shorter, for as many."""
+FEWEST_DEADLINES = 20
+"""Of a load that is made shorter, if they are no more than a swing: in fewer no backlog would be
+late."""
 WITHIN = 0.02
 """How exactly a capacity is found, as a share of it."""
 
@@ -59,7 +62,7 @@ def simulated(said: Row, machine: Imagined, kind: str, rate: float, seconds: flo
         seconds: its length.
 
     Returns:
-        As `predict` gives it.
+        As `predict` gives it, and how many a second were offered, of as many as were drawn.
     """
     cores = machine.cores or said["cores"]
     deadline = (machine.deadline_ms or said["deadline_ms"]) / 1e3
@@ -79,18 +82,26 @@ def simulated(said: Row, machine: Imagined, kind: str, rate: float, seconds: flo
     client_seconds = row["client_ms"] / 1e3 / machine.speed if machine.clients else 0.0
     overhead = overhead_of(said["costs"], client_seconds, deadline, cores, machine.speed)
     sent = [(at, at) for at in KINDS[kind](rate, seconds)]
-    return predict(
+    found = predict(
         engine, sent, said["confidences"], deadline, seconds, overhead, said.get("right")
     )
+    return {"offered_per_second": len(sent) / seconds, **found}
 
 
-def load_seconds(rate: float, wanted: float) -> float:
+def load_seconds(kind: str, rate: float, wanted: float, deadline: float) -> float:
     """How long a load to simulate is: as wanted, but for too few or too many requests.
 
     In whole swings of bursts, over which alone their mean rate is kept.
+
+    Args:
+        kind: of the load.
+        rate: mean, in images a second.
+        wanted: seconds of a load of usual rate.
+        deadline: of every request, in seconds.
     """
-    length = max(FEWEST_REQUESTS / rate, min(wanted, MOST_REQUESTS / rate))
-    return SWING_SECONDS * max(1, round(length / SWING_SECONDS))
+    least = min(SWING_SECONDS, FEWEST_DEADLINES * deadline)
+    length = max(FEWEST_REQUESTS / rate, min(wanted, max(least, MOST_REQUESTS / rate)))
+    return SWING_SECONDS * max(1, round(length / SWING_SECONDS)) if kind == "bursts" else length
 
 
 def capacity(answered: Callable[[float], bool], step: Callable[[], object] = lambda: None) -> float:
@@ -125,8 +136,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
+    deadline = (machine.deadline_ms or said["deadline_ms"]) / 1e3
+
     def load(rate: float) -> Row:
-        length = load_seconds(rate, arguments.seconds)
+        length = load_seconds(arguments.kind, rate, arguments.seconds, deadline)
         return simulated(said, machine, arguments.kind, rate, length)
 
     enough = arguments.in_time
@@ -135,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         whole = capacity(
             lambda r: (x := load(r))["in_time_share"] - x["degraded_share"] >= enough, bar.update
         )
+        # Of few requests that are drawn at random there are noticeably more or fewer than asked.
+        whole, bent = (load(rate)["offered_per_second"] if rate else 0.0 for rate in (whole, bent))
         rates = arguments.rates or [max(1, round(f * bent)) for f in (0.5, 1.0, 1.5)]
         rows = [{"rate": rate, **load(rate)} for rate in rates]
     print(
@@ -167,12 +182,18 @@ def _table(rows: list[Row]) -> str:
 def _cells(row: Row, exits: list[str]) -> list[str]:
     accuracy, answers = row["effective_accuracy"], max(1, sum(row["exits"].values()))
     return [
-        f"{row['rate']:.0f}",
+        _offered(row),
         f"{row['goodput_per_second']:.0f}",
         *(f"{row[f'{name}_share']:.1%}" for name in ("in_time", "refused", "degraded")),
         "-" if accuracy is None else f"{accuracy:.1%}",
         *(f"{row['exits'].get(k, 0) / answers:.0%}" for k in exits),
     ]
+
+
+def _offered(row: Row) -> str:
+    """The rate that was drawn; beside the asked one, where few requests make them differ."""
+    drawn, asked = row["offered_per_second"], row["rate"]
+    return f"{asked:.0f}" if abs(drawn - asked) <= WITHIN * asked else f"{drawn:.0f} of {asked:.0f}"
 
 
 def _parser() -> argparse.ArgumentParser:

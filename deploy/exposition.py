@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import urllib.request
-
 from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.reply import reply
 
 
 class Exposition:
@@ -55,7 +55,6 @@ def scrape(url: str, timeout: float = 10.0) -> Exposition:
         ConnectionError: it is gone, or gives something else.
     """
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=timeout) as response:
-            return Exposition(response.read().decode())
+        return Exposition(reply(f"{url}/metrics", timeout=timeout).decode())
     except (OSError, ValueError) as error:
         raise ConnectionError(f"{url} gives no metrics: {error}") from None

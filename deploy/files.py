@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".webp")
+"""Ends of the names of pictures."""
+
+
+def need_picture(file: Path | None) -> None:
+    """Say before a measurement that its picture could not be drawn after it.
+
+    Raises:
+        ValueError: the file's name is no picture's, or nothing is installed that draws one.
+    """
+    if file is None:
+        return
+    if file.suffix.lower() not in PICTURES:
+        raise ValueError(f"{file} cannot be drawn: its name must end in {', '.join(PICTURES)}")
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{file} cannot be drawn: matplotlib is not installed")
 
 
 def need_writable(*files: Path | None) -> None:

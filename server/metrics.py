@@ -117,7 +117,10 @@ class Metrics:
             "requests_total", "Requests to the routes that answer images", ["route", "code"]
         )
         self.request_seconds = self._histogram(
-            "request_duration_seconds", "First byte to last byte", ["route"], seconds
+            "request_duration_seconds",
+            "First byte to last byte of the requests that were answered (200)",
+            ["route"],
+            seconds,
         )
         self.phase_seconds = self._histogram(
             "phase_duration_seconds", "Time of one phase of a request", ["phase"], seconds
@@ -264,10 +267,14 @@ class Metrics:
             self.audited.labels(model, exit, agreed)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request to one of the routes got its response, so long after its first byte."""
+        """A request to one of the routes got its response, so long after its first byte.
+
+        Only an answer's time is observed: a refusal is quick, and would pass for a fast one.
+        """
         known = self._requests_by_code.get((route, status))
         (known or self.requests.labels(route, str(status))).inc()
-        self._request_seconds[route].observe(seconds)
+        if status == 200:
+            self._request_seconds[route].observe(seconds)
 
     def failed(self, code: object, images: int = 1) -> None:
         """So many images failed with this code; a no-op where that was their client's fault."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from deploy.grafana.panels import HERE, Dashboard, Kind, Panel, Row
+from deploy.grafana.panels import HERE_MODEL, Dashboard, Kind, Panel, Row
 
 RUNBOOKS = "http://localhost:9090/user/runbooks"
 """Where Prometheus serves docs/runbooks; a variable of every dashboard, so that it can be moved."""
@@ -64,9 +64,16 @@ def _variables() -> list[dict[str, Any]]:
             "current": {"text": "Prometheus", "value": "prometheus"},
         },
         _variable("job", "label_values(offramp_build_info, job)"),
-        _variable("instance", 'label_values(offramp_build_info{job=~"$job"}, instance)'),
-        _variable("model", f"label_values(offramp_model_info{{{HERE}}}, model)"),
-        {**_variable("exit", f"label_values(offramp_answers_total{{{HERE}}}, exit)"), "hide": 2},
+        # Models before instances: most series name no model, and are chosen by its servers.
+        _variable("model", 'label_values(offramp_model_info{job=~"$job"}, model)'),
+        _variable(
+            "instance",
+            'label_values(offramp_model_info{job=~"$job",model=~"$model"}, instance)',
+        ),
+        {
+            **_variable("exit", f"label_values(offramp_answers_total{{{HERE_MODEL}}}, exit)"),
+            "hide": 2,
+        },
         {
             "name": "runbooks",
             "type": "constant",

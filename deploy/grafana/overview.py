@@ -54,9 +54,10 @@ TRAFFIC = Row(
         ),
         Panel(
             "Latency",
-            f"From the first byte of a /classify request to the last of its answer; the objective "
-            f"is {LATENCY_SECONDS * 1e3:g} ms. When p99 alone is high look for large images "
-            "(decode, on the Engine page); when all are, for a queue or a slower device.",
+            "From the first byte of a /classify request to the last of its answer, of those that "
+            f"got one; the objective is {LATENCY_SECONDS * 1e3:g} ms. When p99 alone is high look "
+            "for large images (decode, on the Engine page); when all are, for a queue or a slower "
+            "device.",
             "s",
             [
                 Query(

@@ -12,7 +12,6 @@ import re
 import sys
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 
 from deploy.grafana.__main__ import DASHBOARDS
 from deploy.grafana.panels import Dashboard, Kind, Panel
+from deploy.reply import reply
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -68,8 +68,8 @@ class Source:
         """Ask for one query over the span."""
         asked = {"start": self.end - self.seconds, "end": self.end, "step": self.step}
         query = urllib.parse.urlencode({"query": concrete(expression), **asked})
-        with urllib.request.urlopen(f"{self.url}/api/v1/query_range?{query}", timeout=30) as reply:
-            result = json.load(reply)["data"]["result"]
+        said = json.loads(reply(f"{self.url}/api/v1/query_range?{query}", timeout=30))
+        result = said["data"]["result"]
         return [self._series(one, legend) for one in result]
 
     def _series(self, result: dict[str, Any], legend: str) -> Series:

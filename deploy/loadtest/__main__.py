@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.files import need_writable
+from deploy.files import need_picture, need_writable
 from deploy.loadtest import schedules
 from deploy.loadtest.client import Client
 from deploy.loadtest.headroom import own_rate
@@ -36,10 +36,15 @@ class Load:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load each server in turn with the same load, print one table."""
+    """Load each server in turn with the same load, print one table.
+
+    Returns:
+        0; 1 where a server served nobody, 2 where something could not be done.
+    """
     arguments = _parser().parse_args(argv)
     try:
         need_writable(arguments.json, arguments.plot)
+        need_picture(arguments.plot)
         load, samples = _load(arguments), read_samples(arguments.images)
         results, summaries = asyncio.run(_run(arguments, load, samples))
         print(_table(summaries))
@@ -50,7 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return _served(summaries)
+
+
+def _served(summaries: dict[str, Any]) -> int:
+    """The status: 1 if one of the servers answered no request with an answer."""
+    silent = [url for url, summary in summaries.items() if "200" not in summary.get("status", ())]
+    for url in silent:
+        print(f"error: {url} answered no image", file=sys.stderr)
+    return 1 if silent else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("urls", nargs="+", metavar="URL", help="where images are posted")
-    parser.add_argument("--images", type=Path, required=True, help="folder CLASS/* or plain")
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder or tar of CLASS/*, or plain"
+    )
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--rate", type=positive, default=50.0, help="Poisson requests a second")
     load.add_argument(
@@ -68,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     load.add_argument("--trace", type=Path, help="file of send times in seconds, one a line")
     load.add_argument("--clients", type=count, help="closed loop with so many clients instead")
-    parser.add_argument("--seconds", type=positive, default=10.0, help="length of the load")
+    parser.add_argument(
+        "--seconds", type=positive, default=10.0, help="length of the load; a trace has its own"
+    )
     parser.add_argument("--deadline-ms", type=positive, default=50.0, help="what counts as in time")
     parser.add_argument(
         "--patience",
@@ -98,6 +115,7 @@ def _load(arguments: argparse.Namespace) -> Load:
         times = schedules.recorded(arguments.trace)
         seconds = schedules.length(times)
     elif arguments.bursts is not None:
+        schedules.check_swings(seconds)
         times = schedules.bursts(arguments.bursts, seconds, seed=seed)
     else:
         times = schedules.poisson(arguments.rate, seconds, seed)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import resource
+from typing import Self
 from urllib.parse import urlsplit
 
 HEAD_END = b"\r\n\r\n"
@@ -13,6 +14,8 @@ HEAD_END = b"\r\n\r\n"
 
 class Client:
     """Posts bodies to one URL over a pool of connections, as many as this process may open.
+
+    They are closed by `close`, or at the end of an `async with`.
 
     Args:
         url: `http://host:port/path?query`.
@@ -25,11 +28,19 @@ class Client:
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"not an http:// address: {url}")
         self._host, self._port = parts.hostname, parts.port or 80
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self.path = parts.path or "/"
+        """What is asked for, without the query."""
+        target = self.path + (f"?{parts.query}" if parts.query else "")
         lines = [f"POST {target} HTTP/1.1", f"Host: {parts.netloc}"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         self._head = "\r\n".join(lines).encode()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def post(self, body: bytes) -> tuple[int, bytes]:
         """Send one request.

@@ -114,14 +114,21 @@ async def _run(crowd: Crowd, seconds: float) -> None:
     reporter = asyncio.create_task(_report(crowd))
     await crowd.run(seconds)
     reporter.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await reporter
 
 
 async def _report(crowd: Crowd) -> None:
+    """Say what came of the requests, again and again, and of the last at the end."""
     while True:
-        await asyncio.sleep(REPORT_SECONDS)
-        said = ", ".join(f"{n} x {status}" for status, n in sorted(crowd.statuses.items()))
-        print(f"in {REPORT_SECONDS:g} s: {said or 'nothing'} (0: no response)", flush=True)
-        crowd.statuses.clear()
+        began = time.perf_counter()
+        try:
+            await asyncio.sleep(REPORT_SECONDS)
+        finally:
+            said = ", ".join(f"{n} x {status}" for status, n in sorted(crowd.statuses.items()))
+            seconds = time.perf_counter() - began
+            print(f"in {seconds:.1f} s: {said or 'nothing'} (0: no response)", flush=True)
+            crowd.statuses.clear()
 
 
 def _parser() -> argparse.ArgumentParser:

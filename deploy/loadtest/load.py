@@ -19,6 +19,10 @@ PATIENCE_SECONDS = 60.0
 """After which a request is given up unless told otherwise, so that every measurement ends."""
 
 
+CLASSIFY = "/classify"
+"""Where Offramp is asked, whose answers all have a label; of other servers no form is known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What came of one request."""
@@ -139,7 +143,7 @@ async def _send(
         async with asyncio.timeout(patience):
             status, body = await client.post(sample.data)
     finished = time.perf_counter() - began
-    answer = _answer(body) if status == 200 else None
+    answer = _answer(body, client.path) if status == 200 else None
     if answer is None:
         failed = 0 if status == 200 else status
         return Result(intended, sent, finished, failed, None if sample.label is None else False)
@@ -156,10 +160,15 @@ async def _send(
     )
 
 
-def _answer(body: bytes) -> dict[str, Any] | None:
-    """What a server says of an image; None where it is no JSON object."""
+def _answer(body: bytes, path: str) -> dict[str, Any] | None:
+    """What a server says of an image; None where that is no JSON object, or lacks a label that an
+    answer has at this path.
+    """
     try:
         said = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return said if isinstance(said, dict) else None
+    if not isinstance(said, dict):
+        return None
+    labelled = path.endswith(CLASSIFY)
+    return None if labelled and not isinstance(said.get("label"), str) else said

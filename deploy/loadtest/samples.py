@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ class Sample:
 def read_samples(source: Path, most: int = 10_000) -> list[Sample]:
     """Read `CLASS/*` with labels, or `*` without, from a folder or a tar archive.
 
-    Taken evenly over all files, so that a few already show every class.
+    A folder that all images share is no class: archives often have one around everything. Taken
+    evenly over all files, so that a few already show every class.
 
     Raises:
         ValueError: there is no image.
@@ -35,9 +37,13 @@ def read_samples(source: Path, most: int = 10_000) -> list[Sample]:
     chosen = sorted(n for n in files if n.suffix.lower() in SUFFIXES)
     if not chosen:
         raise ValueError(f"{source} has no image")
+    shared = os.path.commonpath([name.parent for name in chosen])
     taken = min(most, len(chosen))
     chosen = [chosen[i * len(chosen) // taken] for i in range(taken)]
-    return [Sample(data, name.parent.name or None) for name, data in _read(source, chosen, files)]
+    return [
+        Sample(data, name.parent.relative_to(shared).name or None)
+        for name, data in _read(source, chosen, files)
+    ]
 
 
 def _in_folder(folder: Path) -> dict[PurePath, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from deploy.files import need_writable
+from deploy.files import need_picture, need_writable
 from deploy.loadtest.samples import Sample, read_samples
 from deploy.loadtest.schedules import KINDS, check_swings
 from deploy.options import count, positive
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         need_writable(arguments.json, arguments.plot)
+        need_picture(arguments.plot)
         if arguments.offered:
             check_swings(arguments.seconds or OFFERED_SECONDS)
         samples = read_samples(arguments.images, arguments.most_images)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 from urllib.error import HTTPError, URLError
 
+from deploy.reply import reply
 from server.costs import CostTable
+from server.protocol import EngineBody
 
 Row = dict[str, Any]
 
@@ -19,18 +20,22 @@ def engine(url: str, admin_token: str) -> Row:
     Raises:
         OSError: it does not; the message says what a person can do about it.
     """
-    request = urllib.request.Request(
-        f"{url}/engine", headers={"Authorization": f"Bearer {admin_token}"}
-    )
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return cast(Row, json.load(response))
+        body = reply(f"{url}/engine", {"Authorization": f"Bearer {admin_token}"})
     except HTTPError as error:
         error.close()  # it is the response, too
         said = f"{url}/engine answers {error.code}; is it the server's admin token?"
         raise OSError(said) from None
     except URLError as error:
         raise OSError(f"{url} gives no answer: {error.reason}") from None
+    except OSError as error:
+        raise OSError(f"{url} gives no answer: {error}") from None
+    try:
+        decides: Row = json.loads(body)
+        EngineBody.model_validate(decides)
+    except ValueError:
+        raise OSError(f"{url}/engine answers what no Offramp does") from None
+    return decides
 
 
 def cost_table(said: Mapping[str, Any], times: float = 1.0) -> CostTable:

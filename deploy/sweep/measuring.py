@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 from tqdm import tqdm
 
 from deploy.exposition import scrape
 from deploy.loadtest.client import Client
-from deploy.loadtest.load import closed_loop
+from deploy.loadtest.load import Result, closed_loop
 from deploy.loadtest.samples import Sample
 from deploy.sweep.engine import engine
+from server.protocol import AnswerBody, SeenBody, Timing
 
 CLIENTS = 64
 """Enough that the engine finds a full batch whenever it is done with one."""
@@ -106,14 +106,18 @@ async def measure(url: str, admin_token: str, samples: Sequence[Sample], seconds
     What a request costs the event loop, and a batch the engine, is processor time of their threads:
     what they wait for cores and locks is the simulation's to find. How a request's divides into
     beginning and answering is seen in the timings of requests sent one by one.
+
+    Raises:
+        ValueError: it answers something else, or not everybody.
+        OSError: it is gone.
     """
     share = await _begin_share(url, samples)
     full_depth = full_depth_query(url, admin_token)
-    some = await _flood(url, samples, f"threshold=0&{UNHURRIED}", CLIENTS, seconds)
-    deep = await _flood(url, samples, full_depth, CLIENTS, seconds)
-    some += await _flood(url, samples, f"threshold=0&{UNHURRIED}", CLIENTS, seconds)
-    deep += await _flood(url, samples, full_depth, CLIENTS, seconds)
-    refused = await _flood(url, samples, "deadline_ms=1", IMPATIENT, seconds)
+    some = await _answered_flood(url, samples, f"threshold=0&{UNHURRIED}", seconds)
+    deep = await _answered_flood(url, samples, full_depth, seconds)
+    some += await _answered_flood(url, samples, f"threshold=0&{UNHURRIED}", seconds)
+    deep += await _answered_flood(url, samples, full_depth, seconds)
+    refused, _ = await _flood(url, samples, "deadline_ms=1", IMPATIENT, seconds)
     request = (some + deep).request_seconds
     return Costs(
         share * request,
@@ -124,27 +128,38 @@ async def measure(url: str, admin_token: str, samples: Sequence[Sample], seconds
     )
 
 
+async def _answered_flood(url: str, samples: Sequence[Sample], query: str, seconds: float) -> Flood:
+    """Of clients who are all answered, since what is refused is no capacity."""
+    flood, results = await _flood(url, samples, query, CLIENTS, seconds)
+    status = Counter(r.status for r in results)
+    if set(status) != {200}:
+        said = ", ".join(f"{n} x {code}" for code, n in sorted(status.items()))
+        raise ValueError(
+            f"{url} did not answer all of {CLIENTS} clients at once ({said}; 0: no answer), so its "
+            f"capacity cannot be told; against 429 raise OFFRAMP_MAX_QUEUE to {CLIENTS} or more"
+        )
+    return flood
+
+
 async def _flood(
     url: str, samples: Sequence[Sample], query: str, clients: int, seconds: float
-) -> Flood:
-    client = Client(f"{url}/classify?{query}")
-    before = Spent.by_now(url)
-    results = await closed_loop(client, samples, clients, seconds)
-    spent = Spent.by_now(url) - before
-    await client.close()
-    return Flood(spent, len(results))
+) -> tuple[Flood, list[Result]]:
+    async with Client(f"{url}/classify?{query}") as client:
+        before = Spent.by_now(url)
+        results = await closed_loop(client, samples, clients, seconds)
+        spent = Spent.by_now(url) - before
+    return Flood(spent, len(results)), results
 
 
 async def _begin_share(url: str, samples: Sequence[Sample]) -> float:
     """Of a request's time outside queue and stages, the part before it is queued."""
-    client = Client(f"{url}/classify?threshold=0&explain=true&{UNHURRIED}")
     shares = []
-    for sample in samples:
-        answer = await _asked(client, url, sample)
-        timing, done = answer["timing_ms"], answer["seen"][-1]["elapsed_ms"]
-        begin = done - timing["queue"] - timing["compute"]
-        shares.append(begin / (begin + timing["total"] - done))
-    await client.close()
+    async with Client(f"{url}/classify?threshold=0&explain=true&{UNHURRIED}") as client:
+        for sample in samples:
+            seen, timing = await _explained(client, url, sample)
+            done = seen[-1].elapsed_ms
+            begin = done - timing.queue - timing.compute
+            shares.append(begin / (begin + timing.total - done))
     return statistics.median(shares)
 
 
@@ -158,20 +173,31 @@ async def record_exits(
     url: str, admin_token: str, samples: Sequence[Sample]
 ) -> tuple[list[Confidences], list[tuple[bool, ...]] | None]:
     """How sure every exit is of each image, and whether it is right; None without labels."""
-    client = Client(f"{url}/classify?explain=true&{full_depth_query(url, admin_token)}")
+    query = f"explain=true&{full_depth_query(url, admin_token)}"
     recorded, right = [], []
-    for sample in tqdm(samples, "recording confidences", leave=False, disable=None):
-        answer = await _asked(client, url, sample)
-        recorded.append(tuple(seen["confidence"] for seen in answer["seen"]))
-        right.append(tuple(seen["label"] == sample.label for seen in answer["seen"]))
-    await client.close()
+    async with Client(f"{url}/classify?{query}") as client:
+        for sample in tqdm(samples, "recording confidences", leave=False, disable=None):
+            exits, _ = await _explained(client, url, sample)
+            recorded.append(tuple(seen.confidence for seen in exits))
+            right.append(tuple(seen.label == sample.label for seen in exits))
     return recorded, right if all(sample.label for sample in samples) else None
 
 
-async def _asked(client: Client, url: str, sample: Sample) -> Any:
+async def _explained(client: Client, url: str, sample: Sample) -> tuple[list[SeenBody], Timing]:
+    """What every exit said of an image, and where the time went.
+
+    Raises:
+        ValueError: there is no answer, or none that an Offramp gives.
+    """
     status, body = await client.post(sample.data)
     if not status:
         raise ValueError(f"{url} gives no answer")
     if status != 200:
         raise ValueError(f"{url} answers {status}: {body.decode(errors='replace')}")
-    return json.loads(body)
+    try:
+        answer = AnswerBody.model_validate_json(body)
+    except ValueError:
+        answer = None
+    if answer is None or not answer.seen:
+        raise ValueError(f"{url}/classify answers what no Offramp does")
+    return answer.seen, answer.timing_ms

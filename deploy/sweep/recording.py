@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from deploy.loadtest.client import Client
 from deploy.loadtest.load import Result, open_loop
 from deploy.loadtest.samples import Sample
@@ -15,6 +17,7 @@ from deploy.loadtest.summary import summarise
 from deploy.sweep.engine import Row, engine
 from deploy.sweep.measuring import Spent
 from deploy.sweep.pace import watching
+from deploy.sweep.shape import Recording
 
 
 async def record(
@@ -32,13 +35,12 @@ async def record(
         seconds: length of the load.
         deadline: of every request, in seconds.
     """
-    client = Client(f"{url}/classify?deadline_ms={1e3 * deadline:g}")
-    before, working = Spent.by_now(url), time.process_time()
-    async with watching(url, admin_token) as moments:
-        results = await open_loop(client, samples, times)
-    working = time.process_time() - working
-    spent = Spent.by_now(url) - before
-    await client.close()
+    async with Client(f"{url}/classify?deadline_ms={1e3 * deadline:g}") as client:
+        before, working = Spent.by_now(url), time.process_time()
+        async with watching(url, admin_token) as moments:
+            results = await open_loop(client, samples, times)
+        working = time.process_time() - working
+        spent = Spent.by_now(url) - before
     return {
         "seconds": seconds,
         "measured": summarise(results, deadline, seconds),
@@ -54,16 +56,18 @@ def read_recording(file: Path) -> Row:
     """What a sweep wrote.
 
     Raises:
-        ValueError: something else wrote the file.
+        ValueError: something else wrote the file; the message says what is wrong where.
         OSError: it cannot be read.
     """
     try:
-        said = json.loads(file.read_text())
-    except ValueError:
-        said = None
-    wanted = {"costs", "confidences", "rows", "cores", "deadline_ms"}
-    if not isinstance(said, dict) or not wanted <= said.keys() or not said["rows"]:
-        raise ValueError(f"{file} is no recording of a sweep")
+        said: Row = json.loads(file.read_text())
+        Recording.model_validate(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise ValueError(f"{file} is no recording of a sweep: {where}: {first['msg']}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is no recording of a sweep: {error}") from None
     return said
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deploy.loadtest.schedules import BURST_SECONDS, KINDS, SWING_SECONDS
 from deploy.sweep.engine import Row
+from deploy.sweep.recording import load_seconds
 from model.policy import Reason
 from model.table import markdown_table
 
@@ -43,8 +44,11 @@ def _cells(row: Row) -> list[str]:
 def recovery_seconds(row: Row) -> float | None:
     """How long after a burst's end requests were still answered shallower for its sake, at worst.
 
-    None where no answer of the load was; a burst's length if it never ended.
+    None where no answer of the load was, or no time of it came after a burst; a burst's length if
+    it never ended.
     """
+    if load_seconds(row) <= SWING_SECONDS:
+        return None
     requests = row["requests"]
     bent = [
         sent / 1e3

@@ -4,8 +4,16 @@ import json
 
 import pytest
 
-from deploy.capacity import Imagined, capacity, load_seconds, main, simulated
-from deploy.loadtest.schedules import BURST_SECONDS, bursts
+from deploy.capacity import (
+    FEWEST_REQUESTS,
+    MOST_REQUESTS,
+    Imagined,
+    capacity,
+    load_seconds,
+    main,
+    simulated,
+)
+from deploy.loadtest.schedules import BURST_SECONDS, KINDS, bursts
 from tests.deploy.test_sweep import SURE, UNSURE, recording
 
 NOTHING = {"begin": 0.0, "answer": 0.0, "refuse": 0.0, "batch": 0.0}
@@ -22,7 +30,9 @@ def said(*confidences, right=None, **costs):
 
 def found(recorded, machine):
     def answered(rate):
-        told = simulated(recorded, machine, "poisson", rate, load_seconds(rate, 5.0))
+        told = simulated(
+            recorded, machine, "poisson", rate, load_seconds("poisson", rate, 5.0, 0.5)
+        )
         return told["in_time_share"] >= 0.99
 
     return capacity(answered)
@@ -142,9 +152,31 @@ def test_recorded_workers_want_a_core_each_too(tmp_path, capsys):
 
 @pytest.mark.parametrize("rate", [1.0, 33.0, 1000.0, 7000.0, 1e5])
 def test_bursts_keep_their_mean_rate(rate):
-    length = load_seconds(rate, 5.0)
+    length = load_seconds("bursts", rate, 5.0, 0.05)
     assert len(bursts(rate, length)) / length == pytest.approx(rate, rel=0.2)
     assert length % (2 * BURST_SECONDS) == 0
+
+
+@pytest.mark.parametrize("rate", [1.0, 33.0, 6000.0, 19_000.0])
+def test_a_load_has_neither_too_few_nor_too_many_requests(rate):
+    requests = rate * load_seconds("poisson", rate, 5.0, 0.05)
+    assert FEWEST_REQUESTS <= round(requests) <= MOST_REQUESTS
+
+
+@pytest.mark.parametrize(("deadline", "seconds"), [(0.025, 0.5), (0.05, 1.0), (0.5, 2.0)])
+def test_a_load_is_never_so_short_that_no_backlog_is_late(deadline, seconds):
+    assert load_seconds("poisson", 1e6, 5.0, deadline) == pytest.approx(seconds)
+
+
+def test_the_rate_that_was_drawn_is_shown_where_it_is_another(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(KINDS, "poisson", lambda rate, seconds: [0.0] * round(1.5 * rate * seconds))
+    monkeypatch.setattr("deploy.capacity.capacity", lambda answered, step: 40.0)
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(said(SURE)))
+    assert main([str(file), "--rates", "40"]) == 0
+    told = capsys.readouterr().out
+    assert ": 60 images a second as the policy asks, 60 with answers bent" in told
+    assert "| 60 of 40 " in told
 
 
 @pytest.mark.slow
@@ -168,7 +200,9 @@ def test_a_file_that_is_no_recording_is_one_sentence(tmp_path, capsys, content):
     file = tmp_path / "x.json"
     file.write_text(content)
     assert main([str(file)]) == 2
-    assert capsys.readouterr().err == f"error: {file} is no recording of a sweep\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {file} is no recording of a sweep: ")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["--speed", "0"], ["--in-time", "1.1"], ["--workers", "x"]])

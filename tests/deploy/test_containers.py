@@ -91,7 +91,8 @@ def test_the_health_check_tells_a_ready_server_from_none(server):
     (check,) = re.findall(r'CMD \["python", "-c", (".*")\]$', DOCKERFILE, re.MULTILINE)
     program = json.loads(check)
     asked = [sys.executable, "-c", program]
-    environment = {**os.environ, "OFFRAMP_PORT": str(server.port)}
+    proxy = {"http_proxy": "http://127.0.0.1:9"}  # which asks other machines
+    environment = {**os.environ, **proxy, "OFFRAMP_PORT": str(server.port)}
     assert subprocess.run(asked, env=environment).returncode == 0
     nobody = {**os.environ, "OFFRAMP_PORT": "9"}
     assert subprocess.run(asked, env=nobody, stderr=subprocess.DEVNULL).returncode != 0
@@ -266,6 +267,11 @@ def test_the_demo_load_comes_by_profile_only_and_has_its_images():
     ((source, target),) = mounts("load")
     assert option == "--images"
     assert (ROOT / source / Path(archive).relative_to(target)).exists()
+
+
+def test_the_demo_load_ends_when_it_is_told_to():
+    """It handles no signal, and a first process without a handler is not ended by one."""
+    assert SERVICES["load"]["init"] is True
 
 
 def test_the_gpu_override_changes_services_that_exist_and_asks_for_a_card():

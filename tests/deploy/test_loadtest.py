@@ -22,7 +22,7 @@ from deploy.loadtest.summary import summarise
 OTTER = Sample(b"otter", "otter")
 BEAR = Sample(b"bear", "bear")
 SILENCE = Sample(b"silence", "otter")
-NONSENSE = [b"otter, I think", b'["otter"]', b"null", b"[" * 100_000]
+NONSENSE = [b"otter, I think", b'["otter"]', b"null", b"{}", b'{"label": 1}', b"[" * 100_000]
 """What a server may say of an image with status 200 without saying anything."""
 GONE = "http://127.0.0.1:9/"
 
@@ -120,6 +120,15 @@ def test_an_answer_that_says_nothing_of_an_image_is_counted_not_raised(said):
     assert {(r.status, r.right) for r in results} == {(0, False), (200, True)}
 
 
+def test_what_another_server_says_of_an_image_may_have_any_form():
+    class Saying(Client):
+        async def post(self, body):
+            return 200, b'{"predictions": [3]}'
+
+    (result,) = asyncio.run(open_loop(Saying(f"{GONE}predict"), [OTTER], [0.0]))
+    assert (result.status, result.right) == (200, False)
+
+
 @pytest.mark.parametrize(
     "said", [{"label": "otter", "exit": "deep", "reason": ["confident"]}, {"label": "otter"}]
 )
@@ -187,6 +196,10 @@ def test_patience_is_ten_deadlines_but_ten_seconds_at_least():
     assert said == [10.0, 40.0, 0.5]
 
 
+def test_help_says_that_a_trace_has_its_own_length():
+    assert "length of the load; a trace has its own" in " ".join(_parser().format_help().split())
+
+
 def evenly(rate, seconds):
     """Results of a load whose every request is answered after 5 ms."""
     times = [i / rate for i in range(rate * seconds)]
@@ -219,8 +232,9 @@ def test_a_load_without_a_length_has_no_rates():
 
 def run_main(folder, *arguments, image=b"otter"):
     """The command's status against the server, and how many requests came to it."""
-    (folder / "images/otter").mkdir(parents=True)
-    (folder / "images/otter/1.png").write_bytes(image)
+    for label in ("otter", "otters"):
+        (folder / f"images/{label}").mkdir(parents=True)
+        (folder / f"images/{label}/1.png").write_bytes(image)
     words = [*arguments, "--images", str(folder / "images"), "--seconds", "0.1"]
     posted = []
 
@@ -234,19 +248,23 @@ def test_the_command_prints_a_table_and_writes_figures_and_a_picture(tmp_path, c
     assert run_main(tmp_path, "--json", str(out), "--plot", str(picture))[0] == 0
     assert "effective accuracy" in capsys.readouterr().out
     (summary,) = json.loads(out.read_text()).values()
-    assert summary["effective_accuracy"] == 1
+    assert 0 < summary["effective_accuracy"] < 1
     assert summary["offered_per_second"] == len(schedules.poisson(50, 0.1)) / 0.1
     assert summary["tester_headroom"] > 0
     assert picture.stat().st_size > 1000
 
 
 @pytest.mark.slow
-def test_figures_are_there_even_if_the_picture_cannot_be_drawn(tmp_path, capsys):
+def test_figures_are_there_even_if_the_picture_cannot_be_drawn(tmp_path, capsys, monkeypatch):
+    def fail(results, deadline_seconds, file):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("deploy.loadtest.__main__.plot", fail)
     out = tmp_path / "x.json"
-    assert run_main(tmp_path, "--json", str(out), "--plot", str(tmp_path / "x.nope"))[0] == 2
+    assert run_main(tmp_path, "--json", str(out), "--plot", str(tmp_path / "x.png"))[0] == 2
     said = capsys.readouterr()
     assert "effective accuracy" in said.out
-    assert said.err.startswith("error: Format 'nope' is not supported")
+    assert said.err == "error: no space left on device\n"
     assert json.loads(out.read_text())
 
 
@@ -264,10 +282,12 @@ def test_requests_of_a_trace_that_come_all_at_once_have_no_rates(tmp_path, capsy
     ("arguments", "said"),
     [
         (["--plot", "/nope/x.png"], "/nope/x.png cannot be written: there is no folder /nope"),
+        (["--plot", "x.nope"], "x.nope cannot be drawn: its name must end in .png, "),
         (["--json", "/nope/x.json"], "/nope/x.json cannot be written: there is no folder /nope"),
         (["--json", "/"], "/ cannot be written: it is a folder"),
         (["--trace", "/nope/trace"], "No such file"),
         (["--rate", "0.001"], "at this rate no request comes in 0.1 s"),
+        (["--bursts", "50"], "--seconds must be a multiple of 2, for bursts to keep"),
         ([GONE], f"{GONE} gives no answer"),
         ([GONE, GONE], "the same URL is given twice"),
     ],
@@ -280,6 +300,15 @@ def test_what_would_lose_a_measurement_is_said_before_it(tmp_path, capsys, argum
     assert said in captured.err
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_serves_nobody_is_a_failure_after_its_figures(tmp_path, capsys):
+    assert run_main(tmp_path, image=b"busy")[0] == 1
+    said = capsys.readouterr()
+    assert "status" in said.out and "'429'" in said.out
+    assert said.err.startswith("error: http://127.0.0.1:")
+    assert said.err.endswith("/classify answered no image\n")
 
 
 def test_a_server_that_is_silent_from_the_start_is_not_loaded(tmp_path, capsys):
@@ -373,6 +402,34 @@ def test_samples_are_the_same_from_a_folder_and_from_its_archive(tmp_path):
         read_samples(tmp_path / "cut.tar.gz")
 
 
+def archive_of(folder, *around):
+    """A tar of what is in the folder, with folders around it."""
+    archive = folder.parent / "packed.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(folder, "/".join(around) or ".")
+    return archive
+
+
+@pytest.mark.parametrize("around", [(), ("photos",), ("my", "photos")])
+def test_images_of_one_folder_have_no_label(tmp_path, around):
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        (tmp_path / f"photos/{i}.png").write_bytes(b"%d" % i)
+    wanted = [Sample(b"0", None), Sample(b"1", None)]
+    assert read_samples(tmp_path / "photos") == wanted == read_samples(tmp_path)
+    assert read_samples(archive_of(tmp_path / "photos", *around)) == wanted
+
+
+@pytest.mark.parametrize("around", [(), ("test",), ("my", "test")])
+def test_a_folder_around_the_classes_is_none(tmp_path, around):
+    (tmp_path / "test/bear").mkdir(parents=True)
+    (tmp_path / "test/bear/1.png").write_bytes(BEAR.data)
+    (tmp_path / "test/plain.png").write_bytes(b"plain")
+    wanted = [BEAR, Sample(b"plain", None)]
+    assert read_samples(tmp_path / "test") == wanted == read_samples(tmp_path)
+    assert read_samples(archive_of(tmp_path / "test", *around)) == wanted
+
+
 def test_samples_are_taken_evenly_over_all_files(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.png").write_bytes(b"%d" % i)
@@ -386,6 +443,14 @@ def test_the_demo_comes_in_waves_with_a_peak():
     assert max(clients[:50]) == 32
     assert clients[50:60] == [64] * 10
     assert all(n < 64 for n in clients[:50] + clients[60:])
+
+
+def test_a_short_demo_says_what_came_of_it(tmp_path, capsys):
+    (tmp_path / "1.png").write_bytes(OTTER.data)
+    words = ["--images", str(tmp_path), "--seconds", "0.05"]
+    assert beside_server(lambda url: asyncio.to_thread(demo.main, [url, *words])) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and " x 200" in said
 
 
 @pytest.mark.slow

@@ -382,9 +382,9 @@ def test_an_unknown_server_is_one_sentence(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_plainest_peer_answers_with_the_networks_own_labels(bundle_path, tmp_path):
-    (tmp_path / CLASSES[0]).mkdir()
-    for name in ("x.png", "y.png"):
-        (tmp_path / CLASSES[0] / name).write_bytes(encode(noise()))
+    for label in CLASSES[:2]:
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "x.png").write_bytes(encode(noise()))
     out = tmp_path / "peers.json"
     command = ["--images", str(tmp_path), "--bundle", str(bundle_path), "--only", "FastAPI"]
     command += ["--most-images", "1"]

@@ -52,6 +52,16 @@ def test_dashboards_are_as_described(dashboard):
     assert written == render(dashboard), "run python -m deploy.grafana"
 
 
+def test_a_chosen_model_leaves_only_its_servers_and_exits_to_choose():
+    variables = json.loads(render(DASHBOARDS[0]))["templating"]["list"]
+    asked = {v["name"]: v["query"]["query"] for v in variables if v["type"] == "query"}
+    assert list(asked) == ["job", "model", "instance", "exit"]
+    chosen = {name: re.findall(r'(\w+)=~"\$\1"', query) for name, query in asked.items()}
+    assert chosen["model"] == ["job"]
+    assert chosen["instance"] == ["job", "model"]
+    assert chosen["exit"] == ["job", "instance", "model"]
+
+
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda d: d.name)
 def test_every_panel_has_a_unit_legends_and_says_what_to_do(dashboard):
     for panel in json.loads(render(dashboard))["panels"]:

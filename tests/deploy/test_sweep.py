@@ -3,20 +3,27 @@
 import asyncio
 import json
 import re
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from deploy.loadtest.load import Result
+from deploy.loadtest.samples import Sample
 from deploy.loadtest.schedules import KINDS
 from deploy.loadtest.summary import summarise
 from deploy.simulator import Overhead
 from deploy.sweep.__main__ import FACTORS, main
-from deploy.sweep.measuring import Flood, Spent
+from deploy.sweep.engine import engine
+from deploy.sweep.measuring import Flood, Spent, _answered_flood
 from deploy.sweep.pace import pace_of, together, watching
 from deploy.sweep.prediction import predict
 from deploy.sweep.recording import columns, load_seconds
 from deploy.sweep.report import recovery_seconds
 from tests.conftest import encode, noise
+from tests.deploy.test_reply import saying
 
 ENGINE = {
     "seconds": {str(k): {"1": 0.001, "8": 0.004} for k in (1, 2)},
@@ -196,11 +203,43 @@ def test_how_long_answers_are_bent_after_a_burst_is_seen_in_their_reasons(bent, 
     assert said == (None if seconds is None else pytest.approx(seconds))
 
 
+def test_nothing_of_a_load_of_one_swing_comes_after_its_burst():
+    results = [Result(at, at, at + 0.01, 200, True, 1, "overload") for at in (1.2, 1.9)]
+    assert recovery_seconds({"seconds": 2.0, "requests": columns(results)}) is None
+    assert recovery_seconds({"seconds": 4.0, "requests": columns(results)}) == 0.0
+
+
 def test_a_file_that_is_no_recording_is_one_sentence(tmp_path, capsys):
     file = tmp_path / "x.json"
     file.write_text("[]")
     assert main(["--again", str(file)]) == 2
-    assert capsys.readouterr().err == f"error: {file} is no recording of a sweep\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {file} is no recording of a sweep: all of it: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("costs", "batch"), "slow", "costs.batch: Input should be a valid number"),
+        (("rows", 0, "engine", "ladder"), [], "rows.0.engine.ladder: List should have at least 1"),
+        (("rows", 0, "engine", "seconds"), {"one": {}}, "rows.0.engine.seconds.one"),
+        (("rows", 0, "requests", "sent_ms"), [1.0], "its columns differ in length"),
+        (("rows", 0, "measured"), None, "rows.0.measured: Input should be"),
+    ],
+)
+def test_a_recording_of_another_shape_is_one_sentence_that_says_where(
+    tmp_path, capsys, path, value, said
+):
+    file, made = tmp_path / "x.json", json.loads(json.dumps(recording()))
+    inner = made
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(made))
+    assert main(["--again", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_a_sweep_of_nothing_is_one_sentence(capsys):
@@ -211,6 +250,124 @@ def test_a_sweep_of_nothing_is_one_sentence(capsys):
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(capsys):
     assert main(["http://127.0.0.1:9", "--images", "x", "--json", "/nope/x.json"]) == 2
     assert "/nope/x.json cannot be written: there is no folder /nope" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", [[], ["--again", "x.json"]])
+def test_a_picture_that_cannot_be_drawn_is_said_before_anything_is_measured(capsys, again):
+    assert main([*again, "--plot", "x.nope"]) == 2
+    assert "error: x.nope cannot be drawn: its name must end in .png, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", ["/classify", "?x=1", "/engine/"])
+def test_an_address_of_more_than_a_server_is_one_sentence(tmp_path, capsys, after):
+    words = ["--images", str(tmp_path), "--admin-token", "t"]
+    assert main([f"http://127.0.0.1:9{after}", *words]) == 2
+    assert "a sweep wants http://host:port of the server, and nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [b"[]", b"hi", b'{"seconds": {}}'])
+def test_an_engine_of_something_else_is_one_sentence(data):
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data)
+    with (
+        saying(head + data) as url,
+        pytest.raises(OSError, match="/engine answers what no Offramp does"),
+    ):
+        engine(url, "token")
+
+
+class Double(BaseHTTPRequestHandler):
+    """Answers as an Offramp does: every image at once, metrics a number of times."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        if self.path == "/engine":
+            self._say(json.dumps(ENGINE | {"teams": {}, "workers": 1}).encode())
+            return
+        self.server.scrapes_left -= 1
+        if self.server.scrapes_left < 0:
+            self.close_connection = True
+            return
+        lines = ("stage_cpu_seconds_total", "stage_duration_seconds_count")
+        parts = [f'cpu_seconds_total{{part="{p}"}}' for p in ("event_loop", "engine")]
+        now = time.perf_counter()
+        self._say("".join(f"offramp_{name} {now}\n" for name in (*lines, *parts)).encode())
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._say(json.dumps(self.server.answer).encode(), self.server.status)
+
+    def _say(self, body, status=200):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+SEEN = {"label": "x", "class_id": 0, "confidence": 0.9}
+ANSWER = {
+    **SEEN,
+    **{"exit": 1, "exits": 2, "reason": "confident", "degraded": False, "top_k": []},
+    **{"model": "m", "version": "1", "request_id": "r"},
+    "timing_ms": {"decode": 0.1, "queue": 0.1, "compute": 1.0, "total": 2.0},
+    "seen": [{**SEEN, "exit": k, "elapsed_ms": 0.9 * k} for k in (1, 2)],
+}
+
+
+@contextmanager
+def double(scrapes=1000, status=200, answer=ANSWER):
+    """The address of a server that looks like an Offramp."""
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 512  # every client comes at once
+
+    with Server(("127.0.0.1", 0), Double) as server:
+        server.scrapes_left, server.status, server.answer = scrapes, status, answer
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def brief_sweep(monkeypatch, tmp_path):
+    """A sweep of loads of a tenth of a second, given an address and further words."""
+    monkeypatch.setattr("deploy.sweep.__main__.COSTS_SECONDS", 0.05)
+    monkeypatch.setattr("deploy.sweep.__main__.check_swings", lambda seconds: None)
+    (tmp_path / "x.png").write_bytes(b"an image")
+    words = ["--images", str(tmp_path), "--admin-token", "t", "--seconds", "0.1"]
+    return lambda url, *more: main([url, *words, *more])
+
+
+def test_a_sweep_whose_server_dies_keeps_what_was_recorded_before(brief_sweep, tmp_path, capsys):
+    out = tmp_path / "sweep.json"
+    floods, loads = 5, 2
+    with double(scrapes=2 * (floods + loads)) as url:
+        assert brief_sweep(f"{url}/", "--json", str(out)) == 2
+    said = capsys.readouterr()
+    assert f"error: after 2 of 14 loads: {url} gives no metrics: " in said.err
+    assert said.out.count("\n| poisson") == 2
+    assert len(json.loads(out.read_text())["rows"]) == 2
+    assert main(["--again", str(out)]) == 0
+
+
+def test_refusals_are_no_capacity(tmp_path, capsys):
+    sample = Sample(b"an image", None)
+    with double(status=429) as url, pytest.raises(ValueError) as caught:
+        asyncio.run(_answered_flood(url, [sample], "threshold=0", 0.05))
+    assert "did not answer all of 64 clients at once (" in str(caught.value)
+    assert "x 429" in str(caught.value) and "raise OFFRAMP_MAX_QUEUE" in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [[], {"label": "x"}, ANSWER | {"seen": None}])
+def test_an_answer_of_something_else_is_one_sentence(brief_sweep, capsys, answer):
+    with double(answer=answer) as url:
+        assert brief_sweep(url) == 2
+    assert f"error: {url}/classify answers what no Offramp does\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

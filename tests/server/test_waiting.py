@@ -203,6 +203,16 @@ def test_a_failed_request_counts_as_one_failed_image_if_that_was_not_its_client(
     assert failed["overloaded"] == 1
 
 
+def test_only_answers_have_a_duration_lest_a_quick_refusal_is_a_fast_answer(one, png):
+    one.served.in_flight = one.served.settings.max_queue
+    assert one.post(png).status_code == 429
+    one.served.in_flight = 0
+    assert one.post(b"no image").status_code == 400
+    assert one.post(png).status_code == 200
+    until(lambda: one.metric("requests_total", route="/classify", code="200") == 1)
+    assert one.metric("request_duration_seconds_count", route="/classify") == 1
+
+
 def test_a_deadline_that_passes_in_the_queue_is_a_504(one, png):
     with gated(one) as gate:
         first = one.later(png)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -78,6 +78,7 @@ class Loaded:
         self.warm = False
         """Whether the engine answers."""
         self._engine: Engine | None = None
+        self._runner: Runner | None = None
         self._compiling: Compiling | None = None
 
     def lead(self) -> None:
@@ -107,7 +108,7 @@ class Loaded:
             Draining: the server drains, and it ended early.
         """
         max_batch = self.settings.max_batch
-        runner = Runner(self.bundle, self.device, self.dtype)
+        runner = self._runner = Runner(self.bundle, self.device, self.dtype)
         eager = runner.warm_up(batch_sizes(max_batch), draining=self._draining)
         costs = CostTable(eager)
         scheduler = Scheduler(
@@ -255,6 +256,14 @@ class Loaded:
         if compiling:
             compiling.close()
         self.decoder.close()
+
+    def let_go(self) -> Iterator[None]:
+        """Let go of a closed bundle's programs bit by bit: each holds Python's lock for 10 ms as it
+        goes, and all at once would hold up who answers meanwhile.
+        """
+        runner, self._runner = self._runner, None
+        if runner:
+            yield from runner.let_go()
 
     def _controller(self) -> OverloadController:
         deadline_ms = self.settings.default_deadline_ms

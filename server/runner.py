@@ -174,6 +174,14 @@ class Runner:
         """Take a program in which several threads compute a single image."""
         self._teams[stage] = program
 
+    def let_go(self) -> Iterator[None]:
+        """Forget all programs, one after another."""
+        programs = [*(program for program, _ in self._programs.values()), *self._teams.values()]
+        self._plans, self._programs, self._teams = {}, {}, {}
+        while programs:
+            programs.pop()
+            yield
+
     def expected(self, stage: int, largest: int) -> dict[int, float]:
         """Seconds of a stage by batch size, at every size where they leave a straight line."""
         sizes = {s for k, s in self._programs if k == stage}

@@ -23,6 +23,10 @@ State = Literal["READY", "LOADING", "UNAVAILABLE"]
 STUCK = "a worker of the engine is stuck, or the device computes nothing"
 
 
+PAUSE_SECONDS = 0.05
+"""Between two programs of a former bundle that are let go of."""
+
+
 class Served:
     """What a server serves: one bundle at a time.
 
@@ -159,6 +163,8 @@ class Served:
         """Close it, after as long as a drain gives to requests that were let in."""
         await asyncio.sleep(self.settings.drain_seconds)
         await asyncio.to_thread(self._close, former)
+        for _ in former.let_go():
+            await asyncio.sleep(PAUSE_SECONDS)
         del former
         gc.collect()  # which knows that its graphs refer to themselves
 

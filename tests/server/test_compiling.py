@@ -497,8 +497,8 @@ def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):
         if dtype is torch.int8 and platform.machine() == "x86_64":
             assert convolutions_in_eight_bits(program) == 1.0
         with torch.inference_mode():
-            features, _, state = unit(*inputs)
-        inputs = features.clone(), state.clone()
+            features, _, log_probabilities = unit(*inputs)
+        inputs = features.clone(), log_probabilities.clone()
 
 
 @pytest.mark.slow

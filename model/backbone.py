@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -96,6 +96,11 @@ def scaled(channels: int, width: int, multiple: int = 1) -> int:
     """Published channels for a network of this width, to the nearest multiple."""
     steps = (2 * channels * width + multiple * PUBLISHED_WIDTH) // (2 * multiple * PUBLISHED_WIDTH)
     return max(1, steps) * multiple
+
+
+def blocks_of(layers: Iterable[Iterable[Any]]) -> list[list[Block]]:
+    """The blocks of stages whose modules are one block each and know their `channels`."""
+    return [[Block((module,), module.channels) for module in layer] for layer in layers]
 
 
 def ending(

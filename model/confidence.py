@@ -22,8 +22,8 @@ class Judgement(NamedTuple):
     """fp32 `[N]` in 0..1: the calibrated probability that the answer is right."""
     probabilities: Tensor
     """fp32 `[N, classes]`, each row summing to 1; the answer is the largest."""
-    state: Tensor
-    """fp32 `[N, classes]`: what the next exit wants as `passed`."""
+    log_probabilities: Tensor
+    """fp32 `[N, classes]`: what the next exit takes as `passed`."""
 
 
 class Constants(NamedTuple):
@@ -45,17 +45,18 @@ def judge(
 
     Args:
         logits: `[N, classes]`, any floating dtype.
-        passed: the `state` of the exit before, row for row, or None at the shallowest exit.
+        passed: the `log_probabilities` of the exit before, row for row, or None at the
+            shallowest exit.
         calibration: of this exit.
         measure: what the confidence is made from.
     """
     combined = logits.float() / calibration.temperature
     if passed is not None:
         combined = combined + calibration.carry * passed
-    state = F.log_softmax(combined, dim=1)
-    probabilities = state.exp()
+    log_probabilities = F.log_softmax(combined, dim=1)
+    probabilities = log_probabilities.exp()
     odds = calibration.slope * score(measure, probabilities, passed) + calibration.offset
-    return Judgement(odds.sigmoid(), probabilities, state)
+    return Judgement(odds.sigmoid(), probabilities, log_probabilities)
 
 
 def score(measure: Measure, probabilities: Tensor, passed: Tensor | None) -> Tensor:

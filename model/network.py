@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.architectures import ARCHITECTURES as ARCHITECTURES
+from model.architectures import ARCHITECTURES
 from model.backbone import PUBLISHED_WIDTH, STEMS, Backbone, Block
 from model.exits import HEADS, ExitHead
 
 ARGUMENTS = ("width", "stem", "attention", "keep", "head", "exits")
 PLACES = ("stages", "blocks")
-
-
-class Outputs(NamedTuple):
-    """What training needs of a whole pass; lists run from the shallowest exit to the deepest."""
-
-    logits: list[Tensor]
-    """Each `[N, classes]`."""
-    pooled: list[Tensor]
-    """Each `[N, C]`, with the `in_features` of its head's classifier."""
 
 
 class MultiExitNet(nn.Module):
@@ -124,7 +115,11 @@ class MultiExitNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised images `[N, 3, H, W]` to the logits of every exit, shallow to deep."""
-        return self.outputs(x).logits
+        out = []
+        for k in range(1, self.exits + 1):
+            x, logits = self.run_stage(k, x)
+            out.append(logits)
+        return out
 
     def deepest(self, x: Tensor) -> Tensor:
         """Normalised images `[N, 3, H, W]` to the last exit's logits alone, without other heads."""
@@ -132,17 +127,6 @@ class MultiExitNet(nn.Module):
             x = self.features(k, x)
         logits: Tensor = self.head(self.exits)(x)
         return logits
-
-    def outputs(self, x: Tensor) -> Outputs:
-        """Like `forward`, with the pooled features that distillation compares."""
-        out = Outputs([], [])
-        for k in range(1, self.exits + 1):
-            x = self.features(k, x)
-            head = self.head(k)
-            pooled = head.pooled(x)
-            out.pooled.append(pooled)
-            out.logits.append(head.fc(pooled))
-        return out
 
 
 def build(architecture: str, classes: int, **arguments: Any) -> MultiExitNet:

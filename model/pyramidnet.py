@@ -11,6 +11,7 @@ from model.backbone import (
     PUBLISHED_WIDTH,
     Backbone,
     Block,
+    blocks_of,
     conv1x1,
     conv3x3,
     ending,
@@ -87,7 +88,7 @@ class PyramidNet(Backbone):
     @property
     def stages(self) -> Sequence[Sequence[Block]]:
         layers = [getattr(self, f"layer{i + 1}") for i in range(STAGES)]
-        *first, last = [[Block((b,), b.channels) for b in layer] for layer in layers]
+        *first, last = blocks_of(layers)
         return [*first, ending(last, getattr(self, "bn", None), getattr(self, "relu", None))]
 
     def stem(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from model.backbone import (
     PUBLISHED_WIDTH,
     Backbone,
     Block,
+    blocks_of,
     conv1x1,
     conv3x3,
     stem_conv,
@@ -141,7 +142,7 @@ class ResNet(Backbone):
     @property
     def stages(self) -> Sequence[Sequence[Block]]:
         layers = [getattr(self, f"layer{i + 1}") for i in range(self.layers)]
-        return [[Block((block,), block.channels) for block in layer] for layer in layers]
+        return blocks_of(layers)
 
     def stem(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

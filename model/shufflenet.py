@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backbone import PUBLISHED_WIDTH, Backbone, Block, conv1x1, ending, scaled
+from model.backbone import (
+    PUBLISHED_WIDTH,
+    Backbone,
+    Block,
+    blocks_of,
+    conv1x1,
+    ending,
+    scaled,
+    stem_pool,
+)
 
 STEM_CHANNELS = 24
 STAGES = {"stage2": (4, 116), "stage3": (8, 232), "stage4": (4, 464)}
@@ -73,7 +82,7 @@ class ShuffleNetV2(Backbone):
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         )
-        self.maxpool = None if stem == 32 else nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool = stem_pool(stem)
         for name, (depth, published) in STAGES.items():
             wide = scaled(published, width, multiple=2)
             first = ShuffleBlock(channels, wide, 2)
@@ -86,7 +95,7 @@ class ShuffleNetV2(Backbone):
     @property
     def stages(self) -> Sequence[Sequence[Block]]:
         layers = [getattr(self, name) for name in STAGES]
-        *first, last = [[Block((b,), b.channels) for b in layer] for layer in layers]
+        *first, last = blocks_of(layers)
         tail = getattr(self, "conv5", None)
         return [*first, ending(last, tail, channels=self.last_channels)]
 

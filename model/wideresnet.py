@@ -10,6 +10,7 @@ from model.backbone import (
     PUBLISHED_WIDTH,
     Backbone,
     Block,
+    blocks_of,
     conv1x1,
     conv3x3,
     ending,
@@ -19,6 +20,7 @@ from model.backbone import (
 )
 
 STEM_CHANNELS = 16
+STAGES = 3
 
 
 class WideBlock(nn.Module):
@@ -60,7 +62,7 @@ class WideResNet(Backbone):
         channels = scaled(STEM_CHANNELS, width)
         self.conv1 = stem_conv(channels, stem)
         self.maxpool = stem_pool(stem)
-        for i in range(3):
+        for i in range(STAGES):
             blocks = []
             for j in range(depth):
                 wide = scaled(STEM_CHANNELS * factor * 2**i, width)
@@ -72,8 +74,8 @@ class WideResNet(Backbone):
 
     @property
     def stages(self) -> Sequence[Sequence[Block]]:
-        layers = [getattr(self, f"layer{i + 1}") for i in range(3)]
-        *first, last = [[Block((b,), b.channels) for b in layer] for layer in layers]
+        layers = [getattr(self, f"layer{i + 1}") for i in range(STAGES)]
+        *first, last = blocks_of(layers)
         return [*first, ending(last, getattr(self, "bn", None), getattr(self, "relu", None))]
 
     def stem(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Computed(NamedTuple):
     said: np.ndarray
     """Each row's confidence before its probabilities, float32 `[n, 1 + classes]`; a copy."""
     passed: Any
-    """What the next exit wants to know, `[N, classes]`."""
+    """Log-probabilities, fp32 `[N, classes]`, which the next exit takes as `passed`."""
 
 
 class Memory(Protocol):

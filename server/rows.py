@@ -14,7 +14,7 @@ class Row(NamedTuple):  # which is made in less time than a dataclass
     features: Any
     """The whole batch that the row is of: an array on the host, a tensor on a card."""
     passed: Any
-    """What the exit said to the next one, `[N, classes]` for the same batch."""
+    """The batch's log-probabilities, fp32 `[N, classes]`, which the next exit takes as `passed`."""
     place: int
 
 

@@ -40,7 +40,7 @@ class StageOutput:
     features: Any = None
     """For the next stage, as the device's memory has them."""
     passed: Any = None
-    """What the next exit wants to know."""
+    """Log-probabilities, fp32 `[N, classes]`, which the next exit takes as `passed`."""
     lasts: bool = True
     """Whether these two stay as they are when another batch is run."""
 

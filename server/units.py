@@ -50,7 +50,8 @@ class Unit(nn.Module):
 
         Returns:
             Features for the next stage; fp32 `[N, 1 + classes]` with each row's confidence before
-            its probabilities; and what the next exit wants to know of this one `[N, classes]`.
+            its probabilities; and their logarithms, fp32 `[N, classes]`, which the next unit takes
+            as `passed`.
         """
         if self.normalise is not None:
             x = self.prepared(x)
@@ -77,7 +78,7 @@ def say(
 ) -> tuple[Tensor, Tensor]:
     """What a unit returns second and third; arguments as for `judge`."""
     said = judge(logits, passed, calibration, measure)
-    return torch.cat([said.confidence[:, None], said.probabilities], 1), said.state
+    return torch.cat([said.confidence[:, None], said.probabilities], 1), said.log_probabilities
 
 
 def make_units(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> list[Unit]:
@@ -111,8 +112,8 @@ def example_inputs(units: list[Unit], bundle: Bundle, size: int) -> list[tuple[T
     inputs: list[tuple[Tensor, ...]] = [(pixels.to(device),)]
     with torch.inference_mode():
         for unit in units[:-1]:
-            features, _, state = unit(*inputs[-1])
-            inputs.append((features, state))
+            features, _, log_probabilities = unit(*inputs[-1])
+            inputs.append((features, log_probabilities))
     return [tuple(t.clone() for t in row) for row in inputs]
 
 

@@ -42,7 +42,7 @@ def fit_calibrations(
             slope, offset = _fit_confidence(sureness, right.float())
             answer = answer.model_copy(update={"slope": slope, "offset": offset})
         calibrations.append(answer)
-        passed = judgement.state
+        passed = judgement.log_probabilities
     return calibrations
 
 

@@ -68,7 +68,7 @@ def outcomes_of(
         judgement = judge(logits[:, exit], passed, calibration, measure)
         confidences.append(judgement.confidence.double().numpy())
         answers.append(judgement.probabilities.argmax(dim=1).numpy())
-        passed = judgement.state
+        passed = judgement.log_probabilities
     stacked = np.stack(answers, axis=1)
     right = stacked == class_ids.numpy()[:, None]
     belief = judgement.probabilities.gather(1, torch.from_numpy(stacked)).double().numpy()

@@ -43,7 +43,7 @@ def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndar
             began = time.perf_counter()
             x, logits = stage(x)
             judgement = judge(logits, passed, CALIBRATION, Measure.MARGIN)
-            passed = judgement.state
+            passed = judgement.log_probabilities
             judgement.confidence.tolist()  # waits for the device
             times.append(time.perf_counter() - began)
         passes.append(times)

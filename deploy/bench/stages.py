@@ -125,9 +125,9 @@ def staged_pass(bundle: Bundle, way: str, dtype: torch.dtype, batch: int, cache:
     def staged() -> None:
         inputs = pixels
         for program in programs:
-            features, said, state = program(inputs)
+            features, said, log_probabilities = program(inputs)
             said[:, 0].tolist()
-            inputs = (features, state)
+            inputs = (features, log_probabilities)
 
     return staged
 

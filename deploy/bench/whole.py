@@ -19,7 +19,7 @@ class Whole(nn.Module):
         inputs: tuple[Tensor, ...] = (pixels,)
         judged = []
         for unit in self.units:
-            features, said, state = unit(*inputs)
-            inputs = (features, state)
+            features, said, log_probabilities = unit(*inputs)
+            inputs = (features, log_probabilities)
             judged.append(said)
         return tuple(judged)

@@ -160,11 +160,7 @@ def _draw_heat(
 
 def main(argv: list[str] | None = None) -> int:
     """Draw every dashboard."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.grafana.plot", description=__doc__)
-    parser.add_argument("url", help="of Prometheus")
-    parser.add_argument("folder", type=Path, help="where DASHBOARD.png go")
-    parser.add_argument("--minutes", type=float, default=5.0, help="how far back to look")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     source = Source(arguments.url.rstrip("/"), time.time(), 60 * arguments.minutes)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for dashboard in DASHBOARDS:
@@ -174,6 +170,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {source.url}: {error}", file=sys.stderr)
             return 2
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deploy.grafana.plot", description=__doc__)
+    parser.add_argument("url", help="of Prometheus")
+    parser.add_argument("folder", type=Path, help="where DASHBOARD.png go")
+    parser.add_argument("--minutes", type=float, default=5.0, help="how far back to look")
+    return parser
 
 
 if __name__ == "__main__":

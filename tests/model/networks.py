@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from model.network import ARCHITECTURES, build
+from model.architectures import ARCHITECTURES
+from model.network import build
 
 CLASSES = 5
 SIZES = {32: 32, 224: 64}

@@ -25,7 +25,7 @@ def test_a_temperature_alone_is_temperature_scaling():
     expected = (logits() / 2.5).softmax(1)
     torch.testing.assert_close(said.probabilities, expected)
     torch.testing.assert_close(said.confidence, expected.amax(1))
-    torch.testing.assert_close(said.state, expected.log())
+    torch.testing.assert_close(said.log_probabilities, expected.log())
 
 
 def test_the_answer_is_a_geometric_ensemble_of_the_exits_passed():
@@ -89,7 +89,7 @@ def test_extreme_logits_give_finite_confidences(measure, carry, name):
     assert 0 <= said.confidence.item() <= 1
     assert said.probabilities.isfinite().all()
     assert said.probabilities.sum().item() == pytest.approx(1)
-    assert not said.state.isnan().any()
+    assert not said.log_probabilities.isnan().any()
 
 
 @EVERY_MEASURE

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from model.architectures import ARCHITECTURES
 from model.confidence import judge
-from model.network import ARCHITECTURES
 from model.numerics import keep_float32_whole
 from model.policy import Calibration, Measure
 from tests.conftest import PREPROCESS

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from model.architectures import ARCHITECTURES
 from model.macs import count_stages, cumulative_macs, cumulative_parameters
-from model.network import ARCHITECTURES, build
+from model.network import build
 from tests.model.networks import quick_or_slow
 
 

@@ -141,14 +141,6 @@ def test_heads_never_change_what_the_trunk_hands_on():
     assert torch.equal(features, net.features(1, x))
 
 
-def test_outputs_carry_the_features_that_the_classifier_sees():
-    net, x = tiny("resnet18"), images(32, 2)
-    with torch.inference_mode():
-        out = net.outputs(x)
-        for k, (logits, pooled) in enumerate(zip(out.logits, out.pooled, strict=True), start=1):
-            assert torch.equal(net.head(k).fc(pooled), logits)
-
-
 @pytest.mark.parametrize(
     ("architecture", "arguments", "sentence"),
     [

@@ -31,7 +31,7 @@ def offline(bundle, images, dtype):
     said, passed = [], None
     for logits, calibration in zip(net(x), policy.calibrations, strict=True):
         judgement = judge(logits.float(), passed, calibration, policy.measure)
-        passed = judgement.state
+        passed = judgement.log_probabilities
         classes = judgement.probabilities.argmax(1).tolist()
         said.append(list(zip(classes, judgement.confidence.tolist(), strict=True)))
     return list(zip(*said, strict=True))

@@ -188,7 +188,8 @@ def test_what_other_threads_do_meanwhile_does_not_make_a_program_slower(compilin
 
 def test_require_without_a_compiler_stops_the_start(bundle_path, no_compiler, capsys, monkeypatch):
     monkeypatch.setattr("server.__main__.configure", lambda *_: None)  # the log stays pytest's
-    assert main(["--bundle", str(bundle_path), "--compile", "require"]) == 2
+    flags = ("--compile", "require", "--port", "0")
+    assert main(["--bundle", str(bundle_path), *flags]) == 2
     said = "error: COMPILE is require, but OpenVINO cannot be imported"
     assert capsys.readouterr().err.startswith(said)
 
@@ -497,8 +498,8 @@ def test_every_kind_of_block_is_compiled(architecture, dtype, tmp_path):
         if dtype is torch.int8 and platform.machine() == "x86_64":
             assert convolutions_in_eight_bits(program) == 1.0
         with torch.inference_mode():
-            features, _, state = unit(*inputs)
-        inputs = features.clone(), state.clone()
+            features, _, log_probabilities = unit(*inputs)
+        inputs = features.clone(), log_probabilities.clone()
 
 
 @pytest.mark.slow

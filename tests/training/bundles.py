@@ -42,7 +42,10 @@ def write_bundle(path, classes=CLASSES):
         for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
             norm.momentum = 1 - 0.9**30  # one pass does what thirty would
         net.train()(x)
-        for k, pooled in enumerate(net.eval().outputs(x).pooled, start=1):
+        net.eval()
+        for k in range(1, net.exits + 1):
+            x = net.features(k, x)
+            pooled = net.head(k).pooled(x)
             widened = torch.cat([pooled, torch.ones(len(x), 1)], dim=1)
             # With a ridge, since random features may be dependent, and then anything would fit.
             gram = widened.T @ widened + 0.01 * torch.eye(widened.shape[1])

@@ -324,7 +324,8 @@ class _Last(Whole):
     """All units as one that says what the last one does."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """As `Unit`, with other exits' judgements for features and state, so that all are made."""
+        """As `Unit`, with what others said in place of features and log-probabilities, so that all are
+        made."""
         *others, last = super().forward(pixels)
         return others[0], last, others[-1]
 

@@ -324,8 +324,8 @@ class _Last(Whole):
     """All units as one that says what the last one does."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """As `Unit`, with what others said in place of features and log-probabilities, so that all are
-        made."""
+        """As `Unit`; what other exits said is in place of features and log-probabilities, so that
+        all is made."""
         *others, last = super().forward(pixels)
         return others[0], last, others[-1]
 

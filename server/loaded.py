@@ -195,6 +195,11 @@ class Loaded:
         )
 
     @property
+    def version(self) -> str:
+        """Of the bundle."""
+        return self.bundle.description.version
+
+    @property
     def engine(self) -> Engine:
         """The running engine.
 

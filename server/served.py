@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 from typing import Literal
 
@@ -18,6 +19,8 @@ from server.loaded import Loaded
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tracing import tracer_from
+
+log = logging.getLogger("offramp")
 
 State = Literal["READY", "LOADING", "UNAVAILABLE"]
 STUCK = "a worker of the engine is stuck, or the device computes nothing"
@@ -111,6 +114,7 @@ class Served:
                 raise UnusableBundle(str(error)) from error
             former, self.loaded, self.unloaded = self.loaded, fresh, False
             fresh.lead()
+            log.info("%s: version %s answers, after %s", model, fresh.version, former.version)
             self._close_later(former)
 
     async def unload(self, model: str) -> None:
@@ -126,6 +130,7 @@ class Served:
         async with self._changing:
             if not self.unloaded:
                 self.unloaded = True
+                log.info("%s: version %s is unloaded", model, self.loaded.version)
                 self._close_later(self.loaded)
 
     def check_name(self, model: str) -> None:

@@ -10,11 +10,6 @@ PACE_RATE = 0.1
 """Weight of one batch in how fast the machine is now."""
 LEARNING_RATE = 0.03
 """Weight of one batch in what its own size costs."""
-LEAST_GAIN = 0.95
-"""What an image of a larger batch is expected to cost in the end, as a share of one that just ran,
-if larger ones look dearer…"""
-FADING_RATE = 0.002
-"""…by so much nearer with each batch."""
 OUTLIER = 3.0
 """A measurement counts for at most this many times what was expected, and at least the inverse."""
 
@@ -73,18 +68,15 @@ class CostTable:
         ratio = seconds / self.seconds(stage, size, alone)
         ratio = min(OUTLIER, max(1 / OUTLIER, ratio))
         if alone and stage in self._teams:  # the machine is as likely to differ as the team
-            self._teams[stage] *= 1 + PACE_RATE / 2 * (ratio - 1)
-            self._pace *= 1 + PACE_RATE / 2 * (ratio - 1)
+            half = 1 + PACE_RATE / 2 * (ratio - 1)
+            self._teams[stage] *= half
+            self._pace *= half
             return
         self._pace *= 1 + PACE_RATE * (ratio - 1)
         above = min(bisect_left(sizes, size), len(sizes) - 1)
         below = above if sizes[above] <= size else max(0, above - 1)
         for i in {below, above}:
             measured[i] *= 1 + LEARNING_RATE * (ratio - 1)
-        # What looks as if it gained nothing is never run, and so would never be known better.
-        each = LEAST_GAIN * self._measured(stage, size) / size
-        for i in range(above + 1, len(sizes)):
-            measured[i] += FADING_RATE * min(0.0, each * sizes[i] - measured[i])
 
     def believe(self, stage: int, seconds: float) -> None:
         """Take a lone image's seconds for how fast the machine is by now, where it was faster than

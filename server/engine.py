@@ -290,7 +290,7 @@ class Engine:
                 self._answer_overdue(job)
             self._outbox.send()
             if self.scheduler.calls_for_another_worker:
-                self.call(_wake)
+                self._inbox.put(_wake)
             return step.batch
 
     def _wake_or_leave_asleep(self) -> None:

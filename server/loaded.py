@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ from server.merging import keep_kernels
 from server.metrics import EngineMetrics, Metrics
 from server.numerics import choose_dtype
 from server.overload import Level, OverloadController
-from server.runner import Runner
+from server.runner import Runner, Seconds
 from server.scheduler import Scheduler
 from server.settings import Settings, workers_at_once
 
@@ -117,22 +118,11 @@ class Loaded:
         engine = self._engine = Engine(
             scheduler, runner, self._engine_metrics, self.settings.audit_rate
         )
-
-        def use(stage: int, size: int, program: Program, share: float) -> None:
-            def take() -> None:
-                runner.use_program(stage, size, program, share * eager[stage][size])
-                costs.replace(stage, runner.expected(stage, max_batch))
-
-            engine.call(take)
-
-        def use_team(stage: int, program: Program, share: float) -> None:
-            def take() -> None:
-                runner.use_team(stage, program)
-                costs.use_team(stage, share)
-
-            engine.call(take)
-
-        self._use_programs(runner, use, use_team)
+        self._use_programs(
+            runner,
+            partial(_hand_over_program, engine, runner, eager, max_batch),
+            partial(_hand_over_team, engine, runner),
+        )
         engine.start()
         if compiled and self._compiling and self.settings.compile == "auto":
             self._compiling.wait()
@@ -275,6 +265,37 @@ class Loaded:
         return OverloadController(
             ladder(self.policy, self.point, self.settings), deadline_ms and deadline_ms / 1e3
         )
+
+
+def _hand_over_program(
+    engine: Engine,
+    runner: Runner,
+    eager: Seconds,
+    max_batch: int,
+    stage: int,
+    size: int,
+    program: Program,
+    share: float,
+) -> None:
+    """Between two batches. The last four arguments are those of `Use`."""
+
+    def take() -> None:
+        runner.use_program(stage, size, program, share * eager[stage][size])
+        engine.scheduler.costs.replace(stage, runner.expected(stage, max_batch))
+
+    engine.call(take)
+
+
+def _hand_over_team(
+    engine: Engine, runner: Runner, stage: int, program: Program, share: float
+) -> None:
+    """Between two batches. The last three arguments are those of `UseTeam`."""
+
+    def take() -> None:
+        runner.use_team(stage, program)
+        engine.scheduler.costs.use_team(stage, share)
+
+    engine.call(take)
 
 
 def ladder(policy: Policy, peace: OperatingPoint, settings: Settings) -> list[Level]:

@@ -16,6 +16,8 @@ from server.openapi import LOCKED
 from server.served import Served, State
 
 admin = APIRouter(route_class=AdminRoute, responses=openapi.failures(*LOCKED))
+CHANGED: openapi.Responses = {200: openapi.good("It is done; the body is empty")}
+FAULTS = (*openapi.BODY_FAULTS, errors.NotFound, InvalidParameter)
 Name_ = Annotated[str, Path(description="the bundle's name", examples=["default"])]
 
 
@@ -54,16 +56,6 @@ async def post_index(request: Request, served: Served_) -> list[IndexBody]:
     sent = await _read(request, served)
     one = _indexed(served)
     return [one] if one.state == "READY" or not sent.ready else []
-
-
-def _indexed(served: Served) -> IndexBody:
-    description = served.loaded.bundle.description
-    state, reason = served.state
-    return IndexBody(name=description.name, version=description.version, state=state, reason=reason)
-
-
-CHANGED: openapi.Responses = {200: openapi.good("It is done; the body is empty")}
-FAULTS = (*openapi.BODY_FAULTS, errors.NotFound, InvalidParameter)
 
 
 @admin.post(
@@ -117,3 +109,9 @@ async def _read(request: Request, served: Served, known: Container[str] = ()) ->
         if name not in known:
             raise InvalidParameter.of((name,), "there is no such parameter")
     return sent
+
+
+def _indexed(served: Served) -> IndexBody:
+    description = served.loaded.bundle.description
+    state, reason = served.state
+    return IndexBody(name=description.name, version=description.version, state=state, reason=reason)

@@ -67,6 +67,7 @@ class Runner:
         device: where it runs.
         dtype: its numerics.
         memory: the device's.
+        clock: seconds.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         memory: Memory | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.units = make_units(bundle, device, dtype)
         self._memory = memory or memory_of(device)
+        self._clock = clock
         side = bundle.description.preprocess.size
         self._black = np.zeros((side, side, 3), np.uint8)
         self._eager: CostTable | None = None
@@ -129,6 +132,8 @@ class Runner:
     ) -> Seconds:
         """Run every stage at every batch size; eagerly, where no program has come yet.
 
+        In rounds, so that what else runs for a while makes none look dearer than the others.
+
         Args:
             sizes: small to large.
             draining: whether nobody wants the result any more.
@@ -139,14 +144,15 @@ class Runner:
         Raises:
             Draining: before all of them had run.
         """
-        seconds: Seconds = {k: {} for k in range(1, self.exits + 1)}
-        for size in sizes:
-            if draining():
-                raise Draining
-            inputs: Inputs = [self._black] * size
-            for stage in seconds:
-                output, seconds[stage][size] = self._timed(stage, inputs)
-                inputs = self.keep(output, range(size))
+        stages = range(1, self.exits + 1)
+        taken: dict[int, list[list[float]]] = {size: [] for size in sizes}
+        for _ in range(1 + WARM_UP_RUNS):
+            for size, passes in taken.items():
+                if draining():
+                    raise Draining
+                if not _are_enough(passes):
+                    passes.append(self._timed_pass(size))
+        seconds = {k: {n: _usual(passes, k) for n, passes in taken.items()} for k in stages}
         self._eager = CostTable(seconds)
         return seconds
 
@@ -207,16 +213,27 @@ class Runner:
             program, seconds = self._programs[stage, size]
             yield seconds, program
 
-    def _timed(
-        self, stage: int, inputs: Inputs, clock: Callable[[], float] = time.perf_counter
-    ) -> tuple[StageOutput, float]:
-        output = self.run(stage, inputs)  # of a new shape, which a card takes its time to plan
-        taken: list[float] = []
-        while len(taken) < WARM_UP_RUNS and sum(taken) < WARM_UP_SECONDS:
-            began = clock()
+    def _timed_pass(self, size: int) -> list[float]:
+        """Seconds of each stage, for a batch of black images."""
+        inputs: Inputs = [self._black] * size
+        taken = []
+        for stage in range(1, self.exits + 1):
+            began = self._clock()
             output = self.run(stage, inputs)
-            taken.append(clock() - began)
-        return output, statistics.median(taken)
+            taken.append(self._clock() - began)
+            inputs = self.keep(output, range(size))
+        return taken
+
+
+def _are_enough(passes: Sequence[Sequence[float]]) -> bool:
+    """Whether they took so long that one more would tell little; the first does not count, since a
+    card plans what it has not run before."""
+    timed = passes[1:]
+    return bool(timed) and sum(map(sum, timed)) >= WARM_UP_SECONDS * len(timed[0])
+
+
+def _usual(passes: Sequence[Sequence[float]], stage: int) -> float:
+    return statistics.median(seconds[stage - 1] for seconds in passes[1:])
 
 
 def memory_of(device: torch.device) -> Memory:

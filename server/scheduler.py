@@ -424,9 +424,7 @@ class Scheduler:
         if rival.stage == 1:
             return rival
         late = now + rival.seconds + best.seconds > best.deadline
-        if best.stage == 1:
-            late = late or self._holds_up_first_exits(rival, now)
-        return best if late else rival
+        return best if late or self._holds_up_first_exits(rival, now) else rival
 
     def _holds_up(self, batch: Batch, other: Batch, now: float) -> bool:
         """Whether another batch, or one behind it in the first stage, would be late after this."""
@@ -450,7 +448,7 @@ class Scheduler:
 
     def _best_batch(self, stage: int, queue: list[Job], now: float) -> Batch:
         """The most jobs a second, among the batches of all sizes that end in time; but the most
-        urgent job is not passed over where nobody would be late for it.
+        urgent job is not passed over where none of that batch would be late for it.
         """
         most = min(len(queue), self.max_batch)
         offers = [self._offer(stage, queue, size, now) for size in batch_sizes(most)]

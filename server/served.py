@@ -24,9 +24,7 @@ log = logging.getLogger("offramp")
 
 State = Literal["READY", "LOADING", "UNAVAILABLE"]
 STUCK = "a worker of the engine is stuck, or the device computes nothing"
-
-
-PAUSE_SECONDS = 0.05
+LETTING_GO_SECONDS = 0.05
 """Between two programs of a former bundle that are let go of."""
 
 
@@ -169,7 +167,7 @@ class Served:
         await asyncio.sleep(self.settings.drain_seconds)
         await asyncio.to_thread(self._close, former)
         for _ in former.let_go():
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(LETTING_GO_SECONDS)
         del former
         gc.collect()  # which knows that its graphs refer to themselves
 

@@ -39,14 +39,14 @@ class ThreadClocks(Collector):
 
     def watch(self, part: str) -> None:
         """Count the calling thread's time to a part; a no-op where threads have no clocks."""
-        if hasattr(time, "pthread_getcpuclockid"):
-            self._clocks[part].append(time.pthread_getcpuclockid(threading.get_ident()))
+        if (clock := _own_clock()) is not None:
+            with self._lock:
+                self._clocks[part].append(clock)
 
     def release(self, part: str) -> None:
         """Keep the calling thread's time so far, and count on no more of it: what is counted must
         never fall, and another thread may be given the clock of one that has ended."""
-        if hasattr(time, "pthread_getcpuclockid"):
-            clock = time.pthread_getcpuclockid(threading.get_ident())
+        if (clock := _own_clock()) is not None:
             with self._lock:
                 self._clocks[part].remove(clock)
                 self._ended[part] += _read(clock)
@@ -66,6 +66,13 @@ class ThreadClocks(Collector):
     def _family(self) -> CounterMetricFamily:
         said = "Processor time of the event loop's thread, and of the engine's without their teams'"
         return CounterMetricFamily("offramp_cpu_seconds", said, labels=["part"])
+
+
+def _own_clock() -> int | None:
+    """The calling thread's; None where threads have none."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return None
+    return time.pthread_getcpuclockid(threading.get_ident())
 
 
 def _read(clock: int) -> float:

@@ -17,7 +17,7 @@ from model.quantisation import observe
 from server.costs import CostTable
 from server.numerics import choose_dtype
 from server.programs import Programs
-from server.runner import Runner
+from server.runner import WARM_UP_RUNS, Runner
 from server.units import make_units
 from tests.conftest import ROOT
 from tests.program import fake_program
@@ -45,20 +45,32 @@ def runner(bundle):
     return one
 
 
-@pytest.mark.parametrize(
-    ("readings", "seconds"),
-    [
-        ([0.01, 0.02, 0.01, 0.03, 0.01], 0.01),
-        ([0.03, 0.02, 0.04, 0.05], 0.035),
-        ([0.5], 0.5),
-    ],
-)
-def test_a_batch_is_timed_until_it_is_known_or_has_taken_long(runner, readings, seconds):
-    ends = np.cumsum(readings).tolist()
-    clock = iter([0.0, *(t for end in ends for t in (end, end))])
-    _, taken = runner._timed(1, [runner._black], clock.__next__)
-    assert taken == pytest.approx(seconds)
-    assert list(clock) == ends[-1:]
+class Clock:
+    """Stands still but when it is looked at; then so many seconds pass, by how often it was."""
+
+    def __init__(self, seconds):
+        self._seconds = seconds
+        self.now, self.looks = 0.0, 0
+
+    def __call__(self):
+        self.now += self._seconds(self.looks)
+        self.looks += 1
+        return self.now
+
+
+def test_a_slow_spell_makes_no_size_look_dearer_than_another(bundle):
+    sizes, looks_a_round = (1, 2, 4), 3 * 4 * 2
+    clock = Clock(lambda look: 0.003 if 1.2 < look / looks_a_round < 3.1 else 0.001)
+    seconds = Runner(bundle, CPU, torch.float32, clock=clock).warm_up(sizes)
+    assert all(one == pytest.approx(0.001) for row in seconds.values() for one in row.values())
+    assert [list(row) for row in seconds.values()] == [list(sizes)] * 4
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 1 + WARM_UP_RUNS), (0.06, 3), (0.5, 2)])
+def test_what_takes_long_is_timed_less_often(bundle, seconds, rounds):
+    clock = Clock(lambda _: seconds)
+    Runner(bundle, CPU, torch.float32, clock=clock).warm_up((1, 2))
+    assert clock.looks == rounds * 2 * 4 * 2
 
 
 def test_a_batch_is_padded_only_where_that_is_cheaper(runner):

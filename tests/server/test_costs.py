@@ -75,26 +75,6 @@ def test_a_machine_that_has_become_slower_is_noticed_by_its_team_too(costs):
     assert costs.seconds(1, 1, alone=True) == pytest.approx(1.0, rel=0.1)
 
 
-def test_a_size_that_was_measured_too_dear_is_tried_again():
-    """It is never worth its while, so that nothing else would tell."""
-    costs = CostTable({1: {1: 1.0, 2: 1.5, 4: 5.0, 8: 9.0}})
-    for _ in range(2000):
-        costs.observe(1, 2, 1.5)
-    assert costs.seconds(1, 1) == pytest.approx(1.0)
-    assert costs.seconds(1, 4) == pytest.approx(3.0, rel=0.06) and costs.seconds(1, 4) < 3.0
-    assert costs.seconds(1, 8) / 8 < 1.5 / 2
-    for _ in range(300):
-        costs.observe(1, 8, 4.0)
-    assert costs.seconds(1, 8) == pytest.approx(4.0, rel=0.1)
-
-
-def test_a_larger_size_that_is_cheaper_by_the_image_keeps_its_cost(costs):
-    before = costs.seconds(1, 4)
-    for _ in range(2000):
-        costs.observe(1, 1, costs.seconds(1, 1))
-    assert costs.seconds(1, 4) == pytest.approx(before)
-
-
 class ReadMeanwhile(dict):
     """New measurements; whenever one is looked up, somebody reads the whole table."""
 

@@ -386,6 +386,18 @@ def test_an_image_is_refused_before_it_is_decoded_where_one_before_it_was_refuse
     assert world.value("refused_total", reason="not_in_time") == 2
 
 
+def test_a_worker_that_comes_back_after_the_end_holds_up_nobody():
+    world = World(workers=2)
+    for _ in range(6):
+        world.submit()
+    world.engine._take_messages()
+    world.engine._ended.set()  # it was stuck, and nobody waited for it
+    done = threading.Thread(target=world.engine.step, args=(False,), daemon=True)
+    done.start()
+    done.join(5)
+    assert not done.is_alive()
+
+
 def test_draining_answers_everything_accepted_and_tells_late_ones(world):
     early = [world.submit() for _ in range(6)]
     world.engine._inbox.put(None)

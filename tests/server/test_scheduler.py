@@ -344,6 +344,27 @@ def test_images_without_a_deadline_make_way_for_a_deeper_one_that_has_little_tim
     assert (deep, Reason.FINAL) in answered
 
 
+def test_no_deeper_batch_makes_way_for_another_at_the_cost_of_a_first_exit():
+    costs = {1: 1e-3, 2: 4e-3, 3: 1e-3, 4: 1e-3}
+    ladder = [Level(0.01, RULE.thresholds[:-1])]
+    scheduler = Scheduler(
+        CostTable({k: {1: seconds} for k, seconds in costs.items()}),
+        OverloadController(ladder, 1.0),
+        max_batch=1,
+    )
+    second, third, urgent = job(deadline=4.5e-3), job(), job(deadline=3.5e-3)
+    second.stage, third.stage = 2, 3
+    scheduler._queue(second, 0.0)
+    scheduler._queue(third, -1.0)  # having waited long it is the best to run
+    scheduler.admit(urgent, 0.0)
+    now, overdue = 0.0, []
+    while (step := scheduler.next_step(now)).batch:
+        overdue += step.overdue
+        now += step.batch.seconds
+        run(scheduler, step.batch, [0.9], now)
+    assert urgent not in overdue
+
+
 def test_an_image_without_a_deadline_waits_no_longer_than_it_must_beyond_capacity():
     scheduler, patient = unbent(base=1e-3, each=1e-3), job()
     scheduler.admit(patient, 0.0)

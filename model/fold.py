@@ -12,6 +12,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.network import MultiExitNet
 
+_TRACING = threading.Lock()
+"""torch's tracers hook into the whole process, and are confused by one another."""
+
 
 class Stage(nn.Module):
     """One stage of a network with its head, as a module of its own; shares its weights."""
@@ -37,7 +40,8 @@ def fold_stages(net: MultiExitNet) -> list[nn.Module]:
 
 
 def _traced(stage: Stage) -> fx.GraphModule:
-    return fx.GraphModule(stage, _Tracer().trace(stage))
+    with _TRACING:
+        return fx.GraphModule(stage, _Tracer().trace(stage))
 
 
 class _Tracer(fx.Tracer):

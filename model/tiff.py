@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, TiffImagePlugin
 
-BITS, PHOTOMETRIC, TILE_WIDTH, TILE_HEIGHT = 258, 262, 322, 323
+WIDTH, HEIGHT, BITS, PHOTOMETRIC, TILE_WIDTH, TILE_HEIGHT = 256, 257, 258, 262, 322, 323
 """Tags of the TIFF 6.0 specification."""
 WHITE_IS_ZERO = 0
 
@@ -12,12 +12,12 @@ WHITE_IS_ZERO = 0
 def decoded_size(image: Image.Image) -> tuple[int, int]:
     """Width and height that are decoded: of all tiles, where it has any, which may be larger than
     the image by as much as their author liked."""
-    width, height = image.size
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return width, height
+        return image.size
+    tags = image.tag_v2  # as stored: Pillow's size is that of the image turned upright
     return (
-        _rounded_up(width, image.tag_v2.get(TILE_WIDTH)),
-        _rounded_up(height, image.tag_v2.get(TILE_HEIGHT)),
+        _rounded_up(tags[WIDTH], tags.get(TILE_WIDTH)),
+        _rounded_up(tags[HEIGHT], tags.get(TILE_HEIGHT)),
     )
 
 

@@ -57,6 +57,7 @@ class Server(uvicorn.Server):
                 self._acceptors.append(Acceptor(listening, self._protocol))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._served.stop_compiling()  # which a request may wait for
         for acceptor in self._acceptors:
             acceptor.close()
         await super().shutdown(sockets)

@@ -192,6 +192,7 @@ class Compiling:
 
     def stop(self) -> None:
         """End the compiler and hand over nothing more."""
+        self._tried.set()  # nobody is to wait for more
         with self._beginning:
             self._closing.set()
             if self._process and self._process.poll() is None:

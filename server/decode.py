@@ -37,23 +37,28 @@ ERRORS: dict[type[image.ImageError], type[OfframpError]] = {
 }
 
 
+def decoding_pool(threads: int) -> ThreadPoolExecutor:
+    """So many large images are decoded at once."""
+    return ThreadPoolExecutor(threads, "decode", name_thread, ("decode",))
+
+
 class Decoder:
     """Decodes and preprocesses one image at a time.
 
     Args:
         preprocess: of the bundle that is served.
         max_pixels: the most pixels that an image's header may announce.
-        threads: how many large images are decoded at once.
+        pool: decodes large images.
         metrics: where durations and rejected images are counted.
     """
 
     def __init__(
-        self, preprocess: Preprocess, max_pixels: int, threads: int, metrics: Metrics
+        self, preprocess: Preprocess, max_pixels: int, pool: ThreadPoolExecutor, metrics: Metrics
     ) -> None:
         image.prepare()
         self._preprocess = preprocess
         self._max_pixels = max_pixels
-        self._pool = ThreadPoolExecutor(threads, "decode", name_thread, ("decode",))
+        self._pool = pool
         self._seconds = metrics.phase_seconds.labels("decode")
         self._rejected = metrics.rejected_images
         self._missed = metrics.deadlines.labels("missed")
@@ -118,7 +123,3 @@ class Decoder:
 
     def _render(self, header: image.Header) -> np.ndarray:
         return self._preprocess.pixels(image.render(header, self._preprocess.size))
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)

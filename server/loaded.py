@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 
-from model.bundle import Bundle, load_servable
+from model.bundle import Bundle, BundleError
 from model.numerics import name_of
 from model.policy import OperatingPoint, Policy
 from server.capturing import card_capturing
@@ -36,27 +37,30 @@ class Loaded:
     """One bundle being served: loaded at once, ready when warm, closed at the end.
 
     Args:
+        bundle: calibrated.
         settings: the server's.
         device: where it runs.
         max_accuracy_loss: that the operating point in force may cost.
         metrics: the server's, which tell of this bundle once it leads.
+        pool: decodes large images.
         draining: whether the server drains.
 
     Raises:
-        BundleError: the bundle cannot be served.
         ValueError: no operating point is as careful as it is asked to be.
     """
 
     def __init__(
         self,
+        bundle: Bundle,
         settings: Settings,
         device: torch.device,
         max_accuracy_loss: float,
         metrics: Metrics,
+        pool: ThreadPoolExecutor,
         draining: Callable[[], bool],
     ) -> None:
         self.settings = settings
-        self.bundle: Bundle = load_servable(settings.bundle)
+        self.bundle = bundle
         self.policy = self.bundle.calibrated
         self.point: OperatingPoint = self.policy.point_for(max_accuracy_loss)
         self.device = device
@@ -71,7 +75,7 @@ class Loaded:
         self.decoder = Decoder(
             self.bundle.description.preprocess,
             settings.max_pixels,
-            settings.decode_threads,
+            pool,
             metrics,
         )
         self._engine_metrics = EngineMetrics(metrics, self.bundle.description.name, macs)
@@ -106,6 +110,7 @@ class Loaded:
                 that there can be.
 
         Raises:
+            BundleError: it computes no numbers, or COMPILE is require and it cannot be compiled.
             Draining: the server drains, and it ended early.
         """
         max_batch = self.settings.max_batch
@@ -124,8 +129,9 @@ class Loaded:
             partial(_hand_over_team, engine, runner),
         )
         engine.start()
-        if compiled and self._compiling and self.settings.compile == "auto":
-            self._compiling.wait()
+        compiling = self._compiling
+        if compiled and compiling and self.settings.compile == "auto":
+            compiling.wait()
         if self.device.type == "cuda" and not self._draining():
             # cuDNN plans every shape anew in each thread: the first request would wait for it.
             engine.prepare(lambda: runner.warm_up(batch_sizes(max_batch)))
@@ -155,9 +161,9 @@ class Loaded:
             self._compile_all(compiling, use)
             compiling.use_teams(use_team)
             compiling.use_teams_later(use_team)
-        except RuntimeError:
+        except RuntimeError as error:
             if not self._draining():  # then the compiler was stopped, by this process or with it
-                raise
+                raise BundleError(str(error)) from error
             log.info("compiling ends early: the server drains")
 
     def _compile_all(self, compiling: Compiling, use: Use) -> None:
@@ -250,7 +256,6 @@ class Loaded:
         compiling, self._compiling = self._compiling, None
         if compiling:
             compiling.close()
-        self.decoder.close()
 
     def let_go(self) -> Iterator[None]:
         """Let go of a closed bundle's programs bit by bit: each holds Python's lock for 10 ms as it

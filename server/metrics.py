@@ -255,6 +255,12 @@ class Metrics:
                 family.remove(model, str(exit))
         self._exits = exits
 
+    def tell_of_none(self) -> None:
+        """No bundle is served from now on, until one leads."""
+        self.leading = None
+        self.model_info.clear()
+        self.workers.set_function(lambda: 0)
+
     def _create_exit(self, model: str, exit: str) -> None:
         for reason in Reason:
             self.answers.labels(model, exit, reason.value)

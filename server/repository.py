@@ -82,7 +82,7 @@ async def post_load(model: Name_, request: Request, served: Served_) -> Response
 
 @admin.post(
     "/v2/repository/models/{model}/unload",
-    responses={**CHANGED, **openapi.failures(*FAULTS)},
+    responses={**CHANGED, **openapi.failures(*FAULTS, *openapi.UNAVAILABLE)},
     response_class=Response,
     openapi_extra=openapi.shown_to_administrators(
         "curl -X POST -H 'Authorization: Bearer TOKEN' "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from model.bundle import Bundle
+from model.bundle import Bundle, BundleError
 from server.card import CardMemory
 from server.costs import CostTable, batch_sizes
 from server.errors import Draining
@@ -142,6 +143,7 @@ class Runner:
             Median seconds.
 
         Raises:
+            BundleError: the network computes no numbers.
             Draining: before all of them had run.
         """
         stages = range(1, self.exits + 1)
@@ -221,6 +223,8 @@ class Runner:
             began = self._clock()
             output = self.run(stage, inputs)
             taken.append(self._clock() - began)
+            if not all(map(math.isfinite, output.confidences)):
+                raise BundleError(f"its network computes no numbers: exit {stage} is NaN sure")
             inputs = self.keep(output, range(size))
         return taken
 

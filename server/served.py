@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 
-from model.bundle import BundleError
+from model.bundle import Bundle, BundleError, load_servable
 from model.numerics import keep_float32_whole
 from server.compiled import openvino
+from server.decode import decoding_pool
 from server.engine import Engine
 from server.errors import Draining, NotFound, NotReady, UnusableBundle
 from server.loaded import Loaded
@@ -61,7 +62,8 @@ class Served:
         self._max_accuracy_loss = settings.max_accuracy_loss
         self._held: set[Loaded] = set()
         """All that are not closed: the one that answers, former ones, and one that warms up."""
-        self.loaded = self._load()
+        self._pool = decoding_pool(settings.decode_threads)
+        self.loaded = self._load(load_servable(settings.bundle))
         """The one that answers, or did until it was unloaded."""
         self.loaded.lead()
         self.unloaded = False
@@ -107,7 +109,7 @@ class Served:
                 _ = self.engine  # or say why not
             try:
                 fresh = await asyncio.to_thread(self._warm)
-                fresh.use(self._max_accuracy_loss)  # it may be another by now
+                await self._bring_up_to_date(fresh)
             except (BundleError, ValueError) as error:
                 raise UnusableBundle(str(error)) from error
             former, self.loaded, self.unloaded = self.loaded, fresh, False
@@ -123,11 +125,15 @@ class Served:
 
         Raises:
             NotFound: the server serves none of that name.
+            NotReady: the server still warms up.
+            Draining: the server drains.
         """
         self.check_name(model)
         async with self._changing:
             if not self.unloaded:
+                _ = self.engine  # or say why not
                 self.unloaded = True
+                self.metrics.tell_of_none()
                 log.info("%s: version %s is unloaded", model, self.loaded.version)
                 self._close_later(self.loaded)
 
@@ -136,25 +142,46 @@ class Served:
         if model != self.name:
             raise NotFound("there is no such model")
 
-    def _load(self) -> Loaded:
+    def _load(self, bundle: Bundle) -> Loaded:
         loaded = Loaded(
-            self.settings, self.device, self._max_accuracy_loss, self.metrics, lambda: self.draining
+            bundle,
+            self.settings,
+            self.device,
+            self._max_accuracy_loss,
+            self.metrics,
+            self._pool,
+            lambda: self.draining,
         )
         self._held.add(loaded)
         return loaded
 
     def _warm(self) -> Loaded:
         """The bundle that is in the folder now, no slower than the one that answers until then."""
-        fresh = self._load()
+        bundle = load_servable(self.settings.bundle)
+        if bundle.description.name != self.name:
+            said = f"{self.settings.bundle} holds the bundle {bundle.description.name} now"
+            raise BundleError(said)
+        fresh = self._load(bundle)
         try:
-            name = fresh.bundle.description.name
-            if name != self.name:
-                raise BundleError(f"{self.settings.bundle} holds the bundle {name} now")
             fresh.warm_up(compiled=not self.unloaded)
+            if self.draining:
+                raise Draining
         except BaseException:
             self._close(fresh)
             raise
         return fresh
+
+    async def _bring_up_to_date(self, fresh: Loaded) -> None:
+        """Put the operating point in force that was while it warmed up, or close it.
+
+        Raises:
+            ValueError: it has none as careful.
+        """
+        try:
+            fresh.use(self._max_accuracy_loss)
+        except ValueError:
+            await asyncio.to_thread(self._close, fresh)
+            raise
 
     def _close_later(self, former: Loaded) -> None:
         former.stop_compiling()
@@ -254,6 +281,7 @@ class Served:
         self._unable = self.failed  # which the process's status says
         for loaded in tuple(self._held):
             self._close(loaded)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         if self.tracer:
             self.tracer.close()
 

@@ -38,10 +38,12 @@ def halves(left, right, mode="RGB", side=32):
     return image
 
 
-def tiff(pixels, bits=8, photometric=1, compression=1, sample=1, tile=None):
-    """A grey TIFF of 32x32, whose only strip or tile is `pixels`."""
-    entries = {256: 32, 257: 32, 258: bits, 259: compression, 262: photometric, 277: 1, 339: sample}
-    entries |= {322: tile, 323: tile} if tile else {278: 32}
+def tiff(pixels, bits=8, photometric=1, compression=1, sample=1, tile=None, orientation=1, **size):
+    """A grey TIFF, of 32x32 unless said otherwise, whose only strip or tile is `pixels`."""
+    width, height = size.get("width", 32), size.get("height", 32)
+    entries = {256: width, 257: height, 258: bits, 259: compression, 262: photometric}
+    entries |= {274: orientation, 277: 1, 339: sample}
+    entries |= {322: tile[0], 323: tile[1]} if tile else {278: 32}
     start = 8 + 2 + 12 * (len(entries) + 2) + 4
     where, how_long = (324, 325) if tile else (273, 279)
     entries |= {where: start, how_long: len(pixels)}
@@ -252,12 +254,19 @@ def test_a_wide_grey_tiff_keeps_its_range(name):
 
 def test_a_tile_is_no_larger_than_an_image_may_be():
     """Its size has nothing to do with the image's, and it is inflated whole."""
-    small = tiff(zlib.compress(bytes(64 * 64)), compression=8, tile=64)
+    small = tiff(zlib.compress(bytes(64 * 64)), compression=8, tile=(64, 64))
     assert decode(small, 32, 64 * 64).size == (32, 32)
-    large = tiff(zlib.compress(bytes(2048 * 2048)), compression=8, tile=2048)
+    large = tiff(zlib.compress(bytes(2048 * 2048)), compression=8, tile=(2048, 2048))
     assert decoded_pixels(read_header(large, 2048 * 2048)) == 2048 * 2048
     with pytest.raises(ImageTooLarge):
         read_header(large, LIMIT)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiles_are_counted_as_they_are_stored_whichever_way_the_image_is_held(orientation):
+    size = {"width": 1000, "height": 16}
+    turned = tiff(b"", compression=8, tile=(16, 1000), orientation=orientation, **size)
+    assert decoded_pixels(read_header(turned, LIMIT)) == 1008 * 1000
 
 
 def grey_png(depth, clear, colour=0):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from server.decode import SMALL_BYTES, Decoder
+from server.decode import SMALL_BYTES, Decoder, decoding_pool
 from server.errors import DeadlineExceeded, UnsupportedImage
 from server.metrics import Metrics
 from tests.conftest import PREPROCESS, ROOT, encode, noise
@@ -42,10 +42,9 @@ def slow():
 @pytest.fixture
 def decoder(slow):
     metrics = Metrics(8)
-    decoder = Decoder(slow, 10**6, 2, metrics)
-    yield decoder
-    slow.end.set()
-    decoder.close()
+    with decoding_pool(2) as pool:
+        yield Decoder(slow, 10**6, pool, metrics)
+        slow.end.set()
 
 
 async def crowd(decoder, slow):

@@ -212,6 +212,20 @@ def test_a_device_that_runs_nothing_any_more_ends_the_process(bundle_path, monke
     assert main(["--bundle", str(bundle_path), "--port", "0", "--max-batch", "1"]) == 1
 
 
+def test_a_shutdown_waits_for_no_compiler(monkeypatch):
+    """Which a request may wait for that brings in another bundle."""
+    done = []
+
+    async def shutdown(*_):
+        done.append("shut down")
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", shutdown)
+    served = fake_served()
+    served.stop_compiling = lambda: done.append("stopped")
+    asyncio.run(server_of(served).shutdown())
+    assert done == ["stopped", "shut down"]
+
+
 def test_what_was_imported_is_never_looked_through_for_garbage(monkeypatch, capsys):
     begun = []
 

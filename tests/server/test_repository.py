@@ -8,10 +8,10 @@ import weakref
 import pytest
 import torch
 
-from model.bundle import save_bundle, save_policy
+from model.bundle import load_bundle, save_bundle, save_policy
 from model.network import build
 from model.policy import Calibration, Policy
-from tests.conftest import PREPROCESS, point, until
+from tests.conftest import PREPROCESS, encode, noise, point, until
 from tests.gate import gated
 
 ADMIN = {"authorization": "Bearer secret"}
@@ -175,12 +175,14 @@ def test_a_body_that_comes_late_is_the_formers_for_as_long_as_a_drain_waits(serv
         assert b'"version":"7"' in rest(begun, png)
 
 
-def test_one_that_comes_later_still_is_refused_and_not_forgotten(server, folder, png):
-    begun = begin(server, png)
+@pytest.mark.parametrize("side", [32, 400])
+def test_one_that_comes_later_still_is_refused_and_not_forgotten(server, folder, side):
+    image = encode(noise(side))
+    begun = begin(server, image)
     put_shallower(folder)
     load(server)
     until(lambda: len(server.served._held) == 1)
-    said = rest(begun, png)
+    said = rest(begun, image)
     assert said.startswith(b"HTTP/1.1 503") and b'"code":"draining"' in said
     assert server.served.in_flight == 0
 
@@ -219,6 +221,16 @@ def take_away_its_policy(folder):
     (folder / "policy.json").unlink()
 
 
+def compute_no_numbers(folder):
+    bundle = load_bundle(folder)
+    with torch.no_grad():
+        next(bundle.net.parameters()).fill_(float("nan"))
+    described = bundle.description.model_dump(exclude={"exits", "weights_sha256"})
+    digest = save_bundle(folder, bundle.net, **described | {"preprocess": PREPROCESS})
+    policy = bundle.policy.model_copy(update={"weights_sha256": digest.weights_sha256})
+    save_policy(folder, policy)
+
+
 def be_careless(folder):
     policy = json.loads((folder / "policy.json").read_text())
     change(folder, "policy.json", operating_points=policy["operating_points"][2:])
@@ -231,6 +243,7 @@ def be_careless(folder):
         (rename, "holds the bundle other"),
         (take_away_its_policy, "training calibrate"),
         (be_careless, "0.01"),
+        (compute_no_numbers, "no numbers"),
         (shutil.rmtree, "is not a bundle"),
     ],
 )
@@ -242,6 +255,22 @@ def test_one_that_cannot_be_served_changes_nothing(server, folder, png, harm, sa
     assert version_of(server, png) == "7"
     assert len(server.served._held) == 1
     assert server.client.get("/readyz").status_code == 200
+    assert 'model="other"' not in server.client.get("/metrics").text
+
+
+def test_one_without_the_point_that_was_put_in_force_meanwhile_is_let_go_of(server, folder):
+    put_shallower(folder)
+    warm = server.served._warm
+
+    def meanwhile():
+        fresh = warm()
+        server.served.use(0.0)
+        return fresh
+
+    server.served._warm = meanwhile
+    response = load(server)
+    assert (response.status_code, response.json()["code"]) == (409, "unusable_bundle")
+    assert len(server.served._held) == 1
 
 
 def test_the_operating_point_that_was_put_in_force_stays(server, folder):
@@ -269,7 +298,8 @@ def test_without_a_bundle_the_server_lives_and_is_not_ready(server, png):
     assert (one["state"], one["reason"]) == ("UNAVAILABLE", "no bundle is loaded")
     assert index(server, json={"ready": True}) == []
     until(lambda: not server.served._held)
-    assert server.client.get("/metrics").status_code == 200
+    assert "offramp_model_info{" not in server.client.get("/metrics").text
+    assert server.metric("workers") == 0
     assert server.client.get("/model").json()["version"] == "7"
     assert unload(server).status_code == 200  # which changes nothing
 
@@ -289,9 +319,10 @@ def test_what_waits_when_it_is_unloaded_is_answered(server, png):
     assert answers[0].status_code == 200
 
 
-def test_none_is_loaded_while_the_first_warms_up(serve):
+@pytest.mark.parametrize("change", [load, unload])
+def test_nothing_is_changed_while_the_first_warms_up(serve, change):
     with serve(warm=False, admin_token="secret") as server:
-        response = load(server)
+        response = change(server)
         assert (response.status_code, response.json()["code"]) == (503, "not_ready")
         assert index(server)[0]["state"] == "LOADING"
 

@@ -139,7 +139,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     policy = result.policy.model_copy(update={"dtypes": tuple(map(name_of, dtypes))})
     if ranges is not None:
         policy = _with_int8(policy, ranges, every, class_ids, result.tested)
-    digests = digests_of(images.files)  # takes long, and a policy must not be there without them
+    digests = digests_of(
+        [*images.files, *images.copies]
+    )  # takes long, and a policy must not be there without them
     save_calibrated(seen, digests, labelled)
     save_policy(bundle.path, policy)
     save_record(bundle, result)
@@ -228,16 +230,24 @@ def _bare_images(root: Path) -> tuple[Path, ...]:
 
 
 def load_images(bundle: Bundle, listing: Listing) -> folders.ImageSet:
-    """Read images through the bundle's preprocess, saying which cannot be read.
+    """Read images through the bundle's preprocess, saying which cannot be read or are copies.
+
+    What is said of images holds for independent ones. A copy is none: on both sides of a split it
+    would certify what it had chosen, on one side it would count for two.
 
     Raises:
         DataError: memory cannot hold them, or none can be read.
     """
     wanted = images_bytes(len(listing), bundle.description.preprocess.size)
     check_memory(wanted, available_memory(), "take fewer")
-    images = folders.load(listing, bundle.description.preprocess)
+    images = folders.load(listing, bundle.description.preprocess, keep_copies=False)
     if images.unreadable:
         tqdm.write(f"skipped {len(images.unreadable)} files; the first: {images.unreadable[0]}")
+    if images.copies:
+        tqdm.write(
+            f"left out {len(images.copies)} of {len(listing)} images, which have the same pixels "
+            f"as others; the first: {images.copies[0]}"
+        )
     return images
 
 

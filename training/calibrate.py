@@ -28,11 +28,11 @@ from training.eight_bits import find_ranges, price
 from training.ladder import Method, promise, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
-from training.parts import HELD_OUT, has_classes, part_of
+from training.parts import HELD_OUT, has_classes, left_to_test, part_of
 from training.record import save_record
 from training.reliability import exit_errors
 from training.room import available_memory, check_memory, images_bytes
-from training.seen import Seen, digests_of, save_calibrated, seen_by
+from training.seen import Seen, digests_of, marks, save_calibrated, seen_by
 from training.timing import stage_seconds
 
 SHOWN_LOSS = 0.01
@@ -202,8 +202,10 @@ def is_labelled(root: Path) -> bool:
 def calibration_listing(root: Path, seen: Seen) -> Listing:
     """The images to calibrate on, none of which the bundle was trained on.
 
-    That is what training held out of `root/train`, or of a `root/CLASS` of which it took a part;
-    all of any other `root/CLASS`; without any class, the images in `root` itself.
+    That is what training held out of `root/train`, or of a `root/CLASS` of which it took a part; of
+    another `root/CLASS` that holds images it was trained on, what `evaluate` does not take; all of
+    any other `root/CLASS`; without any class, the images in `root` itself. Where only a part is
+    taken, that is said.
 
     Raises:
         DataError: there are none.
@@ -213,13 +215,25 @@ def calibration_listing(root: Path, seen: Seen) -> Listing:
         bare = Listing((), files, (0,) * len(files))
         return seen.left_by_confidences(seen.left_by_training(bare, known=False))
     listing = folders.list_folder(trained or root)
+    named = seen.names(listing)
     # Of a train folder a part is held out anyway; reading all of it would only tell what to say.
-    known = seen.names(listing) if trained else seen.knows(listing)
-    if trained or known:
-        listing = folders.split_by_hash(listing, HELD_OUT)[1]
-        if not len(listing):
-            raise DataError(f"{root} has too few images a class to hold any out; take more")
-    return seen.left_by_training(listing, known)
+    known = named or (trained is None and seen.knows(listing))
+    if trained or named:
+        chosen, what = folders.split_by_hash(listing, HELD_OUT)[1], "training holds out"
+    elif known:
+        chosen, what = _untested(listing), "are not kept to be tested on"
+    else:
+        return seen.left_by_training(listing, known=False)
+    if not len(chosen):
+        raise DataError(f"{root} has too few images a class to hold any out; take more")
+    tqdm.write(f"of {len(listing)} images in {trained or root} took the {len(chosen)} that {what}")
+    return seen.left_by_training(chosen, known)
+
+
+def _untested(listing: Listing) -> Listing:
+    """The images that are not kept to be tested on, nor copies of such."""
+    tested = digests_of(left_to_test(listing).files)
+    return listing.pick(np.flatnonzero(~marks(listing, tested)).tolist())
 
 
 def _bare_images(root: Path) -> tuple[Path, ...]:

@@ -22,6 +22,9 @@ PUBLISHED = {
 
 DPI = 120
 
+CLASSES_SHOWN = 12
+"""Of those that leave earliest, and of those that leave latest."""
+
 NEAR = 1.1
 """Two labels abreast meet where the compute of their operating points differs by less than this."""
 
@@ -145,14 +148,14 @@ def exit_shares(report: Report) -> Figure:
     return figure
 
 
-def class_shares(report: Report, most: int = 12) -> Figure:
+def class_shares(report: Report) -> Figure:
     """Where the classes that leave earliest and latest do so."""
     macs = np.array([e.macs for e in report.exits])
     ordered = sorted(report.class_shares.items(), key=lambda item: float(item[1] @ macs))
     shown = ordered
-    if len(ordered) > 2 * most:
+    if len(ordered) > 2 * CLASSES_SHOWN:
         gap = ("…", (0.0,) * len(macs))
-        shown = [*ordered[:most], gap, *ordered[-most:]]
+        shown = [*ordered[:CLASSES_SHOWN], gap, *ordered[-CLASSES_SHOWN:]]
     figure = Figure(figsize=(7, 0.24 * len(shown) + 1.2), layout="constrained")
     axes = figure.subplots()
     _stack(axes, [label for label, _ in shown], [share for _, share in shown])

@@ -27,13 +27,26 @@ from training.interrupt import Interrupted
 from training.log import read_log
 from training.options import add_options, given
 from training.parts import find_parts, names_digest
-from training.presets import ABLATIONS, PRESETS, Shape
-from training.recipe import Recipe
+from training.presets import PRESETS, Shape
+from training.recipe import ENSEMBLE, NEXT, Recipe
 from training.report import Trained, names, published_at, write_report
 from training.seen import Seen, seen_by
 from training.shapes import build_net
 
 MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
+ABLATIONS = {
+    "plain network": "--method plain",
+    "labels alone": "--method deep-supervision",
+    "no feature term": "--feature-weight 0",
+    "taught by all exits": f"--distill-from {ENSEMBLE}",
+    "taught by the next deeper exit": f"--distill-from {NEXT}",
+    "no attention": "--no-attention",
+    "two exits": "--keep 2,4",
+    "an exit after every block": "--exits blocks",
+    "a separate teacher alone": "--teacher BUNDLE --distillation-weight 0 --feature-weight 0",
+    "a separate teacher on top": "--teacher BUNDLE",
+}
+"""What the papers take apart, each as options on top of a preset."""
 TINY = ["--architecture", "resnet10", "--width", "8", "--size", "16", "--batch-size", "16"]
 
 

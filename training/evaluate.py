@@ -100,7 +100,6 @@ def measure(bundle: Bundle, images: ImageSet, logits: torch.Tensor, dtype: torch
     policy = bundle.calibrated
     return Measured(
         bundle=bundle,
-        policy=policy,
         outcomes=outcomes_of(logits, images.class_ids, policy.calibrations, policy.measure),
         logits=logits,
         class_ids=images.class_ids,

@@ -112,7 +112,6 @@ class Measured:
     """Everything that a report is computed from."""
 
     bundle: Bundle
-    policy: Policy
     outcomes: Outcomes
     logits: Tensor
     class_ids: Tensor
@@ -120,6 +119,11 @@ class Measured:
     """To leave at each exit, `[exits]`."""
     shown: OperatingPoint
     """The operating point to show images of."""
+
+    @property
+    def policy(self) -> Policy:
+        """What was measured."""
+        return self.bundle.calibrated
 
     @property
     def macs(self) -> np.ndarray:

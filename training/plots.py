@@ -70,8 +70,8 @@ def accuracy_over_cost(report: Report, published: bool) -> Figure:
     _name_points(axes, [p for p in report.operating_points if p.mean_macs < 1], full)
     static = [(e.macs / 1e6, 100 * e.accuracy) for e in report.exits]
     axes.plot(*zip(*static, strict=True), "s:", color="tab:orange", label="every image at one exit")
-    for (name, points), marker in zip(PUBLISHED.items() if published else (), "^v", strict=False):
-        axes.plot(*zip(*points, strict=True), f"{marker}-", color="0.4", lw=1, label=name)
+    if published:
+        draw_published(axes)
     axes.axhline(100 * report.exits[-1].accuracy, color="0.8", lw=1, zorder=0)
     shown, whole = report.point_shown, report.exits[-1].accuracy
     axes.set_title(
@@ -88,6 +88,12 @@ def accuracy_over_cost(report: Report, published: bool) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     return figure
+
+
+def draw_published(axes: Axes) -> None:
+    """The curves of `PUBLISHED`, each with a marker of its own."""
+    for (name, points), marker in zip(PUBLISHED.items(), "^v", strict=True):
+        axes.plot(*zip(*points, strict=True), f"{marker}-", color="0.4", lw=1, label=name)
 
 
 def _name_points(axes: Axes, points: Sequence[PointResult], full: float) -> None:

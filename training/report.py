@@ -17,12 +17,11 @@ from training import curves
 from training.bundling import BUNDLE
 from training.log import LOG, Entry, read_log
 from training.normalisation import is_cifar100
-from training.plots import PUBLISHED
+from training.plots import DPI, PUBLISHED
 from training.recipe import Recipe
 
 PAGE = "report.md"
 COST_PLOT = "accuracy_over_macs.png"
-CURVES_PLOT = "training_curves.png"
 BEST_PUBLISHED = PUBLISHED["BoostNet (2023)"]
 """The best published anytime curve on CIFAR-100: accuracy in % by MACs in millions."""
 
@@ -138,10 +137,10 @@ def write_report(runs: Sequence[Trained], out: Path) -> None:
     published = on_test and all(is_cifar100(run.description.classes) for run in runs)
     points = {run.name: _points(run, on_test) for run in runs}
     plot = curves.accuracy_over_cost(points, images, published)
-    plot.savefig(out / COST_PLOT, dpi=curves.DPI)
+    plot.savefig(out / COST_PLOT, dpi=DPI)
     histories = {run.name: run.history for run in runs if run.history}
     if histories:
-        curves.training_curves(histories).savefig(out / CURVES_PLOT, dpi=curves.DPI)
+        curves.training_curves(histories).savefig(out / curves.CURVES, dpi=DPI)
     write_atomically(out / PAGE, page(runs, images, published, bool(histories)).encode())
     figures = {run.name: run.description.training for run in runs}
     write_atomically(out / "report.json", json.dumps(figures, indent=1).encode() + b"\n")
@@ -163,7 +162,7 @@ def page(runs: Sequence[Trained], images: str, published: bool, drawn: bool) -> 
         ),
     ]
     if drawn:
-        parts += ["## Curves", f"![Accuracy, loss terms over epochs.]({CURVES_PLOT})"]
+        parts += ["## Curves", f"![Accuracy, loss terms over epochs.]({curves.CURVES})"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -123,14 +123,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     names = ("measure", "ensemble", "method", "delta", "search_share", "mean_macs", "seed")
     options = Options(**{name: getattr(arguments, name) for name in names})
     found = search_part(len(images), options)
-    ranges, needed = None, [*dtypes]
-    if torch.int8 in dtypes:
-        ranges = find_ranges(bundle, images, found)
-        needed.append(torch.float32)  # which int8 is priced against
-    every = {
-        dtype: cached_logits(bundle, images, dtype, cache_folder(arguments), ranges)
-        for dtype in dict.fromkeys(needed)
-    }
+    ranges = find_ranges(bundle, images, found) if torch.int8 in dtypes else None
+    every = _logits_of(bundle, images, dtypes, cache_folder(arguments), ranges)
     logits, *others = (every[dtype] for dtype in dtypes)
     costs = stage_seconds(bundle, dtypes[0]) if arguments.cost == "measured" else None
     if arguments.compare and class_ids is not None:
@@ -139,14 +133,33 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     policy = result.policy.model_copy(update={"dtypes": tuple(map(name_of, dtypes))})
     if ranges is not None:
         policy = _with_int8(policy, ranges, every, class_ids, result.tested)
-    digests = digests_of(
-        [*images.files, *images.copies]
-    )  # takes long, and a policy must not be there without them
+    # These take long, and a policy must not be there without them.
+    digests = digests_of([*images.files, *images.copies])
     save_calibrated(seen, digests, labelled)
     save_policy(bundle.path, policy)
     save_record(bundle, result)
     forget_accuracy(bundle)
-    for line in summary(replace(result, policy=policy)):
+    _tell(bundle, replace(result, policy=policy), logits, class_ids)
+
+
+def _logits_of(
+    bundle: Bundle,
+    images: folders.ImageSet,
+    dtypes: Sequence[torch.dtype],
+    cache: Path,
+    ranges: Ranges | None,
+) -> dict[torch.dtype, Tensor]:
+    """The images' logits in each of the numerics, with int8 in those it is priced against too."""
+    needed = [*dtypes, torch.float32] if torch.int8 in dtypes else dtypes
+    return {
+        dtype: cached_logits(bundle, images, dtype, cache, ranges)
+        for dtype in dict.fromkeys(needed)
+    }
+
+
+def _tell(bundle: Bundle, result: Calibrated, logits: Tensor, class_ids: Tensor | None) -> None:
+    """Print what a calibration did, and what is left to do."""
+    for line in summary(result):
         print(line)
     if class_ids is not None:
         tested = result.tested

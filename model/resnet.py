@@ -17,19 +17,31 @@ from model.backbone import (
     blocks_of,
     conv1x1,
     conv3x3,
+    projected,
     stem_conv,
     stem_pool,
 )
 
 
+class Projection(nn.Sequential):
+    """A shortcut's 1x1 convolution with its normalisation."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__(
+            conv1x1(channels_in, channels_out, stride),
+            nn.BatchNorm2d(channels_out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm = self
+        assert isinstance(convolution, nn.Conv2d)
+        return norm(projected(convolution, x))
+
+
 def projection(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
-    """The shortcut's 1x1 convolution, or None where the identity fits."""
-    if stride == 1 and channels_in == channels_out:
-        return None
-    return nn.Sequential(
-        conv1x1(channels_in, channels_out, stride),
-        nn.BatchNorm2d(channels_out),
-    )
+    """What makes a shortcut fit, or None where the identity fits."""
+    fits = stride == 1 and channels_in == channels_out
+    return None if fits else Projection(channels_in, channels_out, stride)
 
 
 class ResidualBlock(nn.Module):

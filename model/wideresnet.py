@@ -14,6 +14,7 @@ from model.backbone import (
     conv1x1,
     conv3x3,
     ending,
+    projected,
     scaled,
     stem_conv,
     stem_pool,
@@ -40,7 +41,7 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu(self.bn1(x))
         # A projection takes the activated features, the identity those that came in.
-        shortcut = x if self.shortcut is None else self.shortcut(activated)
+        shortcut = x if self.shortcut is None else projected(self.shortcut, activated)
         out = self.relu(self.bn2(self.conv1(activated)))
         return self.conv2(out) + shortcut
 

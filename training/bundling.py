@@ -19,13 +19,13 @@ from training import curves
 from training.accuracy import Accuracy
 from training.folder import Folder
 from training.log import write_log
+from training.plots import DPI
 from training.presets import Preset
 from training.run import Run
 from training.seen import save_trained
 
 BUNDLE = "bundle"
 """Within a run's folder."""
-CURVES = "training_curves.png"
 PAGE = "training.md"
 
 
@@ -123,7 +123,7 @@ def write_report(done: Finished, path: Path) -> None:
     history = done.run.history
     write_log(history, folder)
     if history:
-        curves.training_curves({"": history}).savefig(folder / CURVES, dpi=curves.DPI)
+        curves.training_curves({"": history}).savefig(folder / curves.CURVES, dpi=DPI)
     write_atomically(folder / PAGE, page(done).encode())
 
 
@@ -150,7 +150,7 @@ def page(done: Finished) -> str:
         f"{note} *Ensemble* is the mean of all exits' logits. Trained for {facts['seconds']:.0f} s "
         f"on {facts['processes']} x {facts['device']} with torch {facts['torch']}, from "
         f"{facts['training_images']} images; {facts['unreadable_files']} could not be read.",
-        f"![Accuracy of each exit, loss terms, over epochs.]({CURVES})",
+        f"![Accuracy of each exit, loss terms, over epochs.]({curves.CURVES})",
         "## Recipe",
         markdown_table(
             ["option", "value"],

@@ -28,11 +28,11 @@ from training.eight_bits import find_ranges, price
 from training.ladder import Method, promise, uncertifiable
 from training.logits import cached_logits
 from training.outcomes import outcomes_of
-from training.parts import HELD_OUT, has_classes, part_of
+from training.parts import HELD_OUT, has_classes, left_to_test, part_of
 from training.record import save_record
 from training.reliability import exit_errors
 from training.room import available_memory, check_memory, images_bytes
-from training.seen import Seen, digests_of, save_calibrated, seen_by
+from training.seen import Seen, digests_of, marks, save_calibrated, seen_by
 from training.timing import stage_seconds
 
 SHOWN_LOSS = 0.01
@@ -123,14 +123,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     names = ("measure", "ensemble", "method", "delta", "search_share", "mean_macs", "seed")
     options = Options(**{name: getattr(arguments, name) for name in names})
     found = search_part(len(images), options)
-    ranges, needed = None, [*dtypes]
-    if torch.int8 in dtypes:
-        ranges = find_ranges(bundle, images, found)
-        needed.append(torch.float32)  # which int8 is priced against
-    every = {
-        dtype: cached_logits(bundle, images, dtype, cache_folder(arguments), ranges)
-        for dtype in dict.fromkeys(needed)
-    }
+    ranges = find_ranges(bundle, images, found) if torch.int8 in dtypes else None
+    every = _logits_of(bundle, images, dtypes, cache_folder(arguments), ranges)
     logits, *others = (every[dtype] for dtype in dtypes)
     costs = stage_seconds(bundle, dtypes[0]) if arguments.cost == "measured" else None
     if arguments.compare and class_ids is not None:
@@ -139,12 +133,33 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     policy = result.policy.model_copy(update={"dtypes": tuple(map(name_of, dtypes))})
     if ranges is not None:
         policy = _with_int8(policy, ranges, every, class_ids, result.tested)
-    digests = digests_of(images.files)  # takes long, and a policy must not be there without them
+    # These take long, and a policy must not be there without them.
+    digests = digests_of([*images.files, *images.copies])
     save_calibrated(seen, digests, labelled)
     save_policy(bundle.path, policy)
     save_record(bundle, result)
     forget_accuracy(bundle)
-    for line in summary(replace(result, policy=policy)):
+    _tell(bundle, replace(result, policy=policy), logits, class_ids)
+
+
+def _logits_of(
+    bundle: Bundle,
+    images: folders.ImageSet,
+    dtypes: Sequence[torch.dtype],
+    cache: Path,
+    ranges: Ranges | None,
+) -> dict[torch.dtype, Tensor]:
+    """The images' logits in each of the numerics, with int8 in those it is priced against too."""
+    needed = [*dtypes, torch.float32] if torch.int8 in dtypes else dtypes
+    return {
+        dtype: cached_logits(bundle, images, dtype, cache, ranges)
+        for dtype in dict.fromkeys(needed)
+    }
+
+
+def _tell(bundle: Bundle, result: Calibrated, logits: Tensor, class_ids: Tensor | None) -> None:
+    """Print what a calibration did, and what is left to do."""
+    for line in summary(result):
         print(line)
     if class_ids is not None:
         tested = result.tested
@@ -200,8 +215,10 @@ def is_labelled(root: Path) -> bool:
 def calibration_listing(root: Path, seen: Seen) -> Listing:
     """The images to calibrate on, none of which the bundle was trained on.
 
-    That is what training held out of `root/train`, or of a `root/CLASS` of which it took a part;
-    all of any other `root/CLASS`; without any class, the images in `root` itself.
+    That is what training held out of `root/train`, or of a `root/CLASS` of which it took a part; of
+    another `root/CLASS` that holds images it was trained on, what `evaluate` does not take; all of
+    any other `root/CLASS`; without any class, the images in `root` itself. Where only a part is
+    taken, that is said.
 
     Raises:
         DataError: there are none.
@@ -211,13 +228,25 @@ def calibration_listing(root: Path, seen: Seen) -> Listing:
         bare = Listing((), files, (0,) * len(files))
         return seen.left_by_confidences(seen.left_by_training(bare, known=False))
     listing = folders.list_folder(trained or root)
+    named = seen.names(listing)
     # Of a train folder a part is held out anyway; reading all of it would only tell what to say.
-    known = seen.names(listing) if trained else seen.knows(listing)
-    if trained or known:
-        listing = folders.split_by_hash(listing, HELD_OUT)[1]
-        if not len(listing):
-            raise DataError(f"{root} has too few images a class to hold any out; take more")
-    return seen.left_by_training(listing, known)
+    known = named or (trained is None and seen.knows(listing))
+    if trained or named:
+        chosen, what = folders.split_by_hash(listing, HELD_OUT)[1], "training holds out"
+    elif known:
+        chosen, what = _untested(listing), "are not kept to be tested on"
+    else:
+        return seen.left_by_training(listing, known=False)
+    if not len(chosen):
+        raise DataError(f"{root} has too few images a class to hold any out; take more")
+    tqdm.write(f"of {len(listing)} images in {trained or root} took the {len(chosen)} that {what}")
+    return seen.left_by_training(chosen, known)
+
+
+def _untested(listing: Listing) -> Listing:
+    """The images that are not kept to be tested on, nor copies of such."""
+    tested = digests_of(left_to_test(listing).files)
+    return listing.pick(np.flatnonzero(~marks(listing, tested)).tolist())
 
 
 def _bare_images(root: Path) -> tuple[Path, ...]:
@@ -228,16 +257,24 @@ def _bare_images(root: Path) -> tuple[Path, ...]:
 
 
 def load_images(bundle: Bundle, listing: Listing) -> folders.ImageSet:
-    """Read images through the bundle's preprocess, saying which cannot be read.
+    """Read images through the bundle's preprocess, saying which cannot be read or are copies.
+
+    What is said of images holds for independent ones. A copy is none: on both sides of a split it
+    would certify what it had chosen, on one side it would count for two.
 
     Raises:
         DataError: memory cannot hold them, or none can be read.
     """
     wanted = images_bytes(len(listing), bundle.description.preprocess.size)
     check_memory(wanted, available_memory(), "take fewer")
-    images = folders.load(listing, bundle.description.preprocess)
+    images = folders.load(listing, bundle.description.preprocess, keep_copies=False)
     if images.unreadable:
         tqdm.write(f"skipped {len(images.unreadable)} files; the first: {images.unreadable[0]}")
+    if images.copies:
+        tqdm.write(
+            f"left out {len(images.copies)} of {len(listing)} images, which have the same pixels "
+            f"as others; the first: {images.copies[0]}"
+        )
     return images
 
 

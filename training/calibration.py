@@ -97,12 +97,10 @@ def calibrate(
     everything = outcomes
     if class_ids is not None:  # what is measured is accuracy, whatever is certified
         everything = outcomes_of(logits, class_ids, calibrations, measure)
-    points = {p.max_accuracy_loss: p for p in ladder(certifiers, path, everything, macs, first)}
-    if options.mean_macs is not None:
-        thresholds = within_budget(searched, path, macs, options.mean_macs)
-        point = budget_point(certifiers, thresholds, everything, macs, taken=points)
-        point = point.model_copy(update={"budget": options.mean_macs})
-        points[point.max_accuracy_loss] = point
+    points = ladder(certifiers, path, everything, macs, first)
+    if (budget := options.mean_macs) is not None:
+        thresholds = within_budget(searched, path, macs, budget)
+        points = _with_budget(points, certifiers, thresholds, everything, macs, budget)
     policy = Policy(
         weights_sha256=bundle.description.weights_sha256,
         method=options.method,
@@ -110,7 +108,7 @@ def calibrate(
         calibration_images=n,
         measure=measure,
         calibrations=tuple(calibrations),
-        operating_points=tuple(points[bound] for bound in sorted(points)),
+        operating_points=points,
     )
     return Calibrated(
         policy, certifiers[0], tested, path, budgeted_path(searched), class_ids is not None
@@ -171,6 +169,21 @@ def budget_point(
     while bound in taken:
         bound = round(bound + 1e-4, 4)
     return operating_point(bound, thresholds, outcomes, macs, certifiers[0].in_probability)
+
+
+def _with_budget(
+    points: tuple[OperatingPoint, ...],
+    certifiers: Sequence[Certifier],
+    thresholds: Thresholds,
+    outcomes: Outcomes,
+    macs: np.ndarray,
+    budget: float,
+) -> tuple[OperatingPoint, ...]:
+    """The ladder with the point of a budget at its place, under a bound of its own."""
+    taken = [p.max_accuracy_loss for p in points]
+    added = budget_point(certifiers, thresholds, outcomes, macs, taken)
+    added = added.model_copy(update={"budget": budget})
+    return tuple(sorted((*points, added), key=lambda p: p.max_accuracy_loss))
 
 
 def _outcomes(

@@ -16,7 +16,7 @@ WARM_UP_STEPS = 3
 
 Gradients = Callable[[Tensor, Tensor], Tensor]
 """Takes pixels and target; leaves gradients, gives the loss terms."""
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes work over fixed tensors, not doing it yet; gives what does it again and again."""
 
 
@@ -31,7 +31,7 @@ class Captured:
         record: how they are recorded after those.
     """
 
-    def __init__(self, gradients: Gradients, record: Record) -> None:
+    def __init__(self, gradients: Gradients, record: Recorder) -> None:
         self._gradients = gradients
         self._record = record
         self._steps = 0

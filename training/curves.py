@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from training.log import Entry
-from training.plots import DPI, PUBLISHED, colours
+from training.plots import colours, draw_published
 
-__all__ = ["DPI", "accuracy_over_cost", "training_curves"]
-
+CURVES = "training_curves.png"
+"""What a picture of training curves is called, wherever it is written."""
 APART = 20
 """Times that one kind of loss may exceed another on an axis that begins at zero."""
 
@@ -89,8 +89,8 @@ def accuracy_over_cost(
     axes = figure.subplots()
     for name, points in runs.items():
         axes.plot(*zip(*points, strict=True), "o-", label=name)
-    for (name, figures), marker in zip(PUBLISHED.items() if published else (), "^v", strict=False):
-        axes.plot(*zip(*figures, strict=True), f"{marker}-", color="0.4", lw=1, label=name)
+    if published:
+        draw_published(axes)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

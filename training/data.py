@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -95,8 +95,10 @@ class ImageSet:
     class_ids: Tensor
     """int64 `[N]`."""
     files: tuple[Path, ...]
-    unreadable: tuple[str, ...] = field(default=())
+    unreadable: tuple[str, ...] = ()
     """Files that were skipped, each with its reason."""
+    copies: tuple[Path, ...] = ()
+    """Files that were left out because an earlier one has the same pixels."""
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -116,8 +118,7 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """The same images on a device."""
-        moved = self.pixels.to(device), self.class_ids.to(device)
-        return ImageSet(self.classes, *moved, self.files, self.unreadable)
+        return replace(self, pixels=self.pixels.to(device), class_ids=self.class_ids.to(device))
 
 
 def list_folder(root: Path) -> Listing:
@@ -185,10 +186,16 @@ def name_digest(file: Path) -> bytes:
     return hashlib.sha256(os.fsencode(f"{file.parent.name}/{file.name}")).digest()
 
 
-def load(listing: Listing, preprocess: Preprocess) -> ImageSet:
+def load(listing: Listing, preprocess: Preprocess, keep_copies: bool = True) -> ImageSet:
     """Read and decode every file through the serving preprocess.
 
     An unreadable file is skipped and listed in `unreadable`.
+
+    Args:
+        listing: what to read.
+        preprocess: gives each image its size.
+        keep_copies: whether an image whose pixels are those of an earlier one, of any class, is
+            taken too, rather than listed in `copies`.
 
     Raises:
         DataError: no file could be read.
@@ -205,12 +212,17 @@ def load(listing: Listing, preprocess: Preprocess) -> ImageSet:
     ids: list[int] = []
     files: list[Path] = []
     unreadable: list[str] = []
+    copies: list[Path] = []
+    known: set[bytes] = set()
     with ThreadPoolExecutor(READERS) as pool:
         results = in_order(pool, read, listing.files, 2 * READERS)
         bar = tqdm(results, "reading", len(listing), unit="image", leave=False, disable=None)
         for file, class_id, result in zip(listing.files, listing.class_ids, bar, strict=True):
             if isinstance(result, str):
                 unreadable.append(result)
+                continue
+            if not keep_copies and _is_in(known, result):
+                copies.append(file)
                 continue
             pixels[len(ids)] = result
             ids.append(class_id)
@@ -223,7 +235,15 @@ def load(listing: Listing, preprocess: Preprocess) -> ImageSet:
         torch.tensor(ids),
         tuple(files),
         tuple(unreadable),
+        tuple(copies),
     )
+
+
+def _is_in(known: set[bytes], pixels: np.ndarray) -> bool:
+    """Whether these pixels are among those known before; from now on they are."""
+    digest, before = hashlib.sha256(pixels.tobytes()).digest(), len(known)
+    known.add(digest)
+    return len(known) == before
 
 
 def in_order(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from model.bundle import REPORT, Bundle, load_servable, save_description
 from model.files import write_atomically
@@ -74,8 +75,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def test_listing(root: Path, seen: Seen) -> Listing:
     """The images to measure on, none of which the bundle was trained or calibrated on.
 
-    They are those of `root/test`, or those of a `root/CLASS` that training left to be tested on;
-    all of any other `root/CLASS`.
+    They are those of `root/test`, or those of a `root/CLASS` that training left to be tested on,
+    which is said; all of any other `root/CLASS`.
 
     Raises:
         DataError: there are none.
@@ -89,6 +90,7 @@ def test_listing(root: Path, seen: Seen) -> Listing:
         test = find_parts(root).test
         if test is None:
             raise DataError(f"{root} has too few images a class for any to be left to test on")
+        tqdm.write(f"of {len(listing)} images in {root} took the {len(test)} kept to be tested on")
         listing = test
     return seen.left_by_calibration(seen.left_by_training(listing, known))
 
@@ -98,7 +100,6 @@ def measure(bundle: Bundle, images: ImageSet, logits: torch.Tensor, dtype: torch
     policy = bundle.calibrated
     return Measured(
         bundle=bundle,
-        policy=policy,
         outcomes=outcomes_of(logits, images.class_ids, policy.calibrations, policy.measure),
         logits=logits,
         class_ids=images.class_ids,

@@ -19,13 +19,13 @@ LEVEL = 0.9
 """Of the two-sided intervals."""
 
 
-class Record(BaseModel):
+class ReportPart(BaseModel):
     """A part of report.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ExitResult(Record):
+class ExitResult(ReportPart):
     """One exit, were every image to leave there."""
 
     exit: int
@@ -46,7 +46,7 @@ class ExitResult(Record):
     reliability: Bins
 
 
-class PointResult(Record):
+class PointResult(ReportPart):
     """One operating point on the test images."""
 
     max_accuracy_loss: float
@@ -63,14 +63,14 @@ class PointResult(Record):
     speedup_measured: float
 
 
-class CurvePoint(Record):
+class CurvePoint(ReportPart):
     """Accuracy and mean MACs (as a share) of one threshold vector."""
 
     mean_macs: float
     accuracy: float
 
 
-class Report(Record):
+class Report(ReportPart):
     """All of report.json."""
 
     bundle: str
@@ -112,7 +112,6 @@ class Measured:
     """Everything that a report is computed from."""
 
     bundle: Bundle
-    policy: Policy
     outcomes: Outcomes
     logits: Tensor
     class_ids: Tensor
@@ -120,6 +119,11 @@ class Measured:
     """To leave at each exit, `[exits]`."""
     shown: OperatingPoint
     """The operating point to show images of."""
+
+    @property
+    def policy(self) -> Policy:
+        """What was measured."""
+        return self.bundle.calibrated
 
     @property
     def macs(self) -> np.ndarray:

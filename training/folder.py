@@ -113,11 +113,7 @@ def open_folder(
     training = images(parts.training, whole, in_memory)
     validation = images(parts.held_out, cropped, in_memory)
     test = None if parts.test is None else images(parts.test, cropped, memory=False)
-    _check_alike(training, processes)
-    _check_classes(training)
-    _check_any(validation, "held-out")
-    if test is not None:
-        _check_any(test, "test")
+    _check(training, validation, test, processes)
     mean, std = normalisation(training, size)
     return Folder(
         training,
@@ -159,6 +155,15 @@ def _on_device(images: ImageSet, device: torch.device) -> ImageSet:
         return images
     free, _ = torch.cuda.mem_get_info(device)
     return images.to(device) if fits_in_memory(images.pixels.numel(), free) else images
+
+
+def _check(training: Images, validation: Images, test: Images | None, processes: Processes) -> None:
+    """Raise DataError where the run could not begin with these images, or not end."""
+    _check_alike(training, processes)
+    _check_classes(training)
+    _check_any(validation, "held-out")
+    if test is not None:
+        _check_any(test, "test")
 
 
 def _check_alike(images: Images, processes: Processes) -> None:

@@ -86,7 +86,10 @@ class Certifier:
 
     def rejects(self, losses: int, gains: int, bound: float) -> bool:
         """Whether these counts show that no more than `bound` is lost."""
-        return _rejects(self.method, self.delta, losses, gains, len(self.outcomes), bound)
+        return self._p_value(losses, gains, bound) <= self.delta
+
+    def _p_value(self, losses: int, gains: int, bound: float) -> float:
+        return _p_value(self.method, losses, gains, len(self.outcomes), bound)
 
     def upper_bound(self, thresholds: Thresholds) -> float:
         """What one threshold vector loses at most, by this method."""
@@ -94,17 +97,17 @@ class Certifier:
         losses, gains = risk.losses_and_gains(differences)
         if self.method is Method.EXPECTATION:
             return (losses + 1) / (len(self.outcomes) + 1)
-        return risk.upper_bound(lambda bound: self.rejects(losses, gains, bound))
+        return risk.upper_bound(lambda bound: self._p_value(losses, gains, bound), self.delta)
 
 
-def _rejects(method: Method, delta: float, losses: int, gains: int, n: int, bound: float) -> bool:
+def _p_value(method: Method, losses: int, gains: int, n: int, bound: float) -> float:
     match method:
         case Method.PAIRED:
-            return risk.paired_p_value(losses, gains, n, bound) <= delta
+            return risk.paired_p_value(losses, gains, n, bound)
         case Method.HOEFFDING_BENTKUS:
-            return risk.hoeffding_bentkus_p_value(losses / n, n, bound) <= delta
+            return risk.hoeffding_bentkus_p_value(losses / n, n, bound)
         case _:
-            return risk.binomial_p_value(losses, n, bound) <= delta
+            return risk.binomial_p_value(losses, n, bound)
 
 
 @lru_cache(maxsize=256)
@@ -112,7 +115,7 @@ def images_needed(method: Method, delta: float, bound: float) -> int:
     """The fewest test images that certify `bound` for a policy that never loses one."""
     if method is Method.EXPECTATION:
         return math.ceil(1 / bound) - 1
-    return risk.images_needed(lambda n: _rejects(method, delta, 0, 0, n, bound))
+    return risk.images_needed(lambda n: _p_value(method, 0, 0, n, bound) <= delta)
 
 
 def ladder(

@@ -89,6 +89,12 @@ def find_parts(root: Path, per_class: int | None = None, share: float = HELD_OUT
     return Parts(training, held_out, test or None, names_digest(listing.files))
 
 
+def left_to_test(listing: Listing) -> Listing:
+    """What `find_parts` leaves of a single folder to be tested on; maybe nothing."""
+    rest, _ = split_by_hash(listing, HELD_OUT)
+    return split_by_hash(rest, HELD_OUT)[1]
+
+
 def _given_back(
     listing: Listing, training: Listing, held_out: Listing, share: float
 ) -> tuple[Listing, Listing]:

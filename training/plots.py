@@ -22,6 +22,9 @@ PUBLISHED = {
 
 DPI = 120
 
+CLASSES_SHOWN = 12
+"""Of those that leave earliest, and of those that leave latest."""
+
 NEAR = 1.1
 """Two labels abreast meet where the compute of their operating points differs by less than this."""
 
@@ -67,8 +70,8 @@ def accuracy_over_cost(report: Report, published: bool) -> Figure:
     _name_points(axes, [p for p in report.operating_points if p.mean_macs < 1], full)
     static = [(e.macs / 1e6, 100 * e.accuracy) for e in report.exits]
     axes.plot(*zip(*static, strict=True), "s:", color="tab:orange", label="every image at one exit")
-    for (name, points), marker in zip(PUBLISHED.items() if published else (), "^v", strict=False):
-        axes.plot(*zip(*points, strict=True), f"{marker}-", color="0.4", lw=1, label=name)
+    if published:
+        draw_published(axes)
     axes.axhline(100 * report.exits[-1].accuracy, color="0.8", lw=1, zorder=0)
     shown, whole = report.point_shown, report.exits[-1].accuracy
     axes.set_title(
@@ -85,6 +88,12 @@ def accuracy_over_cost(report: Report, published: bool) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     return figure
+
+
+def draw_published(axes: Axes) -> None:
+    """The curves of `PUBLISHED`, each with a marker of its own."""
+    for (name, points), marker in zip(PUBLISHED.items(), "^v", strict=True):
+        axes.plot(*zip(*points, strict=True), f"{marker}-", color="0.4", lw=1, label=name)
 
 
 def _name_points(axes: Axes, points: Sequence[PointResult], full: float) -> None:
@@ -145,14 +154,14 @@ def exit_shares(report: Report) -> Figure:
     return figure
 
 
-def class_shares(report: Report, most: int = 12) -> Figure:
+def class_shares(report: Report) -> Figure:
     """Where the classes that leave earliest and latest do so."""
     macs = np.array([e.macs for e in report.exits])
     ordered = sorted(report.class_shares.items(), key=lambda item: float(item[1] @ macs))
     shown = ordered
-    if len(ordered) > 2 * most:
+    if len(ordered) > 2 * CLASSES_SHOWN:
         gap = ("…", (0.0,) * len(macs))
-        shown = [*ordered[:most], gap, *ordered[-most:]]
+        shown = [*ordered[:CLASSES_SHOWN], gap, *ordered[-CLASSES_SHOWN:]]
     figure = Figure(figsize=(7, 0.24 * len(shown) + 1.2), layout="constrained")
     axes = figure.subplots()
     _stack(axes, [label for label, _ in shown], [share for _, share in shown])

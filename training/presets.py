@@ -9,7 +9,7 @@ from model.architectures import ARCHITECTURES
 from model.exits import HEADS
 from model.network import PLACES
 from training.options import check_choices, option
-from training.recipe import ENSEMBLE, NEXT, ONE_CYCLE, STEPS, Recipe
+from training.recipe import ENSEMBLE, ONE_CYCLE, STEPS, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +123,3 @@ PRESETS = {
     ),
 }
 """Each is reproduced by its name with a seed alone."""
-
-ABLATIONS = {
-    "plain network": "--method plain",
-    "labels alone": "--method deep-supervision",
-    "no feature term": "--feature-weight 0",
-    "taught by all exits": f"--distill-from {ENSEMBLE}",
-    "taught by the next deeper exit": f"--distill-from {NEXT}",
-    "no attention": "--no-attention",
-    "two exits": "--keep 2,4",
-    "an exit after every block": "--exits blocks",
-    "a separate teacher alone": "--teacher BUNDLE --distillation-weight 0 --feature-weight 0",
-    "a separate teacher on top": "--teacher BUNDLE",
-}
-"""What the papers take apart, each as options on top of a preset."""

@@ -19,7 +19,6 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     weights_sha256: str
-    certified_on_images: int
     path: tuple[Thresholds, ...]
     """The nested thresholds that were tested."""
     budgeted: tuple[Thresholds, ...]
@@ -30,7 +29,6 @@ def save_record(bundle: Bundle, result: Calibrated) -> None:
     """Write the record of a calibration."""
     record = Record(
         weights_sha256=result.policy.weights_sha256,
-        certified_on_images=len(result.certifier.outcomes),
         path=tuple(result.path),
         budgeted=tuple(result.budgeted),
     )

@@ -17,12 +17,11 @@ from training import curves
 from training.bundling import BUNDLE
 from training.log import LOG, Entry, read_log
 from training.normalisation import is_cifar100
-from training.plots import PUBLISHED
+from training.plots import DPI, PUBLISHED
 from training.recipe import Recipe
 
 PAGE = "report.md"
 COST_PLOT = "accuracy_over_macs.png"
-CURVES_PLOT = "training_curves.png"
 BEST_PUBLISHED = PUBLISHED["BoostNet (2023)"]
 """The best published anytime curve on CIFAR-100: accuracy in % by MACs in millions."""
 
@@ -134,19 +133,20 @@ def write_report(runs: Sequence[Trained], out: Path) -> None:
     """Write the plots, the page, and the figures as JSON."""
     on_test = all(run.tested for run in runs)
     images = "test images" if on_test else "validation images"
-    cifar = all(is_cifar100(run.description.classes) for run in runs)
+    # What others published is accuracy on CIFAR-100's test images.
+    published = on_test and all(is_cifar100(run.description.classes) for run in runs)
     points = {run.name: _points(run, on_test) for run in runs}
-    plot = curves.accuracy_over_cost(points, images, published=cifar)
-    plot.savefig(out / COST_PLOT, dpi=curves.DPI)
+    plot = curves.accuracy_over_cost(points, images, published)
+    plot.savefig(out / COST_PLOT, dpi=DPI)
     histories = {run.name: run.history for run in runs if run.history}
     if histories:
-        curves.training_curves(histories).savefig(out / CURVES_PLOT, dpi=curves.DPI)
-    write_atomically(out / PAGE, page(runs, images, cifar, bool(histories)).encode())
+        curves.training_curves(histories).savefig(out / curves.CURVES, dpi=DPI)
+    write_atomically(out / PAGE, page(runs, images, published, bool(histories)).encode())
     figures = {run.name: run.description.training for run in runs}
     write_atomically(out / "report.json", json.dumps(figures, indent=1).encode() + b"\n")
 
 
-def page(runs: Sequence[Trained], images: str, cifar: bool, drawn: bool) -> str:
+def page(runs: Sequence[Trained], images: str, published: bool, drawn: bool) -> str:
     """All of report.md."""
     parts = [
         "# Trained networks side by side",
@@ -154,7 +154,7 @@ def page(runs: Sequence[Trained], images: str, cifar: bool, drawn: bool) -> str:
         "is the mean of all exits' logits.",
         ablation_table(runs),
         "## Accuracy over cost",
-        cost_table(runs, cifar),
+        cost_table(runs, published),
         f"![Accuracy of every exit over its multiply-accumulates.]({COST_PLOT})",
         "## Commands",
         "\n\n".join(
@@ -162,7 +162,7 @@ def page(runs: Sequence[Trained], images: str, cifar: bool, drawn: bool) -> str:
         ),
     ]
     if drawn:
-        parts += ["## Curves", f"![Accuracy, loss terms over epochs.]({CURVES_PLOT})"]
+        parts += ["## Curves", f"![Accuracy, loss terms over epochs.]({curves.CURVES})"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -184,8 +184,8 @@ def ablation_table(runs: Sequence[Trained]) -> str:
     return markdown_table([*head, "minutes", "options"], rows)
 
 
-def cost_table(runs: Sequence[Trained], cifar: bool) -> str:
-    """One row for each exit of each run, against the best published accuracy for that cost."""
+def cost_table(runs: Sequence[Trained], published: bool) -> str:
+    """One row for each exit of each run; if `published`, against the best published accuracy."""
     on_test = all(run.tested for run in runs)
     rows = [
         [
@@ -193,13 +193,13 @@ def cost_table(runs: Sequence[Trained], cifar: bool) -> str:
             k,
             f"{macs:.1f}",
             f"{accuracy:.2f}%",
-            *([_against(macs, accuracy)] if cifar else []),
+            *([_against(macs, accuracy)] if published else []),
         ]
         for run in runs
         for k, (macs, accuracy) in enumerate(_points(run, on_test), start=1)
     ]
-    published = ["against BoostNet"] if cifar else []
-    return markdown_table(["run", "exit", "MACs, M", "accuracy", *published], rows)
+    against = ["against BoostNet"] if published else []
+    return markdown_table(["run", "exit", "MACs, M", "accuracy", *against], rows)
 
 
 def published_at(macs: float) -> float | None:

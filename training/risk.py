@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +24,9 @@ of that share in a sample, on whose scale the test's level is smooth."""
 NEGLIGIBLE = 7.0
 """Standard deviations beyond which a binomial's terms are left out; they sum to less than 1e-11."""
 LOWEST_SCORE = -8.0
+FIRST_STEP = 1e-4
+GROWTH = 1.2
+"""Of the bounds that are tried above the one where bisection ended."""
 ROUNDING = 1e-9
 """By which equal scores may differ."""
 
@@ -79,7 +82,7 @@ def paired_p_value(losses: int, gains: int, n: int, bound: float) -> float:
 
 def paired_upper_bound(losses: int, gains: int, n: int, delta: float) -> float:
     """The accuracy lost is at most this with probability 1 - delta; negative is a gain."""
-    return upper_bound(lambda b: paired_p_value(losses, gains, n, b) <= delta, low=-1.0)
+    return upper_bound(lambda b: paired_p_value(losses, gains, n, b), delta, low=-1.0)
 
 
 def paired_score(losses: ArrayLike, gains: ArrayLike, n: int, bound: float) -> np.ndarray:
@@ -168,18 +171,40 @@ def _log_choose(n: int) -> np.ndarray:
     return special.gammaln(n + 1) - special.gammaln(m + 1) - special.gammaln(n - m + 1)
 
 
-def upper_bound(rejects: Callable[[float], bool], low: float = 0.0) -> float:
-    """The risk is at most this, with the confidence that `rejects` has.
+def upper_bound(p_value: Callable[[float], float], delta: float, low: float = 0.0) -> float:
+    """The risk is at most this with probability 1 - delta: a bound above all that are not rejected.
+
+    P-values fall as the bound rises, but for bumps, mostly where it is about 0 and images are few.
+    So bisection, to 1e-5, may end below a bound that is not rejected; from there bounds are tried
+    upwards until a p-value is half of delta, and the answer is the one after the last that is not
+    rejected. A bump that lies wholly between two of those that are tried would go unnoticed.
 
     Args:
-        rejects: "the risk exceeds this bound"; from some bound on it always does.
-        low: the least that the risk can be; the answer is found by bisection to 1e-5.
+        p_value: of "the risk exceeds this bound".
+        delta: the level of the test.
+        low: the least that the risk can be.
     """
     high = 1.0
     while high - low > 1e-5:
         middle = (low + high) / 2
-        low, high = (low, middle) if rejects(middle) else (middle, high)
-    return high
+        low, high = (low, middle) if p_value(middle) <= delta else (middle, high)
+    tried = list(_upwards(p_value, delta / 2, high))
+    beyond = 1 + max((i for i, (_, p) in enumerate(tried) if p > delta), default=-1)
+    return tried[beyond][0]
+
+
+def _upwards(
+    p_value: Callable[[float], float], least: float, bound: float
+) -> Iterator[tuple[float, float]]:
+    """Bounds with their p-values, until one is at most `least`, as that of 1 is."""
+    step = FIRST_STEP
+    while bound < 1:
+        p = p_value(bound)
+        yield bound, p
+        if p <= least:
+            return
+        bound, step = bound + step, step * GROWTH
+    yield 1.0, 0.0
 
 
 def fixed_sequence(rejected: Iterable[bool]) -> int:

@@ -13,9 +13,6 @@ from training.ema import Average
 from training.recipe import NEXT, Recipe
 from training.student import Student
 
-NARROWEST = 8
-"""Channels that every strided 1x1 convolution may be trained with, on any processor."""
-
 
 class TrainingError(Exception):
     """A run that cannot go on; the message says why."""
@@ -54,13 +51,7 @@ class Run:
 
 
 def start(net: MultiExitNet, recipe: Recipe, device: torch.device) -> Run:
-    """Move a network to its device with fresh adaptation layers, an optimizer, an average.
-
-    Raises:
-        TrainingError: torch cannot train it on this processor.
-    """
-    if device.type == "cpu":
-        check_kernels(net, torch.backends.cpu.get_cpu_capability())
+    """Move a network to its device with fresh adaptation layers, an optimizer, an average."""
     adapt = recipe.own_feature_weight > 0
     student = Student(net, recipe.equilibrium, adapt, recipe.distill_from == NEXT)
     student.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -74,33 +65,6 @@ def start(net: MultiExitNet, recipe: Recipe, device: torch.device) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     average = Average(net, recipe.ema) if recipe.ema else None
     return Run(student, optimizer, scaler, average)
-
-
-def check_kernels(net: nn.Module, capability: str) -> None:
-    """Refuse a network that torch cannot train on a processor.
-
-    Torch 2.13's backward pass of a strided 1x1 convolution of fewer than 8 channels writes past its
-    memory on processors that have AVX2 and nothing newer.
-
-    Args:
-        net: any network.
-        capability: of the processor, as torch says it.
-
-    Raises:
-        TrainingError: it has such a convolution, and the processor is such a one.
-    """
-    narrow = any(
-        isinstance(m, nn.Conv2d)
-        and m.kernel_size == (1, 1)
-        and m.stride != (1, 1)
-        and m.in_channels < NARROWEST
-        for m in net.modules()
-    )
-    if narrow and capability == "AVX2":
-        raise TrainingError(
-            f"a shortcut has fewer than {NARROWEST} channels, which torch cannot train on this "
-            "processor; choose a larger --width"
-        )
 
 
 def _parameter_groups(modules: list[nn.Module], recipe: Recipe) -> list[dict[str, Any]]:

@@ -51,8 +51,8 @@ class Seen:
             return True
         if self.trained is None or not len(listing):
             return False
-        marks = _marks(listing, self.trained)
-        return bool(marks.mean() >= KNOWN_SHARE or marks.sum() >= len(self.trained) / 2)
+        found = marks(listing, self.trained)
+        return bool(found.mean() >= KNOWN_SHARE or found.sum() >= len(self.trained) / 2)
 
     def names(self, listing: Listing) -> bool:
         """Whether these are, by their names, the files that the bundle was trained on a part of."""
@@ -106,14 +106,14 @@ class Seen:
         known = [digests for digests in records if digests is not None]
         if not known:
             return listing
-        marks = _marks(listing, np.concatenate(known))
-        if len(listing) and marks.all():
+        found = marks(listing, np.concatenate(known))
+        if len(listing) and found.all():
             raise DataError(f"{self.path} was {done} on all of these images; take others")
-        if marks.any():
+        if found.any():
             tqdm.write(
-                f"left out {marks.sum()} of {len(listing)} images, which {self.path} was {done} on"
+                f"left out {found.sum()} of {len(listing)} images, which {self.path} was {done} on"
             )
-        return listing.pick(np.flatnonzero(~marks).tolist())
+        return listing.pick(np.flatnonzero(~found).tolist())
 
 
 def seen_by(bundle: Bundle) -> Seen:
@@ -217,7 +217,7 @@ def save_trained(path: Path, own: np.ndarray, parents: Sequence[Path]) -> Iterat
         (path / REPORT / name).unlink(missing_ok=True)  # of weights that were here before
 
 
-def _marks(listing: Listing, digests: np.ndarray) -> np.ndarray:
+def marks(listing: Listing, digests: np.ndarray) -> np.ndarray:
     """Which files of a listing have one of these digests: bool `[N]`."""
     return np.isin(digests_of(listing.files), digests)
 

@@ -23,10 +23,10 @@ CALIBRATION = Calibration(temperature=1.0, carry=0.5)
 
 
 @torch.inference_mode()
-def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndarray:
+def stage_seconds(bundle: Bundle, dtype: torch.dtype) -> np.ndarray:
     """Seconds to leave at each exit, earlier stages included: float64 `[exits]`.
 
-    The median of repeated eager passes over one batch, each stage folded and with its confidence,
+    The median of repeated eager passes of one image, each stage folded and with its confidence,
     as a server needs them before it may go on.
     """
     device = serving_device()
@@ -34,7 +34,7 @@ def stage_seconds(bundle: Bundle, dtype: torch.dtype, batch: int = 1) -> np.ndar
     stages = nn.ModuleList(fold_stages(bundle.net)).to(device, dtype)
     stages = stages.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = bundle.description.preprocess.size
-    pixels = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
+    pixels = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device)
     passes = []
     for _ in tqdm(range(WARM_UP + REPETITIONS), "timing stages", leave=False, disable=None):
         x, passed = bundle.description.preprocess.normalise(pixels, dtype), None

@@ -21,7 +21,7 @@ from model.numerics import keep_float32_whole, suits_cpu
 from training import checkpoint, loop
 from training.accuracy import Accuracy
 from training.bundling import BUNDLE, Finished, write_bundle
-from training.captured import Record, record_cuda
+from training.captured import Recorder, record_cuda
 from training.data import ImageSet
 from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
@@ -215,7 +215,7 @@ def _prepare(
     )
 
 
-def short_steps(data: Folder, recipe: Recipe, mine: Processes) -> tuple[Record | None, int]:
+def short_steps(data: Folder, recipe: Recipe, mine: Processes) -> tuple[Recorder | None, int]:
     """How a step is captured, and how many have their images augmented together.
 
     On a card steps over small images are so short that each launch counts.

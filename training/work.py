@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.preprocess import Preprocess
-from training.captured import Record
+from training.captured import Recorder
 from training.checkpoint import Origin
 from training.data import Images
 from training.distributed import Processes
@@ -36,7 +36,7 @@ class Work:
     """The student, perhaps wrapped or compiled."""
     class_weights: Tensor | None = None
     teacher: Teacher | None = None
-    record: Record | None = None
+    record: Recorder | None = None
     """How a step is captured; each batch must then be whole."""
     steps_at_once: int = 1
     """Whose images are augmented together; each batch must then be whole."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model.bundle import load_bundle, load_servable, save_bundle, save_description
 from model.numerics import likely_dtypes, name_of
@@ -80,6 +81,41 @@ def test_calibrating_makes_a_bundle_servable_and_says_what_it_did(command, bundl
     )
     assert "bounds hold with probability 90% over calibration sets" in said
     assert said.count("calibration error") == 4
+
+
+def with_copies(images, folder, share=1.0):
+    """The same folder with copies of each class's first images, some of them in another class."""
+    shutil.copytree(images, folder)
+    listing = list_folder(images)
+    for name, others in zip(CLASSES, (*CLASSES[1:], CLASSES[0]), strict=True):
+        files = [f for f in listing.files if f.parent.name == name]
+        for i, file in enumerate(files[: round(share * len(files))]):
+            with Image.open(file) as image:  # other bytes for the same pixels
+                image.save(folder / (others if i % 2 else name) / f"{name}-again-{i}.png")
+    return folder
+
+
+def test_copies_of_images_do_not_count_as_images(command, bundle, images, tmp_path):
+    """Beside their originals they would certify what they had chosen, and count for two."""
+    copied = with_copies(images, tmp_path / "copied")
+    status, said = command("--dtype", "float32", data=copied)
+    assert status == 0
+    assert "left out 480 of 960 images, which have the same pixels as others" in said
+    assert load_bundle(bundle).policy.calibration_images == 480
+    status, said = command(command="evaluate", data=copied)
+    assert (status, "was calibrated on all of these images" in said) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["resample", "evaluate"])
+def test_copies_of_images_are_measured_once(command, images, tmp_path, name):
+    if name == "evaluate":
+        command("--dtype", "float32")
+    fresh = write_noisy_images(tmp_path / "fresh", 80, seed=5)
+    copied = with_copies(fresh, tmp_path / "copied", 0.5)
+    options = ["--splits", "1"] if name == "resample" else []
+    status, said = command(*options, command=name, data=copied)
+    assert status == 0
+    assert "left out 120 of 360 images, which have the same pixels as others" in said
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_a_bundle_without_a_policy_is_not_evaluated(tmp_path, capsys):
         (b"{}", "weights_sha256"),
         (b"not JSON", "the file"),
         (b"\xff", "the file"),
-        (b'{"weights_sha256": "", "certified_on_images": 1, "path": [["x"]]}', "path.0.0"),
+        (b'{"weights_sha256": "", "path": [["x"]]}', "path.0.0"),
     ],
 )
 def test_a_malformed_record_of_the_calibration_is_said(tmp_path, content, where):

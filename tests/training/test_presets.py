@@ -27,13 +27,26 @@ from training.interrupt import Interrupted
 from training.log import read_log
 from training.options import add_options, given
 from training.parts import find_parts, names_digest
-from training.presets import ABLATIONS, PRESETS, Shape
-from training.recipe import Recipe
-from training.report import names, published_at
+from training.presets import PRESETS, Shape
+from training.recipe import ENSEMBLE, NEXT, Recipe
+from training.report import Trained, names, published_at, write_report
 from training.seen import Seen, seen_by
 from training.shapes import build_net
 
 MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
+ABLATIONS = {
+    "plain network": "--method plain",
+    "labels alone": "--method deep-supervision",
+    "no feature term": "--feature-weight 0",
+    "taught by all exits": f"--distill-from {ENSEMBLE}",
+    "taught by the next deeper exit": f"--distill-from {NEXT}",
+    "no attention": "--no-attention",
+    "two exits": "--keep 2,4",
+    "an exit after every block": "--exits blocks",
+    "a separate teacher alone": "--teacher BUNDLE --distillation-weight 0 --feature-weight 0",
+    "a separate teacher on top": "--teacher BUNDLE",
+}
+"""What the papers take apart, each as options on top of a preset."""
 TINY = ["--architecture", "resnet10", "--width", "8", "--size", "16", "--batch-size", "16"]
 
 
@@ -217,6 +230,19 @@ def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
 def test_a_folder_without_a_finished_run_is_said(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "has no finished training to report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_what_was_published_of_test_images_stands_beside_those_alone(tmp_path, tested):
+    described = load_bundle(ROOT / "model/default").description
+    facts = dict(described.training)
+    if tested:
+        facts |= {f"test_{k}": facts[f"validation_{k}"] for k in ("accuracy", "ensemble_accuracy")}
+    run = Trained("run", described.model_copy(update={"training": facts}), [])
+    assert run.tested == tested
+    write_report([run], tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert ("Accuracy on test images" in page, "against BoostNet" in page) == (tested, tested)
 
 
 def test_the_published_curve_is_read_between_its_points():

@@ -138,7 +138,7 @@ def test_a_level_beyond_reach_rejects_nothing():
 
 
 def binomial_upper_bound(failures, n, delta):
-    return risk.upper_bound(lambda b: risk.binomial_p_value(failures, n, b) <= delta)
+    return risk.upper_bound(lambda b: risk.binomial_p_value(failures, n, b), delta)
 
 
 @pytest.mark.slow
@@ -153,6 +153,20 @@ def test_the_upper_bound_of_a_binomial_covers():
 def test_upper_bound_is_where_the_p_value_crosses_delta():
     clopper_pearson = stats.beta.ppf(1 - 0.1, 3 + 1, 100 - 3)
     assert binomial_upper_bound(3, 100, 0.1) == pytest.approx(clopper_pearson, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "losses", "gains", "delta"), [(95, 7, 7, 0.2), (160, 9, 14, 0.1), (259, 14, 20, 0.2)]
+)
+def test_no_bound_above_an_upper_bound_is_left_unrejected(n, losses, gains, delta):
+    """Of these counts, a p-value rises again where the bound does."""
+    bound = risk.paired_upper_bound(losses, gains, n, delta)
+    p_values = [risk.paired_p_value(losses, gains, n, bound + 5e-4 * k) for k in range(-9, 40)]
+    assert max(p_values[9:]) <= delta < max(p_values[:9])
+
+
+def test_an_upper_bound_is_1_where_nothing_less_is_rejected():
+    assert risk.upper_bound(lambda bound: 0.3 * (bound < 1), 0.2) == 1
 
 
 def test_fixed_sequence_stops_at_the_first_that_is_not_rejected_and_looks_no_further():

@@ -134,10 +134,42 @@ def test_a_bundle_that_says_nothing_is_warned_of(single, tmp_path, capsys):
     assert "does not say which images it was trained on" in capsys.readouterr().out
 
 
-def test_nothing_is_said_of_the_folder_that_was_trained_on(single, seen, capsys):
+def test_of_the_folder_that_was_trained_on_it_is_said_that_a_part_is_taken(single, seen, capsys):
     calibration_listing(single, seen)
     listing_to_test(single, seen)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out.splitlines() == [
+        f"of 90 images in {single} took the 9 that training holds out",
+        f"of 90 images in {single} took the 9 kept to be tested on",
+    ]
+
+
+def test_a_folder_with_fresh_images_among_those_trained_on_gives_all_but_its_test_part(
+    single, seen, tmp_path, capsys
+):
+    other = write_noisy_images(tmp_path / "other", 100, ("dark", "light", "middle"))
+    trained = find_parts(single).training
+    for file in trained.files:
+        shutil.copy(file, other / file.parent.name / f"again-{file.name}")
+    chosen = calibration_listing(other, seen)
+    said = capsys.readouterr().out
+    assert "of 372 images in" in said and "that are not kept to be tested on" in said
+    assert "which" in said and "was trained on" in said
+    tested = listing_to_test(other, seen)
+    assert "kept to be tested on" in capsys.readouterr().out
+    fresh = {f for f in list_folder(other).files if not f.name.startswith("again-")}
+    assert {*chosen.files} | {*tested.files} == fresh
+    assert not {*chosen.files} & {*tested.files}
+    assert len(chosen) > 0.9 * len(fresh)
+
+
+def test_a_folder_too_small_for_a_test_part_gives_all_fresh_images(single, seen, tmp_path):
+    other = write_noisy_images(tmp_path / "other", 4, ("dark", "light", "middle"))
+    for name in ("dark", "light"):
+        file = next(f for f in find_parts(single).training.files if f.parent.name == name)
+        shutil.copy(file, other / name / "again.png")
+    assert len(calibration_listing(other, seen)) == 12
+    with pytest.raises(DataError, match="too few images a class"):
+        listing_to_test(other, seen)
 
 
 def test_images_that_calibrated_are_not_tested_on(single, seen, tmp_path):

@@ -1,14 +1,22 @@
 """Every architecture trains with every term."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.architectures import ARCHITECTURES
+from model.backbone import projected
 from model.network import build
+from tests.conftest import ROOT
+from tests.model.networks import quick_or_slow
 from tests.training.conftest import CPU, tiny_net, tiny_recipe
 from training.losses import total
 from training.objective import objective
-from training.run import TrainingError, check_kernels, start
+from training.run import start
 from training.student import Student
 
 
@@ -36,11 +44,53 @@ def test_every_architecture_takes_two_steps_with_every_term(name):
     assert {term.split("/")[0] for term in terms} == {"label", "distillation", "feature"}
 
 
-def test_a_network_too_narrow_for_the_processor_is_refused():
-    check_kernels(build("resnet10", 3, width=8), "AVX2")
-    check_kernels(build("resnet10", 3, width=4), "AVX512")
-    with pytest.raises(TrainingError, match="fewer than 8 channels"):
-        check_kernels(build("resnet10", 3, width=4), "AVX2")
+class StridedPointwise(TorchDispatchMode):
+    """Counts the 1x1 convolutions that leave pixels out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            _, weight, _, stride, *_ = args
+            self.count += weight.shape[2:] == (1, 1) and max(stride) > 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", quick_or_slow(ARCHITECTURES))
+def test_no_strided_1x1_convolution_is_trained_on_a_processor(name):
+    """Its backward pass writes past its memory where few channels come in."""
+    net = build(name, 3, width=16 if name.endswith("lite") else 8).train()
+    with StridedPointwise() as seen:
+        net(torch.randn(2, 3, 32, 32))
+    assert seen.count == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [8, 9])
+def test_a_shortcut_is_the_same_while_training(side):
+    torch.manual_seed(0)
+    convolution, x = nn.Conv2d(4, 6, 1, 2, bias=False), torch.randn(2, 4, side, side)
+    torch.testing.assert_close(projected(convolution.train(), x), projected(convolution.eval(), x))
+
+
+NARROW = """
+import torch
+from model.resnet import Projection
+
+torch.set_num_threads(1)
+for channels in (4, 8):
+    shortcut = Projection(channels, 16, 2).to(memory_format=torch.channels_last)
+    for side in (46, 48, 56, 64):
+        x = torch.randn(50, channels, side, side).to(memory_format=torch.channels_last)
+        for _ in range(3):
+            shortcut(x.requires_grad_()).sum().backward()
+"""
+
+
+def test_a_narrow_shortcut_does_not_end_the_process():
+    """On a processor with AVX-512, torch's own convolution does."""
+    subprocess.run([sys.executable, "-c", NARROW], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import logging
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Literal
 
 import torch
@@ -103,10 +105,7 @@ class Served:
             NotReady: the server still warms up.
             Draining: the server drains.
         """
-        self.check_name(model)
-        async with self._changing:
-            if not self.unloaded:
-                _ = self.engine  # or say why not
+        async with self._change_of(model):
             try:
                 fresh = await asyncio.to_thread(self._warm)
                 await self._bring_up_to_date(fresh)
@@ -128,19 +127,22 @@ class Served:
             NotReady: the server still warms up.
             Draining: the server drains.
         """
-        self.check_name(model)
-        async with self._changing:
+        async with self._change_of(model):
             if not self.unloaded:
-                _ = self.engine  # or say why not
                 self.unloaded = True
                 self.metrics.tell_of_none()
                 log.info("%s: version %s is unloaded", model, self.loaded.version)
                 self._close_later(self.loaded)
 
-    def check_name(self, model: str) -> None:
-        """Raises NotFound for another name than that of the bundle that is served."""
+    @asynccontextmanager
+    async def _change_of(self, model: str) -> AsyncIterator[None]:
+        """One change at a time. Errors as for `unload`."""
         if model != self.name:
             raise NotFound("there is no such model")
+        async with self._changing:
+            if not self.unloaded:
+                _ = self.engine  # or say why not
+            yield
 
     def _load(self, bundle: Bundle) -> Loaded:
         loaded = Loaded(
@@ -196,7 +198,7 @@ class Served:
         for _ in former.let_go():
             await asyncio.sleep(LETTING_GO_SECONDS)
         del former
-        gc.collect()  # which knows that its graphs refer to themselves
+        gc.collect()  # since its graphs refer to themselves
 
     def _close(self, loaded: Loaded) -> None:
         loaded.close()

@@ -326,7 +326,7 @@ class Engine:
         began, cpu_began = self._clock(), self._cpu_clock()
         output = self._runner.run(batch.stage, inputs, batch.alone)
         cpu_seconds, ended = self._cpu_clock() - cpu_began, self._clock()
-        if not all(map(math.isfinite, output.confidences)):
+        if not output.is_finite:
             raise FloatingPointError(f"stage {batch.stage} gave a confidence that is no number")
         return Run(output, ended - began, cpu_seconds, ended)
 

@@ -61,24 +61,20 @@ class Loaded:
     ) -> None:
         self.settings = settings
         self.bundle = bundle
-        self.policy = self.bundle.calibrated
+        self.policy = bundle.calibrated
         self.point: OperatingPoint = self.policy.point_for(max_accuracy_loss)
         self.device = device
-        self.dtype = choose_dtype(settings.dtype, self.bundle, device)
+        self.dtype = choose_dtype(settings.dtype, bundle, device)
         fewest, self._workers = (
             workers_at_once(settings.workers, settings.threads) if device.type == "cpu" else (1, 1)
         )
         self._http_seconds = HTTP_SECONDS if fewest < self._workers else 0.0
         self._metrics = metrics
         self._draining = draining
-        macs = [e.macs for e in self.bundle.description.exits]
-        self.decoder = Decoder(
-            self.bundle.description.preprocess,
-            settings.max_pixels,
-            pool,
-            metrics,
-        )
-        self._engine_metrics = EngineMetrics(metrics, self.bundle.description.name, macs)
+        description = bundle.description
+        self.decoder = Decoder(description.preprocess, settings.max_pixels, pool, metrics)
+        macs = [e.macs for e in description.exits]
+        self._engine_metrics = EngineMetrics(metrics, description.name, macs)
         self._engine_metrics.in_force(self._controller().level)
         self.warm = False
         """Whether the engine answers."""
@@ -266,10 +262,8 @@ class Loaded:
             yield from runner.let_go()
 
     def _controller(self) -> OverloadController:
-        deadline_ms = self.settings.default_deadline_ms
-        return OverloadController(
-            ladder(self.policy, self.point, self.settings), deadline_ms and deadline_ms / 1e3
-        )
+        levels = ladder(self.policy, self.point, self.settings)
+        return OverloadController(levels, self.settings.default_deadline_seconds)
 
 
 def _hand_over_program(

@@ -7,13 +7,14 @@ from collections.abc import Container
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from server import errors, openapi, uploads
 from server.dependencies import AdminRoute, Served_
-from server.errors import BadRequest, InvalidParameter
+from server.errors import InvalidParameter
 from server.openapi import LOCKED
 from server.served import Served, State
+from server.tensors import parsed
 
 admin = APIRouter(route_class=AdminRoute, responses=openapi.failures(*LOCKED))
 CHANGED: openapi.Responses = {200: openapi.good("It is done; the body is empty")}
@@ -30,7 +31,7 @@ class IndexBody(BaseModel):
     reason: str = Field(description="why it does not answer; empty if it does")
 
 
-class Sent(BaseModel):
+class Asked(BaseModel):
     """What these requests may hold."""
 
     ready: bool = Field(False, description="of the index, only what answers")
@@ -99,12 +100,9 @@ async def post_unload(model: Name_, request: Request, served: Served_) -> Respon
     return Response()
 
 
-async def _read(request: Request, served: Served, known: Container[str] = ()) -> Sent:
+async def _read(request: Request, served: Served, known: Container[str] = ()) -> Asked:
     body = await uploads.read_whole(request, math.inf, served.missed_deadlines)
-    try:
-        sent = Sent.model_validate_json(body or b"{}")
-    except ValidationError as error:
-        raise BadRequest(f"the body: {error.errors(include_url=False)[0]['msg']}") from None
+    sent = parsed(Asked, body or b"{}")
     for name in sent.parameters:
         if name not in known:
             raise InvalidParameter.of((name,), "there is no such parameter")
@@ -112,6 +110,5 @@ async def _read(request: Request, served: Served, known: Container[str] = ()) ->
 
 
 def _indexed(served: Served) -> IndexBody:
-    description = served.loaded.bundle.description
     state, reason = served.state
-    return IndexBody(name=description.name, version=description.version, state=state, reason=reason)
+    return IndexBody(name=served.name, version=served.loaded.version, state=state, reason=reason)

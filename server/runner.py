@@ -45,6 +45,11 @@ class StageOutput:
     lasts: bool = True
     """Whether these two stay as they are when another batch is run."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every confidence is a number."""
+        return all(map(math.isfinite, self.confidences))
+
 
 class StageRunner(Protocol):
     """What the engine needs of a runner; the seam for its tests."""
@@ -223,7 +228,7 @@ class Runner:
             began = self._clock()
             output = self.run(stage, inputs)
             taken.append(self._clock() - began)
-            if not all(map(math.isfinite, output.confidences)):
+            if not output.is_finite:
                 raise BundleError(f"its network computes no numbers: exit {stage} is NaN sure")
             inputs = self.keep(output, range(size))
         return taken

@@ -53,9 +53,8 @@ class Served:
             torch.set_num_threads(settings.threads)
         else:
             keep_float32_whole()
-        deadline_ms = settings.default_deadline_ms
         self.metrics = Metrics(
-            settings.max_batch, deadline_ms and deadline_ms / 1e3, on_cuda=not on_cpu
+            settings.max_batch, settings.default_deadline_seconds, on_cuda=not on_cpu
         )
         self.leaving = False
         """Told to end and no longer ready, though what comes is answered until it drains."""

@@ -155,6 +155,11 @@ class Settings(BaseSettings):
         "info", description="least level that is logged"
     )
 
+    @property
+    def default_deadline_seconds(self) -> float | None:
+        """Of requests that name none, if they have one."""
+        return None if self.default_deadline_ms is None else self.default_deadline_ms / 1e3
+
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

@@ -7,7 +7,7 @@ import binascii
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +15,8 @@ from pydantic_core import to_json
 
 from server.errors import BadRequest
 from server.protocol import ROUNDING
+
+Body = TypeVar("Body", bound=BaseModel)
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """How many bytes of a body are JSON, where raw tensors follow."""
@@ -98,13 +100,21 @@ def read_request(body: bytes, header_length: str | None) -> tuple[InferenceReque
         raise BadRequest(f"{HEADER_LENGTH} is {length}, and the body has {len(body)} bytes")
     if length > MOST_JSON_BYTES:
         raise BadRequest(f"the JSON is over {MOST_JSON_BYTES} bytes; send tensors as raw bytes")
+    return parsed(InferenceRequest, body[:length]), body[length:]
+
+
+def parsed(kind: type[Body], data: bytes) -> Body:
+    """JSON of a kind.
+
+    Raises:
+        BadRequest: it is malformed.
+    """
     try:
-        request = InferenceRequest.model_validate_json(body[:length])
+        return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the JSON"
         raise BadRequest(f"{where[:100]}: {first['msg']}") from None
-    return request, body[length:]
 
 
 def elements_of(sent: Sent, raw: bytes) -> list[bytes]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -138,17 +139,24 @@ def test_the_former_leaves_nothing_behind(server):
     until(lambda: all(network() is None for network in networks))
 
 
-def test_what_was_let_in_before_is_answered_by_the_former(server, folder, png):
+@contextmanager
+def asking(server, png):
+    """A request is in the device until the block ends; a list of its answer, once there is one."""
     answers = []
     with gated(server) as device:
         waiting = threading.Thread(target=lambda: answers.append(server.post(png, **SLOW)))
         waiting.start()
         device.wait_for_a_batch()
+        yield answers
+    waiting.join(10)
+
+
+def test_what_was_let_in_before_is_answered_by_the_former(server, folder, png):
+    with asking(server, png) as answers:
         put_shallower(folder)
         assert load(server).status_code == 200
         assert version_of(server, png) == "8"
         assert not answers
-    waiting.join(10)
     assert (answers[0].json()["version"], answers[0].json()["exits"]) == ("7", 4)
 
 
@@ -309,13 +317,8 @@ def test_without_a_bundle_the_server_lives_and_is_not_ready(server, png):
 
 
 def test_what_waits_when_it_is_unloaded_is_answered(server, png):
-    answers = []
-    with gated(server) as device:
-        waiting = threading.Thread(target=lambda: answers.append(server.post(png, **SLOW)))
-        waiting.start()
-        device.wait_for_a_batch()
+    with asking(server, png) as answers:
         unload(server)
-    waiting.join(10)
     assert answers[0].status_code == 200
 
 

@@ -418,32 +418,36 @@ class EngineMetrics:
         Right whatever happens to a job, and free for it.
         """
         self._queued, self._workers = queued, workers
-        self._tell()
+        self._tell_queues()
 
     def in_force(self, level: Level) -> None:
         """The operating point that answers are given under."""
         if level is not self._level:
             self._level = level
-            self._tell()
+            self._tell_level()
 
     def lead(self) -> None:
         """Have the gauges tell of this engine, and no longer of the one before."""
         self._metrics.leading = self
-        self._tell()
+        self._tell_level()
+        self._tell_queues()
 
-    def _tell(self) -> None:
-        metrics, model = self._metrics, self._model
-        if metrics.leading is not self:
+    def _tell_level(self) -> None:
+        metrics, model, level = self._metrics, self._model, self._level
+        if metrics.leading is not self or level is None:
             return
-        if self._level:
-            metrics.operating_point.labels(model).set(self._level.max_accuracy_loss)
-            for exit, threshold in enumerate((*self._level.thresholds, 0.0), start=1):
-                metrics.policy_threshold.labels(model, str(exit)).set(threshold)
-        if self._queued and self._workers:
-            for stage in range(1, len(self._macs) + 1):
-                waiting = partial(_element, self._queued, stage - 1)
-                metrics.queue_jobs.labels(model, str(stage)).set_function(waiting)
-            metrics.workers.set_function(self._workers)
+        metrics.operating_point.labels(model).set(level.max_accuracy_loss)
+        for exit, threshold in enumerate((*level.thresholds, 0.0), start=1):
+            metrics.policy_threshold.labels(model, str(exit)).set(threshold)
+
+    def _tell_queues(self) -> None:
+        metrics, queued, workers = self._metrics, self._queued, self._workers
+        if metrics.leading is not self or queued is None or workers is None:
+            return
+        for stage in range(1, len(self._macs) + 1):
+            waiting = partial(_element, queued, stage - 1)
+            metrics.queue_jobs.labels(self._model, str(stage)).set_function(waiting)
+        metrics.workers.set_function(workers)
 
 
 def _element(sequence: Callable[[], Sequence[int]], place: int) -> int:

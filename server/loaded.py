@@ -114,7 +114,12 @@ class Loaded:
         eager = runner.warm_up(batch_sizes(max_batch), draining=self._draining)
         costs = CostTable(eager)
         scheduler = Scheduler(
-            costs, self._controller(), max_batch, self._workers, self._http_seconds
+            costs,
+            self._controller(),
+            max_batch,
+            self._workers,
+            self._http_seconds,
+            self.settings.max_queue,
         )
         engine = self._engine = Engine(
             scheduler, runner, self._engine_metrics, self.settings.audit_rate

@@ -2,7 +2,8 @@
 
 It moves along a ladder of operating points, from the one in force in peace to the most lossy one
 allowed. Up at once, as far as the predicted wait asks, as a share of the time that requests usually
-allow, but no further than the load asks while all that waits can still be in time. Down a level at
+allow, or the places taken, as a share of all; but no further than the load asks while all that
+waits can still be answered. Down a level at
 a time, and only to a level that bears the load: the present rate of arrivals times the work that an
 answer took when that level was last in force must leave the device some rest. The wait alone cannot
 tell, since a shallower level makes it short while the load is as large as before. At the end of a
@@ -21,6 +22,9 @@ CALM = 0.3
 FIRM = 0.5
 """Share of it from which on answers are as shallow as they may get, while what waits can still be
 answered in time: nearer to the deadline, much of it would be refused."""
+CROWDED, FULL = 0.6, 0.9
+"""The like of both, as shares of the server's places: where requests allow long, those are taken
+before the wait counts as long, and what finds none is refused."""
 BEARABLE = 0.9
 """Share of the device's time that the load may be expected to take at a level moved down to."""
 RECOVERY_SECONDS = 0.6
@@ -106,10 +110,10 @@ class OverloadController:
         factor = min(max(seconds / self._budget, 1 / MOST_FACTOR), MOST_FACTOR)
         self._budget *= factor**LEARNING_RATE
 
-    def update(self, predicted_wait_seconds: float, now: float) -> Level:
-        """The level for this predicted wait."""
+    def update(self, predicted_wait_seconds: float, now: float, places_taken: float = 0.0) -> Level:
+        """The level for this predicted wait, and this share of the server's places taken."""
         self._in_force[self._index] = now
-        wanted = self._wanted(predicted_wait_seconds, now)
+        wanted = self._wanted(predicted_wait_seconds, places_taken, now)
         while wanted < self._index and not self._bears(wanted, now):
             wanted += 1
         if wanted >= self._index:
@@ -128,13 +132,15 @@ class OverloadController:
         known = math.exp((self._in_force[index] - now) / FADING_SECONDS)
         return self._rate_at(now) * self._work[index] * known < BEARABLE
 
-    def _wanted(self, wait: float, now: float) -> int:
+    def _wanted(self, wait: float, places_taken: float, now: float) -> int:
         top = len(self._ladder) - 1
-        pressure = (wait - self.calm_seconds) / (FIRM * self._budget - self.calm_seconds)
+        late = (wait / self._budget - CALM) / (FIRM - CALM)
+        full = (places_taken - CROWDED) / (FULL - CROWDED)
+        pressure = max(late, full)
         if pressure <= 0:
             return 0
         asked = min(top, 1 + int(pressure * top))
         if pressure >= 1:
             return asked
-        # What waits will be in time as it is: a few that met by chance bend nothing.
+        # What waits will be answered as it is: a few that met by chance bend nothing.
         return next((i for i in range(asked) if self._work[i] and self._bears(i, now)), asked)

@@ -58,6 +58,7 @@ class Scheduler:
         workers: how many batches may run at the same time.
         http_seconds: what a request takes beside its stages, if the last worker would have the core
             that this is done on; 0 if there is a core for it.
+        places: how many jobs there may be; who finds none is refused before he comes here.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class Scheduler:
         max_batch: int,
         workers: int = 1,
         http_seconds: float = 0.0,
+        places: float = math.inf,
     ) -> None:
         self.costs = costs
         self.controller = controller
         self.max_batch = max_batch
         self.most_workers = self.workers = workers
         self._http_seconds = http_seconds
+        self._places = places
         self.exits = costs.stages
         self._queues: dict[int, list[Job]] = {k: [] for k in range(1, self.exits + 1)}
         self._audits: deque[Job] = deque()
@@ -174,7 +177,8 @@ class Scheduler:
         self.backlog_seconds = self.predicted_wait(now)
         lone = self._only(1)
         # An image beside which there is no other waits for nobody, however long it computes.
-        self.controller.update(0.0 if lone else self.backlog_seconds, now)
+        wait = 0.0 if lone else self.backlog_seconds
+        self.controller.update(wait, now, sum(self.queued()) / self._places)
         overdue = self._take_overdue(now, lone)
         if overdue and self._only(0) and (saved := self._saved_by_a_team(overdue, now)):
             overdue.remove(saved)

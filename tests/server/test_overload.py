@@ -38,6 +38,11 @@ def test_answers_are_as_shallow_as_they_get_while_what_waits_can_still_be_in_tim
     assert losses == [0.02, 0.05, 1.0]
 
 
+def test_answers_bend_before_the_last_place_is_taken(controller):
+    said = [controller.update(0.1, 0.0, share).max_accuracy_loss for share in (0.6, 0.65, 0.9)]
+    assert said == [0.01, 0.02, 1.0]
+
+
 def test_images_that_meet_by_chance_bend_nothing_under_a_load_that_is_borne(controller):
     controller.saw_answers(1, 0.1)
     for i in range(10):  # a quarter of what it bears
@@ -163,8 +168,8 @@ class Watched(OverloadController):
         super().__init__(ladder, deadline)
         self.moves = []
 
-    def update(self, predicted_wait_seconds, now):
-        before, level = self.level, super().update(predicted_wait_seconds, now)
+    def update(self, predicted_wait_seconds, now, places_taken=0.0):
+        before, level = self.level, super().update(predicted_wait_seconds, now, places_taken)
         if level is not before:
             self.moves.append((now, level))
         return level

@@ -608,6 +608,16 @@ def test_a_worker_that_is_no_longer_wanted_is_waited_for():
         scheduler.admit(job(deadline=0.9 * ends), 0.0)
 
 
+@pytest.mark.parametrize(("waiting", "bent"), [(6, False), (9, True)])
+def test_answers_bend_before_the_last_place_is_taken(waiting, bent):
+    template = make_scheduler(deadline=60.0)
+    scheduler = Scheduler(template.costs, template.controller, 8, places=10)
+    for _ in range(waiting):
+        scheduler.admit(job(), 0.0)
+    scheduler.next_step(0.0)
+    assert scheduler.controller.bent == bent
+
+
 def test_another_worker_is_called_for_while_jobs_wait_and_one_is_free():
     scheduler = make_scheduler(max_batch=4, workers=2)
     for _ in range(12):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -51,19 +52,27 @@ class Gate:
 
 
 async def each_in_turn(
-    work: Callable[[Item], Awaitable[Result]], items: Iterable[Item]
+    work: Callable[[Item], Awaitable[Result]],
+    items: Collection[Item],
+    place: Callable[[], AbstractAsyncContextManager[None]],
 ) -> list[Result]:
     """What some work gives for each of the items, of which one begins in a turn: else decoding many
     images of a request would hold others up for longer than one image does.
 
+    Args:
+        place: what each of several is done in, once it gets there.
+
     Raises:
         Exception: what the first that failed raised; the others are cancelled.
     """
+    if len(items) == 1:
+        return [await work(item) for item in items]
     gate = Gate()
 
     async def begin(item: Item) -> Result:
-        await gate()
-        return await work(item)
+        async with place():
+            await gate()
+            return await work(item)
 
     working = [asyncio.ensure_future(begin(item)) for item in items]
     try:

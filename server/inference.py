@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -231,8 +232,9 @@ async def post_infer(request: Request, served: Named_, context: Context_) -> Res
         answer, _ = await answered(image, admission, served, context)
         return answer
 
+    place = partial(served.crowd.place, admission.deadline)
     with ending_with_client(request.scope):
-        answers = await each_in_turn(answer_of, images)
+        answers = await each_in_turn(answer_of, images, place)
     return _response(asked, wanted, answers, admission.loaded.bundle, served)
 
 

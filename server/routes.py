@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -126,8 +127,9 @@ async def post_batch(
     async def result_of(data: bytes) -> dict[str, Any]:
         return await classify_or_error(data, admission, served, context)
 
+    place = partial(served.crowd.place, admission.deadline)
     with ending_with_client(request.scope):
-        results = await each_in_turn(result_of, images)
+        results = await each_in_turn(result_of, images, place)
     context.fields["images"] = len(images)
     if failures := Counter(result["code"] for result in results if "code" in result):
         context.fields["errors"] = dict(failures)

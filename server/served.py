@@ -15,6 +15,7 @@ import torch
 from model.bundle import Bundle, BundleError, load_servable
 from model.numerics import keep_float32_whole
 from server.compiled import openvino
+from server.crowd import Crowd
 from server.decode import decoding_pool
 from server.engine import Engine
 from server.errors import Draining, NotFound, NotReady, UnusableBundle
@@ -75,6 +76,7 @@ class Served:
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
         self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0
+        self.crowd = Crowd(max(1, settings.max_queue // 2))
         self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.tracer = tracer_from(os.environ)
 

@@ -183,6 +183,16 @@ def test_images_that_fail_in_a_batch_are_counted_and_logged_though_it_succeeds(o
     assert ["r1"] in [said["request_ids"] for said in logged(caplog, "offramp.engine")]
 
 
+def test_images_that_come_together_wait_for_one_another_where_a_single_one_is_refused(serve, png):
+    with serve(max_queue=2) as small:
+        files = [("files", png)] * 12
+        results = small.client.post("/classify/batch", files=files).json()["results"]
+        assert {entry.get("code") for entry in results} == {None}
+        small.served.in_flight = 2
+        assert small.post(png).status_code == 429
+        small.served.in_flight = 0
+
+
 def logged(caplog, name):
     return [record.fields for record in caplog.records if record.name == name]
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from deploy.files import need_writable
 from deploy.loadtest.schedules import KINDS, SWING_SECONDS
 from deploy.options import count, positive, share
-from deploy.sweep.engine import Row
+from deploy.sweep.engine import Row, workers_of
 from deploy.sweep.prediction import overhead_of, predict
 from deploy.sweep.recording import read_recording
 from model.table import markdown_table
@@ -77,7 +77,7 @@ def simulated(said: Row, machine: Imagined, kind: str, rate: float, seconds: flo
             stage: {size: s / faster for size, s in sizes.items()}
             for stage, sizes in row["engine"]["seconds"].items()
         },
-        "workers": machine.workers or row["engine"].get("workers", 1),
+        **_workers(row["engine"], machine),
     }
     client_seconds = row["client_ms"] / 1e3 / machine.speed if machine.clients else 0.0
     overhead = overhead_of(said["costs"], client_seconds, deadline, cores, machine.speed)
@@ -86,6 +86,14 @@ def simulated(said: Row, machine: Imagined, kind: str, rate: float, seconds: flo
         engine, sent, said["confidences"], deadline, seconds, overhead, said.get("right")
     )
     return {"offered_per_second": len(sent) / seconds, **found}
+
+
+def _workers(engine: Row, machine: Imagined) -> Row:
+    """How many there are, and for what the last one leaves its core; asked for, it never does."""
+    if machine.workers:
+        return {"most_workers": machine.workers, "http_seconds": 0.0}
+    http_seconds = engine.get("http_seconds", 0.0) / machine.speed
+    return {"most_workers": workers_of(engine), "http_seconds": http_seconds}
 
 
 def load_seconds(kind: str, rate: float, wanted: float, deadline: float) -> float:
@@ -166,7 +174,7 @@ def _imagined(arguments: argparse.Namespace, said: Row) -> Imagined:
     names = [f.name for f in dataclasses.fields(Imagined)]
     machine = Imagined(**{name: getattr(arguments, name) for name in names})
     cores = machine.cores or said["cores"]
-    workers = machine.workers or max(row["engine"].get("workers", 1) for row in said["rows"])
+    workers = machine.workers or max(workers_of(row["engine"]) for row in said["rows"])
     if workers > cores:
         raise ValueError(f"{workers} workers want a core each, and there are {cores}")
     return machine

@@ -133,10 +133,11 @@ class _Simulation:
         self._to_loop: deque[Arrival | _Response] = deque()
         self._to_engine: deque[Job | None] = deque()
         # None wakes a worker that has nothing to do.
+        self._all_wanted: deque[None] = deque()
         self._outcomes: list[Outcome] = []
 
     def run(self, load: Sequence[Arrival]) -> list[Outcome]:
-        workers = [self._worker() for _ in range(self._scheduler.workers)]
+        workers = [self._worker(number) for number in range(self._scheduler.most_workers)]
         self._machine.run(self._load(load), self._clients(), self._loop(), *workers)
         return self._outcomes
 
@@ -174,10 +175,12 @@ class _Simulation:
                     sent.append(refusal)
             self._to_clients.extend(sent)
 
-    def _worker(self) -> Thread:
+    def _worker(self, number: int) -> Thread:
         busy = False
         while True:
-            if not busy:
+            if number >= self._scheduler.workers:
+                yield from self._sleep(leaving_jobs=busy)
+            elif not busy:
                 yield self._to_engine
             while self._to_engine:
                 self._admit(self._to_engine.popleft())
@@ -187,9 +190,18 @@ class _Simulation:
                 self._tell(job, exit, Reason.DEADLINE if exit else None)
             if self._scheduler.calls_for_another_worker:
                 self._to_engine.append(None)
+            if self._scheduler.workers == self._scheduler.most_workers and not self._all_wanted:
+                self._all_wanted.append(None)
             busy = step.batch is not None
             if step.batch is not None:
                 yield from self._run_batch(step.batch)
+
+    def _sleep(self, leaving_jobs: bool) -> Thread:
+        """Of the last worker, until all are wanted."""
+        if leaving_jobs:
+            self._to_engine.append(None)
+        self._all_wanted.clear()
+        yield self._all_wanted
 
     # --- their work --------------------------------------------------------------------------
 
@@ -204,7 +216,7 @@ class _Simulation:
             yield Work(Needs.LOCK, self._overhead.refuse_seconds)
             return _Response(arrival, refused=True)
         yield Work(Needs.LOCK, self._overhead.begin_seconds)
-        self._to_engine.append(Job(self._rule, read, deadline, payload=arrival))
+        self._to_engine.append(Job(self._rule, read, deadline, behind=behind, payload=arrival))
         return None
 
     def _admit(self, job: Job | None) -> None:

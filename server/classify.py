@@ -134,6 +134,7 @@ async def answered(
             context.arrived,
             deadline,
             bends=admission.parameters.bends,
+            behind=context.behind,
             on_exit=on_exit,
             request_id=context.request_id,
         )

@@ -143,6 +143,13 @@ class EngineBody(BaseModel):
     ladder: list[LevelBody] = Field(description="from peace to the most lossy level allowed")
     max_batch: int = Field(description="most images in one stage batch")
     workers: int = Field(description="stage batches that run at the same time")
+    most_workers: int = Field(
+        description="that would, were HTTP not to need the last one's core at times"
+    )
+    http_seconds: float = Field(
+        description="what a request is taken to cost beside its stages, where the last worker has "
+        "the core that this is done on; 0 where every worker has one of its own"
+    )
     backlog_seconds: float = Field(description="what is queued is expected to take so long")
 
 

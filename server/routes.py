@@ -221,6 +221,8 @@ async def get_engine(served: Served_) -> EngineBody:
         ],
         max_batch=scheduler.max_batch,
         workers=scheduler.workers,
+        most_workers=scheduler.most_workers,
+        http_seconds=scheduler.http_seconds,
         backlog_seconds=scheduler.backlog_seconds,
     )
 

@@ -44,6 +44,11 @@ PROBE_SECONDS = 1.0
 are learned only from batches that run: one slow spell could have every job refused for ever."""
 NO_DEADLINES = math.inf, -math.inf
 """An interval that holds none."""
+LATE_TO_BEGIN = 0.1
+"""Where the event loop takes a longer share than this of what a job allows to begin it, the last
+core is left to it…"""
+LEFT_SECONDS = 0.1
+"""…for so long."""
 LEAVING_RATE = 0.02
 """Weight of one job in the running share of jobs that leave at an exit."""
 
@@ -74,7 +79,7 @@ class Scheduler:
         self.controller = controller
         self.max_batch = max_batch
         self.most_workers = self.workers = workers
-        self._http_seconds = http_seconds
+        self.http_seconds = http_seconds
         self._places = places
         self.exits = costs.stages
         self._queues: dict[int, list[Job]] = {k: [] for k in range(1, self.exits + 1)}
@@ -84,6 +89,8 @@ class Scheduler:
         self._ends: dict[int, float] = {}
         """When each running batch is expected to end, by the number of its first job."""
         self._live_until = -math.inf
+        self._left_until = -math.inf
+        """Until when the last core is left to the event loop, which was late."""
         self._refusing = NO_DEADLINES
         """Deadlines sure to be refused: from that of the last job refused to when it would have had
         its first exit's answer."""
@@ -106,6 +113,8 @@ class Scheduler:
         job.state = JobState.DONE
         self._live_until = now
         self._probe_at = min(self._probe_at, now + PROBE_SECONDS)
+        if job.behind > LATE_TO_BEGIN * (job.deadline - job.arrived):
+            self._left_until = now + LEFT_SECONDS
         if now + self.costs.seconds(1, 1, alone=True) > job.deadline:
             if not self._may_probe(job, now):
                 raise TooLate  # which is no load: it takes nothing
@@ -173,7 +182,7 @@ class Scheduler:
         """Choose what a free worker does now, and take those jobs off their queues."""
         if not self._queues[1]:
             self._refusing = NO_DEADLINES  # it held only while images waited ahead
-        self.workers = self._workers_worth_their_core()
+        self.workers = self._workers_worth_their_core(now)
         self.backlog_seconds = self.predicted_wait(now)
         lone = self._only(1)
         # An image beside which there is no other waits for nobody, however long it computes.
@@ -310,15 +319,16 @@ class Scheduler:
         """No batch that this job was the first of runs any more."""
         self._ends.pop(job.number, None)
 
-    def _workers_worth_their_core(self) -> int:
-        """All of them where images take long; else one less, which leaves its core to HTTP.
+    def _workers_worth_their_core(self, now: float) -> int:
+        """All of them where images take long and HTTP is in time; else one less, which leaves its
+        core to HTTP.
 
         On `c` cores, with images that take `s` seconds of computing and `h` of HTTP, `c` workers
         answer `c / (s + h)` a second, one less at most `(c - 1) / s`.
         """
         others = self.most_workers - 1
-        http_seconds = others * self._http_seconds
-        if http_seconds and self._image_seconds() < http_seconds:
+        http_seconds = others * self.http_seconds
+        if http_seconds and (now < self._left_until or self._image_seconds() < http_seconds):
             return others
         return self.most_workers
 

@@ -47,3 +47,9 @@ def cost_table(said: Mapping[str, Any], times: float = 1.0) -> CostTable:
     for stage, share in said.get("teams", {}).items():
         costs.use_team(int(stage), share)
     return costs
+
+
+def workers_of(said: Mapping[str, Any]) -> int:
+    """How many workers there are at most; an older server names those at work, or none."""
+    most: int = said.get("most_workers") or said.get("workers", 1)
+    return most

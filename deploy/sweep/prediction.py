@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from deploy.simulator import Arrival, Overhead, simulate
-from deploy.sweep.engine import Row, cost_table
+from deploy.sweep.engine import Row, cost_table, workers_of
 from deploy.sweep.measuring import Confidences
 from deploy.sweep.pace import Moments, pace_of, together
 from model.policy import Rule
@@ -65,7 +65,9 @@ def predict(
     costs = cost_table(engine, moments[0][1] / together(engine) if moments else 1.0)
     ladder = [Level(x["max_accuracy_loss"], tuple(x["thresholds"])) for x in engine["ladder"]]
     controller = OverloadController(ladder, deadline)
-    scheduler = Scheduler(costs, controller, engine["max_batch"], engine.get("workers", 1))
+    scheduler = Scheduler(
+        costs, controller, engine["max_batch"], workers_of(engine), engine.get("http_seconds", 0.0)
+    )
     chance, images = random.Random(0), range(len(confidences))
     drawn = [chance.choice(images) for _ in sent]
     load = [

@@ -10,12 +10,15 @@ from server.protocol import LevelBody
 
 
 class Engine(BaseModel):
-    """What a scheduler decides with; an older server names neither workers nor teams."""
+    """What a scheduler decides with; older servers name no teams, and no workers or only those that
+    were at work."""
 
     seconds: dict[int, dict[int, float]] = Field(min_length=1)
     ladder: list[LevelBody] = Field(min_length=1)
     max_batch: int
     workers: int = 1
+    most_workers: int | None = None
+    http_seconds: float = 0.0
     teams: dict[int, float] = {}
 
 

@@ -21,10 +21,12 @@ RULE = Rule((0.8, 0.0), 1, 2)
 SURE, UNSURE = (0.9, 0.9), (0.1, 0.5)
 
 
-def make_scheduler(stage_seconds=STAGE_SECONDS, workers=1, deadline=0.05):
+def make_scheduler(stage_seconds=STAGE_SECONDS, workers=1, deadline=0.05, http_seconds=0.0):
     costs = {k: {1: stage_seconds, 8: 4 * stage_seconds} for k in (1, 2)}
     ladder = [Level(0.01, (0.8,)), Level(1.0, (0.0,))]
-    return Scheduler(CostTable(costs), OverloadController(ladder, deadline), 8, workers)
+    return Scheduler(
+        CostTable(costs), OverloadController(ladder, deadline), 8, workers, http_seconds
+    )
 
 
 def outcomes(load, stage_seconds=STAGE_SECONDS, **overhead):
@@ -177,9 +179,16 @@ loads = st.lists(
         Overhead, costs, costs, costs, costs, costs, costs, st.sampled_from([1, 2, math.inf])
     ),
     workers=st.sampled_from([1, 3]),
+    http_seconds=st.sampled_from([0.0, 0.0005, 1.0]),
 )
-def test_no_job_is_lost_or_answered_twice_or_before_it_could_be(load, overhead, workers):
-    settled = simulate(make_scheduler(workers=workers), load, RULE, overhead=overhead)
+def test_no_job_is_lost_or_answered_twice_or_before_it_could_be(
+    load, overhead, workers, http_seconds
+):
+    def settle():
+        scheduler = make_scheduler(workers=workers, http_seconds=http_seconds)
+        return simulate(scheduler, load, RULE, overhead=overhead)
+
+    settled = settle()
     assert Counter(id(o.arrival) for o in settled) == Counter(map(id, load))
     for outcome in settled:
         least = overhead.client_seconds
@@ -190,8 +199,7 @@ def test_no_job_is_lost_or_answered_twice_or_before_it_could_be(load, overhead, 
             least += overhead.answer_seconds
         assert outcome.seconds >= least - 1e-9
         assert (outcome.reason is None) == (outcome.exit == 0)
-    again = simulate(make_scheduler(workers=workers), load, RULE, overhead=overhead)
-    assert settled == again
+    assert settle() == settled
 
 
 @pytest.mark.parametrize(("workers", "second"), [(1, 4 * STAGE_SECONDS), (2, 2 * STAGE_SECONDS)])
@@ -199,6 +207,24 @@ def test_workers_run_batches_at_the_same_time(workers, second):
     apart = [Arrival(0.0, UNSURE), Arrival(1e-9, UNSURE)]  # too far for one batch
     settled = simulate(make_scheduler(workers=workers), apart, RULE)
     assert [o.finished for o in settled] == pytest.approx([2 * STAGE_SECONDS, second])
+
+
+@pytest.mark.parametrize(("http_seconds", "last"), [(1e-4, 0.004), (1.0, 0.005)])
+def test_the_last_worker_sleeps_while_the_event_loop_is_late_and_not_beyond(http_seconds, last):
+    crowd = at_once(32, 0.1)
+    pair = [Arrival(1.0, UNSURE, 0.1), Arrival(1.0 + 1e-9, UNSURE, 0.1)]
+    scheduler, numbers = make_scheduler(workers=2, http_seconds=http_seconds), []
+    choose = scheduler.next_step
+
+    def next_step(now):
+        step = choose(now)
+        numbers.append(scheduler.workers)
+        return step
+
+    scheduler.next_step = next_step
+    settled = simulate(scheduler, [*crowd, *pair], RULE, Overhead(begin_seconds=0.001))
+    assert 1 in numbers
+    assert settled[-1].finished == pytest.approx(1.0 + last)
 
 
 def test_without_overhead_only_the_scheduler_decides():

@@ -34,12 +34,27 @@ ENGINE = {
     "max_batch": 8,
     "backlog_seconds": 0.0,
 }
+MORE = {"teams": {}, "workers": 1, "most_workers": 1, "http_seconds": 0.0}
+"""What older servers do not say."""
 NONE = Overhead()
 SURE, UNSURE = (0.9, 0.9), (0.1, 0.5)
 
 
 def evenly(rate, seconds=1.0):
     return [(i / rate, i / rate) for i in range(int(rate * seconds))]
+
+
+def test_the_last_worker_is_simulated_as_far_as_http_leaves_its_core():
+    """Images of 0.5 ms each in full batches, one pass of which takes longer than one of a few."""
+    slow = {"seconds": {str(k): {"1": 0.01, "8": 0.04} for k in (1, 2)}}
+    load = evenly(300)
+
+    def goodput(**said):
+        return predict(ENGINE | slow | said, load, [SURE], 0.1, 1.0, NONE)["goodput_per_second"]
+
+    alone = goodput(workers=1)
+    assert goodput(workers=1, most_workers=2, http_seconds=0.0) > 1.4 * alone
+    assert goodput(workers=2, most_workers=2, http_seconds=1.0) == pytest.approx(alone, rel=0.1)
 
 
 def test_a_calm_load_is_answered_in_time_at_the_exit_that_suffices():
@@ -282,7 +297,7 @@ class Double(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/engine":
-            self._say(json.dumps(ENGINE | {"teams": {}, "workers": 1}).encode())
+            self._say(json.dumps(ENGINE | MORE).encode())
             return
         self.server.scrapes_left -= 1
         if self.server.scrapes_left < 0:

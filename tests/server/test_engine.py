@@ -750,7 +750,7 @@ def test_a_worker_sleeps_only_until_all_are_wanted():
     world.engine.step(wait=False)
     assert world.engine.scheduler.workers == 1
     assert not world.engine._all_wanted.is_set()
-    world.engine.scheduler._http_seconds = 0.0
+    world.engine.scheduler.http_seconds = 0.0
     world.submit(0.95)
     world.engine.step(wait=False)
     assert world.engine._all_wanted.is_set()

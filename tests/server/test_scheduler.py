@@ -18,7 +18,14 @@ from model.policy import Reason, Rule
 from server.costs import CostTable
 from server.jobs import Job, JobState, Refused, TooLate
 from server.overload import Level, OverloadController
-from server.scheduler import MAX_AUDITS, PATIENT_SECONDS, PROBE_SECONDS, QUIET_SECONDS, Scheduler
+from server.scheduler import (
+    LEFT_SECONDS,
+    MAX_AUDITS,
+    PATIENT_SECONDS,
+    PROBE_SECONDS,
+    QUIET_SECONDS,
+    Scheduler,
+)
 from tests.examples import examples
 
 STAGES = 4
@@ -592,6 +599,22 @@ def test_the_last_worker_leaves_its_core_to_http_where_images_are_quick(http_sec
     scheduler = Scheduler(template.costs, template.controller, 8, 3, http_seconds)
     scheduler.next_step(0.0)
     assert (scheduler.workers, scheduler.most_workers) == (at_work, 3)
+
+
+@pytest.mark.parametrize(
+    ("http_seconds", "behind", "seconds", "at_work"),
+    [(1e-4, 0.02, 0.1, 1), (1e-4, 0.002, 0.1, 2), (1e-4, 0.02, math.inf, 2), (0.0, 0.02, 0.1, 2)],
+)
+def test_the_last_worker_leaves_its_core_to_an_event_loop_that_is_late_for_a_job(
+    http_seconds, behind, seconds, at_work
+):
+    template = make_scheduler()
+    scheduler = Scheduler(template.costs, template.controller, 8, 2, http_seconds)
+    scheduler.admit(Job(RULE, 0.0, seconds, behind=behind), 0.02)
+    scheduler.next_step(0.02)
+    assert scheduler.workers == at_work
+    scheduler.next_step(0.02 + LEFT_SECONDS)
+    assert scheduler.workers == 2
 
 
 def test_a_worker_that_is_no_longer_wanted_is_waited_for():

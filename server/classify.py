@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +33,10 @@ class Admission:
     loaded: Loaded
     """The bundle that answers it, though another may take its place meanwhile."""
     engine: Engine
+    promised: float
+    """When its client wants the answer, on the engine's clock."""
     deadline: float
-    """When the engine must have answered, on its clock."""
+    """When the engine must have given it."""
 
 
 def admit(
@@ -49,9 +52,12 @@ def admit(
         Unavailable: the server is warming up or draining.
     """
     loaded = former.loaded if former else served.loaded
-    rule, deadline = rule_for(parameters, loaded), _deadline_for(parameters, served, context)
+    rule = rule_for(parameters, loaded)
     engine = former.engine if former else served.engine
-    return Admission(parameters, rule, loaded, engine, deadline)
+    allowed = parameters.allowed_seconds(served.settings.default_deadline_ms)
+    promised = context.arrived + allowed
+    deadline = promised - max(reserve_seconds(allowed), context.behind)
+    return Admission(parameters, rule, loaded, engine, promised, deadline)
 
 
 def rule_for(parameters: Parameters, loaded: Loaded) -> Rule:
@@ -81,11 +87,6 @@ def _point_for(parameters: Parameters, loaded: Loaded) -> OperatingPoint:
         return loaded.policy.point_for(parameters.max_accuracy_loss)
     except ValueError as error:
         raise InvalidParameter(f"max_accuracy_loss: {error}") from None
-
-
-def _deadline_for(parameters: Parameters, served: Served, context: Context) -> float:
-    allowed = parameters.allowed_seconds(served.settings.default_deadline_ms)
-    return context.arrived + allowed - max(reserve_seconds(allowed), context.behind)
 
 
 @contextmanager
@@ -143,6 +144,8 @@ async def answered(
         except asyncio.CancelledError:
             engine.cancel(ticket)
             raise
+    if math.isfinite(admission.promised):
+        served.metrics.answered_by(admission.promised, time.perf_counter())
     if context.trace:
         context.trace.image(context.arrived, ticket.accepted, decode_seconds, answer)
     return answer, decode_seconds

@@ -398,7 +398,7 @@ class Engine:
             self._outbox.settle(ticket, Overloaded(refused.retry_after_seconds))
             ticket.release()
         except TooLate:
-            self._metrics.deadline(met=False)
+            self._metrics.missed_deadline()
             self._outbox.settle(ticket, DeadlineExceeded())
             ticket.release()
 
@@ -437,7 +437,7 @@ class Engine:
         if ticket.seen:
             self._finish(job, Reason.DEADLINE)
         else:
-            self._metrics.deadline(met=False)
+            self._metrics.missed_deadline()
             self._outbox.settle(ticket, DeadlineExceeded())
         ticket.release()
 
@@ -456,8 +456,6 @@ class Engine:
             ticket.compute_seconds,
         )
         self._metrics.answered(exit, reason, now - job.arrived, waited)
-        if math.isfinite(job.deadline):
-            self._metrics.deadline(met=now <= job.deadline)
         self._outbox.settle(ticket, answer)
 
     def _settle_audit(self, batch: Batch, seconds: float) -> None:

@@ -232,8 +232,7 @@ class Metrics:
             self.rejected_images.labels(kind.code)
         for code in SERVER_FAULTS:
             self.failed_images.labels(code)
-        for outcome in ("met", "missed"):
-            self.deadlines.labels(outcome)
+        self._met, self._missed = map(self.deadlines.labels, ("met", "missed"))
 
     def describe(self, exits: int, info: Mapping[str, str]) -> None:
         """Tell of a bundle from now on, with every series of its exits present.
@@ -281,6 +280,10 @@ class Metrics:
         (known or self.requests.labels(route, str(status))).inc()
         if status == 200:
             self._request_seconds[route].observe(seconds)
+
+    def answered_by(self, deadline: float, now: float) -> None:
+        """An image that its client wants an answer to by a deadline has it now."""
+        (self._met if now <= deadline else self._missed).inc()
 
     def failed(self, code: object, images: int = 1) -> None:
         """So many images failed with this code; a no-op where that was their client's fault."""
@@ -356,7 +359,6 @@ class EngineMetrics:
         self._spent = metrics.macs.labels(model, "spent")
         self._full = metrics.macs.labels(model, "full")
         self._queue = metrics.phase_seconds.labels("queue")
-        self._met = metrics.deadlines.labels("met")
         self._missed = metrics.deadlines.labels("missed")
         self._confidence = [metrics.confidence.labels(model, str(k)) for k in exits]
         self._answer_seconds = [metrics.answer_seconds.labels(model, str(k)) for k in exits]
@@ -395,9 +397,9 @@ class EngineMetrics:
         self._note(self._spent.inc, self._macs[exit - 1])
         self._note(self._full.inc, self._macs[-1])
 
-    def deadline(self, met: bool) -> None:
-        """A job with a deadline was answered or given up."""
-        self._note((self._met if met else self._missed).inc)
+    def missed_deadline(self) -> None:
+        """A job was given up, which had no answer by its deadline."""
+        self._note(self._missed.inc)
 
     def settle(self) -> None:
         """Make known what has been recorded, once it is much; for when nobody waits."""

@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from server.classify import admit
+from server.context import Context
+from server.metrics import Metrics
+from server.parameters import Parameters
 from tests.conftest import CLASSES, encode, noise, until
 from tests.server.test_bad_input import check_error
 
@@ -133,6 +137,21 @@ def test_metrics_count_what_the_answers_say(serve, images):
         macs = [e.macs for e in one.served.loaded.bundle.description.exits]
         assert spent == sum(macs[a["exit"] - 1] for a in said)
         assert full == macs[-1] * len(images)
+
+
+def test_a_deadline_is_met_by_when_the_client_wants_the_answer_not_by_when_the_engine_must(server):
+    context = Context("1", arrived=100.0)
+    admission = admit(Parameters(deadline_ms=20), server.served, context)
+    assert admission.promised == pytest.approx(100.02)
+    assert admission.deadline == pytest.approx(100.016)
+    metrics = Metrics(4, 1.0)
+    for now in (100.019, 100.02, 100.021):
+        metrics.answered_by(100.02, now)
+    counted = [
+        metrics.registry.get_sample_value("offramp_deadlines_total", {"outcome": outcome})
+        for outcome in ("met", "missed")
+    ]
+    assert counted == [2, 1]
 
 
 def test_every_series_is_there_before_the_first_request(serve):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from deploy.machine import Machine, Needs, Thread, Work
 from model.policy import Reason, Rule
-from server.arrival import is_hopeless
+from server.arrival import is_hopeless, is_late
 from server.gate import EACH_TURN
 from server.jobs import Batch, Job, Refused, TooLate
 from server.scheduler import Scheduler
@@ -216,7 +216,8 @@ class _Simulation:
             yield Work(Needs.LOCK, self._overhead.refuse_seconds)
             return _Response(arrival, refused=True)
         yield Work(Needs.LOCK, self._overhead.begin_seconds)
-        self._to_engine.append(Job(self._rule, read, deadline, behind=behind, payload=arrival))
+        late = is_late(behind, allowed)
+        self._to_engine.append(Job(self._rule, read, deadline, late=late, payload=arrival))
         return None
 
     def _admit(self, job: Job | None) -> None:

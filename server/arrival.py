@@ -16,6 +16,8 @@ BODY = "offramp.body"
 TIMES_BEHIND = 3
 """How often a request waits as long as it has waited to begin: before, to be read, where it cannot
 be seen; and its answer will, to be sent."""
+TIMES_LATE = 10
+"""How often it would have to wait so for a loop that wants a core more to itself."""
 NOT_BEHIND_SECONDS = 0.001
 """What a loop with nothing else to do may take to begin a request."""
 RESERVE_SECONDS = 0.01
@@ -57,6 +59,13 @@ def is_hopeless(behind: float, allowed: float) -> bool:
         allowed: as `allowed_seconds` says.
     """
     return behind > NOT_BEHIND_SECONDS and TIMES_BEHIND * behind > allowed
+
+
+def is_late(behind: float, allowed: float) -> bool:
+    """Whether the event loop takes long to begin requests, for what one allows. Arguments as for
+    `is_hopeless`, of whom each was late first.
+    """
+    return behind > NOT_BEHIND_SECONDS and TIMES_LATE * behind > allowed
 
 
 def reserve_seconds(allowed: float) -> float:

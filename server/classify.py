@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from model.policy import OperatingPoint, Rule
-from server.arrival import reserve_seconds
+from server.arrival import is_late, reserve_seconds
 from server.context import Context
 from server.engine import Engine
 from server.errors import InvalidParameter, OfframpError, Overloaded
@@ -135,7 +135,7 @@ async def answered(
             context.arrived,
             deadline,
             bends=admission.parameters.bends,
-            behind=context.behind,
+            late=is_late(context.behind, admission.promised - context.arrived),
             on_exit=on_exit,
             request_id=context.request_id,
         )

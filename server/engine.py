@@ -172,7 +172,7 @@ class Engine:
         arrived: float,
         deadline: float = math.inf,
         bends: bool = True,
-        behind: float = 0.0,
+        late: bool = False,
         on_exit: Callable[[Seen], None] | None = None,
         loop: Loop | None = None,
         request_id: str = "",
@@ -185,7 +185,7 @@ class Engine:
             arrived: when the request's first byte came, on the engine's clock.
             deadline: when the answer must be ready, on the engine's clock.
             bends: whether overload may make the answer shallower than the rule asks.
-            behind: seconds that the client's loop took to begin its request.
+            late: whether the client's loop took long to begin its request.
             on_exit: called in the client's loop for every exit passed.
             loop: the client's; by default the running one.
             request_id: what the log says if the run fails.
@@ -198,7 +198,7 @@ class Engine:
         """
         loop = loop or asyncio.get_running_loop()
         ticket = Ticket(loop, self._promise(loop), on_exit, self._clock(), pixels, request_id)
-        job = Job(rule, arrived, deadline, bends, behind, payload=ticket)
+        job = Job(rule, arrived, deadline, bends, late, payload=ticket)
         ticket.job = job
         self.call(lambda: self._admit(job))
         return ticket

@@ -44,11 +44,8 @@ PROBE_SECONDS = 1.0
 are learned only from batches that run: one slow spell could have every job refused for ever."""
 NO_DEADLINES = math.inf, -math.inf
 """An interval that holds none."""
-LATE_TO_BEGIN = 0.1
-"""Where the event loop takes a longer share than this of what a job allows to begin it, the last
-core is left to it…"""
 LEFT_SECONDS = 0.1
-"""…for so long."""
+"""So long the last core is left to the event loop after it took long to begin a job's request."""
 LEAVING_RATE = 0.02
 """Weight of one job in the running share of jobs that leave at an exit."""
 
@@ -113,7 +110,7 @@ class Scheduler:
         job.state = JobState.DONE
         self._live_until = now
         self._probe_at = min(self._probe_at, now + PROBE_SECONDS)
-        if job.behind > LATE_TO_BEGIN * (job.deadline - job.arrived):
+        if job.late:
             self._left_until = now + LEFT_SECONDS
         if now + self.costs.seconds(1, 1, alone=True) > job.deadline:
             if not self._may_probe(job, now):

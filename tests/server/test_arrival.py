@@ -8,9 +8,11 @@ from server.arrival import (
     ARRIVED,
     READ,
     TIMES_BEHIND,
+    TIMES_LATE,
     allowed_seconds,
     arrival,
     is_hopeless,
+    is_late,
     seconds_behind,
 )
 
@@ -55,6 +57,15 @@ def test_a_request_is_hopeless_once_what_it_will_wait_is_more_than_it_allows():
     assert not is_hopeless(0.99 * behind, 0.05)
     assert is_hopeless(1.01 * behind, 0.05)
     assert not is_hopeless(100.0, math.inf)
+
+
+def test_the_loop_is_late_long_before_a_request_is_hopeless():
+    behind = 0.05 / TIMES_LATE
+    assert not is_late(0.99 * behind, 0.05)
+    assert is_late(1.01 * behind, 0.05)
+    assert not is_hopeless(1.01 * behind, 0.05)
+    assert not is_late(100.0, math.inf)
+    assert not is_late(0.0009, 0.001)
 
 
 def test_a_short_deadline_alone_makes_no_request_hopeless():

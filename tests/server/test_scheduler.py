@@ -602,15 +602,12 @@ def test_the_last_worker_leaves_its_core_to_http_where_images_are_quick(http_sec
 
 
 @pytest.mark.parametrize(
-    ("http_seconds", "behind", "seconds", "at_work"),
-    [(1e-4, 0.02, 0.1, 1), (1e-4, 0.002, 0.1, 2), (1e-4, 0.02, math.inf, 2), (0.0, 0.02, 0.1, 2)],
+    ("http_seconds", "late", "at_work"), [(1e-4, True, 1), (1e-4, False, 2), (0.0, True, 2)]
 )
-def test_the_last_worker_leaves_its_core_to_an_event_loop_that_is_late_for_a_job(
-    http_seconds, behind, seconds, at_work
-):
+def test_the_last_worker_leaves_its_core_to_an_event_loop_that_is_late(http_seconds, late, at_work):
     template = make_scheduler()
     scheduler = Scheduler(template.costs, template.controller, 8, 2, http_seconds)
-    scheduler.admit(Job(RULE, 0.0, seconds, behind=behind), 0.02)
+    scheduler.admit(Job(RULE, 0.0, late=late), 0.02)
     scheduler.next_step(0.02)
     assert scheduler.workers == at_work
     scheduler.next_step(0.02 + LEFT_SECONDS)

@@ -10,7 +10,8 @@ late if they waited for it, and above all to the first stage, if any image there
 first exit being late is an error. A job that can no longer be in time is never started: it is
 answered at once with what it has; but now and then, when there is nothing else to do, one is
 started all the same, to see whether that is so. A job beside which there is no other has the
-workers' cores all to itself. When nothing is left to do, an audited job takes a step.
+workers' cores all to itself; an event loop that is late to begin requests has the last one's. When
+nothing is left to do, an audited job takes a step.
 
 The scheduler is pure: it owns no clock, no thread and no tensor, and never looks into a payload.
 """

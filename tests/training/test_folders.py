@@ -144,6 +144,17 @@ def test_hidden_files_and_folders_are_nobodys(folder):
     assert after.digest == before.digest
 
 
+def test_folders_within_classes_are_left_alone_which_is_said(folder, capsys):
+    before = find_parts(folder)
+    shutil.copytree(folder / "train/light", folder / "train/dark/day1")
+    (folder / "train/light/day2").mkdir()
+    assert find_parts(folder).digest == before.digest
+    assert capsys.readouterr().err == (
+        f"2 folders within classes are left alone, {folder}/train/dark/day1 first; "
+        "images must be right in a class folder\n"
+    )
+
+
 def test_a_file_may_have_a_name_that_is_no_utf_8_but_a_class_may_not(folder):
     image = next((folder / "train" / CLASSES[0]).iterdir())
     image.rename(os.fsdecode(os.fsencode(image.parent) + b"/caf\xe9.png"))

@@ -22,6 +22,7 @@ from training import checkpoint, loop
 from training.accuracy import Accuracy
 from training.bundling import BUNDLE, Finished, write_bundle
 from training.captured import Recorder, record_cuda
+from training.compiling import compiling
 from training.data import ImageSet
 from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
@@ -131,7 +132,8 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         return
     announce(run.net, data, preset, mine)
     warn_of_detour(recipe.precision, mine)
-    validation, test, unreadable = _fit(run, work, data)
+    with compiling(arguments.compile):
+        validation, test, unreadable = _fit(run, work, data)
     digests = shared_digests(data.training.files, mine)
     if mine.first:
         done = Finished(

@@ -48,6 +48,8 @@ class Folder:
     preprocess: Preprocess
     digest: str
     """Of the names of all files to train on or to hold out."""
+    training_digest: str
+    """Of the names of those to train on, readable or not."""
 
     @property
     def unreadable(self) -> list[str]:
@@ -121,6 +123,7 @@ def open_folder(
         test,
         Preprocess(size=size, crop=crop, mean=mean, std=std),
         parts.digest,
+        names_digest(parts.training.files),
     )
 
 

@@ -190,6 +190,7 @@ def _prepare(
         "arguments": described,
         "files": data.digest,
         "training_images": len(data.training),
+        "training_files": data.training_digest,
         "preprocess": data.preprocess.model_dump(mode="json"),
         "teacher": teacher and teacher.digest,
         "pretrained": arguments.pretrained and weights_digest(arguments.pretrained),

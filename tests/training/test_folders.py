@@ -108,6 +108,20 @@ def test_less_held_out_is_trained_on_and_the_test_part_stays(tmp_path, apart):
     assert less.digest == usual.digest
 
 
+def test_images_to_train_on_are_known_by_their_names_whether_they_can_be_read_or_not(folder):
+    write_images(folder / "train", n=20)
+
+    def opened(share):
+        choice = {"per_class": 9, "held_out": share}
+        return open_folder(folder, 16, 1.0, tiny_recipe(), CPU, Storage.MEMORY, **choice)
+
+    usual, less = opened(HELD_OUT), opened(0.05)
+    assert len(usual.training) == len(less.training) and usual.digest == less.digest
+    assert usual.training_digest != less.training_digest
+    less.training.files[0].write_bytes(b"broken")
+    assert opened(0.05).training_digest == less.training_digest
+
+
 def test_too_little_to_hold_out_is_an_error(folder):
     with pytest.raises(DataError, match=r"too few images a class to hold 1\.0% of each out"):
         find_parts(folder, share=0.01)

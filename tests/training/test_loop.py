@@ -214,6 +214,12 @@ def test_a_checkpoint_belongs_to_its_data(after_another):
         resume(other, work.recipe, work.origin, work.folder)
 
 
+def test_a_checkpoint_from_before_images_were_named_still_resumes(after_another):
+    run, work = after_another(origin=ORIGIN | {"training_files": "of these names"})
+    resume(run, work.recipe, work.origin, work.folder)
+    assert run.epoch == 2
+
+
 @pytest.mark.slow
 def test_an_older_checkpoint_without_newer_options_still_resumes(make_work):
     run, work = make_work()

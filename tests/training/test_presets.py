@@ -351,6 +351,7 @@ def test_test_images_that_cannot_be_read_are_said_before_training(folder, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_what_it_began_with(folder, tmp_path, capsys):
+    write_images(folder / "train", n=20)  # of which a twentieth is one, a tenth two
     common = ["--data", folder, *TINY, "--epochs", 1]
     assert train(*common, "--out", tmp_path / "teacher", "--size", 8) == 0
     bundle = tmp_path / "teacher/bundle"
@@ -361,6 +362,7 @@ def test_a_run_goes_on_with_what_it_began_with(folder, tmp_path, capsys):
         (["--size", 24], "preprocess"),
         (["--crop", 0.8], "preprocess"),
         (["--images-per-class", 8], "training_images 27 and not 24"),
+        (["--held-out", 0.05], "training_files"),
         (["--teacher", tmp_path / "run/bundle"], "teacher"),
     ):
         capsys.readouterr()

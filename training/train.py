@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from model.bundle import POLICY
+from model.bundle import POLICY, check_name
 from model.macs import count_stages
 from model.network import MultiExitNet
 from model.numerics import keep_float32_whole, suits_cpu
@@ -63,8 +63,10 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--preset", choices=sorted(PRESETS), default="fast", help="what to start from"
     )
-    command.add_argument("--name", help="the bundle's name (default: that of the folder --out)")
-    command.add_argument("--bundle-version", default="1", help="the bundle's version")
+    command.add_argument(
+        "--name", type=name, help="the bundle's name (default: that of the folder --out)"
+    )
+    command.add_argument("--bundle-version", type=name, default="1", help="the bundle's version")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     command.add_argument("--teacher", type=Path, help="a trained bundle that teaches too")
     command.add_argument(
@@ -151,8 +153,7 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
             teacher=arguments.teacher and str(arguments.teacher),
             pretrained=arguments.pretrained and str(arguments.pretrained),
         )
-        name = arguments.name or arguments.out.resolve().name
-        write_bundle(done, bundle, name, arguments.bundle_version)
+        write_bundle(done, bundle, bundle_name(arguments), arguments.bundle_version)
         print(f"wrote {bundle}")
 
 
@@ -164,6 +165,7 @@ def _check_options(arguments: argparse.Namespace, recipe: Recipe, mine: Processe
     for parent in (arguments.pretrained, arguments.teacher):
         if parent:  # what it has seen is wanted at the end, when a damaged record would be too late
             load_digests(parent, TRAINED)
+    bundle_name(arguments)
 
 
 def _claim(out: Path, resume: bool) -> None:
@@ -171,6 +173,11 @@ def _claim(out: Path, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
         checkpoint.check_unused(out)
+
+
+def bundle_name(arguments: argparse.Namespace) -> str:
+    """What the bundle is called: what was said, or as the run's folder is."""
+    return check_name(arguments.name or arguments.out.resolve().name)
 
 
 def _prepare(
@@ -346,6 +353,14 @@ def count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
+
+
+def name(text: str) -> str:
+    """Parse a bundle's name or version."""
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def held_out(text: str) -> float:

@@ -435,6 +435,21 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(folder, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
 
 
+@pytest.mark.parametrize(
+    "words", [["--name", "acme/pets"], ["--name", ""], ["--bundle-version", "1/2"]]
+)
+def test_a_name_that_no_path_can_hold_is_refused(folder, tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as left:
+        train("--data", folder, "--out", tmp_path / "run", *TINY, *words)
+    assert left.value.code == 2
+    assert f"argument {words[0]}: {words[1]!r} cannot be a part of a" in capsys.readouterr().err
+
+
+def test_a_bundle_cannot_be_called_as_every_folder_can(folder, tmp_path, capsys):
+    assert train("--data", folder, "--out", tmp_path / "two\nlines", *TINY) == 2
+    assert r"error: 'two\nlines' cannot be a part of a" in capsys.readouterr().err
+
+
 def test_ctrl_c_before_training_leaves_without_a_traceback(folder, tmp_path, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -28,7 +28,7 @@ from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
 from training.interrupt import Interrupted
 from training.options import add_options, given
-from training.parts import HELD_OUT
+from training.parts import HELD_OUT, check_apart, find_parts
 from training.presets import PRESETS, Preset, Shape
 from training.pretrained import load_pretrained, load_trained, weights_digest
 from training.recipe import PLAIN, Recipe
@@ -114,17 +114,16 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
     recipe, shape = preset.recipe, preset.shape
     _check_options(arguments, recipe, mine)
     _settle(arguments.deterministic)
-    _claim(arguments.out, arguments.resume)
+    parts = find_parts(arguments.data, arguments.images_per_class, arguments.held_out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     data = open_folder(
-        arguments.data,
+        parts,
         shape.size,
         shape.crop,
         recipe,
         mine,
         Storage(arguments.storage),
         arguments.workers,
-        arguments.images_per_class,
-        arguments.held_out,
     )
     run, work = _prepare(arguments, preset, mine, data)
     bundle = arguments.out / BUNDLE
@@ -165,14 +164,10 @@ def _check_options(arguments: argparse.Namespace, recipe: Recipe, mine: Processe
     for parent in (arguments.pretrained, arguments.teacher):
         if parent:  # what it has seen is wanted at the end, when a damaged record would be too late
             load_digests(parent, TRAINED)
+    check_apart(arguments.data, arguments.out)
     bundle_name(arguments)
-
-
-def _claim(out: Path, resume: bool) -> None:
-    """Make the run's folder, which only a run that goes on may find used."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        checkpoint.check_unused(out)
+    if not arguments.resume:
+        checkpoint.check_unused(arguments.out)
 
 
 def bundle_name(arguments: argparse.Namespace) -> str:

@@ -435,6 +435,19 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(folder, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
 
 
+def test_a_run_among_classes_is_refused_before_anything_is_made(folder, capsys):
+    assert train("--data", folder / "train", "--out", folder / "train/runs/mine", *TINY) == 2
+    assert "would be among the classes in" in capsys.readouterr().err
+    assert not (folder / "train/runs").exists()
+
+
+def test_data_that_cannot_be_used_leave_no_folder_for_the_run(folder, tmp_path, capsys):
+    (folder / "train/empty").mkdir()
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY) == 2
+    assert "empty has no image right in it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "words", [["--name", "acme/pets"], ["--name", ""], ["--bundle-version", "1/2"]]
 )

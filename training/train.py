@@ -20,7 +20,7 @@ from model.network import MultiExitNet
 from model.numerics import keep_float32_whole, suits_cpu
 from training import checkpoint, loop
 from training.accuracy import Accuracy
-from training.bundling import BUNDLE, Finished, write_bundle
+from training.bundling import BUNDLE, Finished, printable, write_bundle
 from training.captured import Recorder, record_cuda
 from training.compiling import compiling
 from training.data import ImageSet
@@ -164,15 +164,25 @@ def _check_options(arguments: argparse.Namespace, recipe: Recipe, mine: Processe
     for parent in (arguments.pretrained, arguments.teacher):
         if parent:  # what it has seen is wanted at the end, when a damaged record would be too late
             load_digests(parent, TRAINED)
-    check_apart(arguments.data, arguments.out)
+    _check_out(arguments.out, arguments.data)
     bundle_name(arguments)
     if not arguments.resume:
         checkpoint.check_unused(arguments.out)
 
 
+def _check_out(out: Path, data: Path) -> None:
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--out {printable(str(out))} is not UTF-8, all that TensorBoard takes; choose another"
+        ) from None
+    check_apart(data, out)
+
+
 def bundle_name(arguments: argparse.Namespace) -> str:
     """What the bundle is called: what was said, or as the run's folder is."""
-    return check_name(arguments.name or arguments.out.resolve().name)
+    return check_name(arguments.name or printable(arguments.out.resolve().name))
 
 
 def _prepare(

@@ -1,12 +1,14 @@
-"""What the command line says on machines that are not as it would have them."""
+"""What the command line says on machines, and of names, that are not as it would have them."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.training.bundles import write_bundle, write_noisy_images
 
 pytestmark = pytest.mark.slow  # each process imports torch anew
 
@@ -20,6 +22,15 @@ def run(*words, **environment):
         text=True,
         timeout=300,
     )
+
+
+def test_a_name_that_is_no_utf_8_is_printed_with_codes(tmp_path):
+    data, bundle = write_noisy_images(tmp_path / "data", 40), write_bundle(tmp_path / "bundle")
+    broken = Path(os.fsdecode(os.fsencode(data) + b"/dark/caf\xe9.png"))
+    broken.write_bytes(b"broken")
+    done = run("calibrate", bundle, "--data", data, PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 0, done.stderr
+    assert r"skipped 1 files; the first: " in done.stdout and r"caf\udce9.png: " in done.stdout
 
 
 def test_a_machine_without_a_compiler_is_one_sentence(folder, tmp_path):

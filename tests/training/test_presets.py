@@ -32,6 +32,7 @@ from training.recipe import ENSEMBLE, NEXT, Recipe
 from training.report import Trained, names, published_at, write_report
 from training.seen import Seen, seen_by
 from training.shapes import build_net
+from training.train import bundle_name
 
 MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
 ABLATIONS = {
@@ -461,6 +462,14 @@ def test_a_name_that_no_path_can_hold_is_refused(folder, tmp_path, capsys, words
 def test_a_bundle_cannot_be_called_as_every_folder_can(folder, tmp_path, capsys):
     assert train("--data", folder, "--out", tmp_path / "two\nlines", *TINY) == 2
     assert r"error: 'two\nlines' cannot be a part of a" in capsys.readouterr().err
+
+
+def test_a_run_in_a_folder_that_tensorboard_cannot_take_is_refused(folder, tmp_path, capsys):
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert train("--data", folder, "--out", out, *TINY) == 2
+    assert r"caf\udce9 is not UTF-8, all that TensorBoard takes" in capsys.readouterr().err
+    assert not out.exists()
+    assert bundle_name(argparse.Namespace(name=None, out=out)) == r"caf\udce9"
 
 
 def test_ctrl_c_before_training_leaves_without_a_traceback(folder, tmp_path, capsys, monkeypatch):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -23,11 +24,30 @@ DESCRIPTION = "bundle.json"
 POLICY = "policy.json"
 REPORT = "report"
 
+PART_OF_A_PATH = re.compile(r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class BundleError(Exception):
     """A folder that cannot be served; the message says why and what to run."""
+
+
+def check_name(text: str) -> str:
+    """A bundle's name or version, if it can be what it is in paths of V2: one part of them.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not PART_OF_A_PATH.fullmatch(text):
+        raise ValueError(
+            f"{text!r} cannot be a part of a URL's path: that is neither empty nor . nor .., "
+            "and has no slash, no control character and nothing that UTF-8 lacks"
+        )
+    return text
+
+
+Name = Annotated[str, AfterValidator(check_name)]
 
 
 class Exit(BaseModel):
@@ -47,8 +67,8 @@ class Description(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    version: str
+    name: Name
+    version: Name
     architecture: str = Field(description="a name in model.architectures")
     arguments: dict[str, Any] = Field(description="the architecture's arguments")
     classes: tuple[str, ...] = Field(min_length=1, description="labels, by class id")
@@ -188,7 +208,8 @@ def _parse(path: Path, name: str, kind: type[Model]) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BundleError(f"{path / name} is malformed at {where}: {first['msg']}") from error
+        said = first["msg"].removeprefix("Value error, ")  # of a check of our own
+        raise BundleError(f"{path / name} is malformed at {where}: {said}") from error
 
 
 def _read(path: Path, name: str) -> bytes:

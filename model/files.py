@@ -24,6 +24,10 @@ def put_in_place(file: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         _store(partial)
         partial.replace(file)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk does not say for which file
+            error.filename = str(file)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

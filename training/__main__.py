@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from model.bundle import BundleError
@@ -16,6 +17,7 @@ COMMANDS = (train, calibrate, resample, evaluate, export, report)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a failure that the user can mend is one sentence and exit status 2."""
+    _print_any_name()
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -37,6 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         print(left, file=sys.stderr)
         return left.status
     return 0
+
+
+def _print_any_name() -> None:
+    """Names of files that are no UTF-8 have codes in them, where Python would stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model.files import PARTIAL, put_in_place
 from training.recipe import Recipe
 from training.run import Run, TrainingError
-from training.tensor_file import read_tensor_file
+from training.tensor_file import read_tensor_file, write_tensor_file
 
 CHECKPOINT = "checkpoint.pt"
 ALWAYS = {"net", "adapters", "optimizer", "epoch", "recipe"}
@@ -40,7 +38,7 @@ def save_checkpoint(run: Run, recipe: Recipe, origin: Origin, folder: Path) -> N
     }
     for left in folder.glob(f".{CHECKPOINT}.*{PARTIAL}"):  # by a run that was killed as it saved
         left.unlink()
-    put_in_place(folder / CHECKPOINT, lambda partial: torch.save(state, partial))
+    put_in_place(folder / CHECKPOINT, lambda partial: write_tensor_file(partial, state))
 
 
 def check_unused(folder: Path) -> None:

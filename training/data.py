@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -124,6 +125,8 @@ class ImageSet:
 def list_folder(root: Path) -> Listing:
     """List `root/CLASS/*.png` (or another image suffix), classes and files in sorted order.
 
+    Folders within classes are left alone, which is said.
+
     Raises:
         DataError: the folder is missing, has no classes, or a class has no image.
     """
@@ -134,13 +137,22 @@ def list_folder(root: Path) -> Listing:
         raise DataError(f"{root} has no class folders; expected {root}/CLASS/*.png")
     files: list[Path] = []
     class_ids: list[int] = []
+    within: list[Path] = []
     for class_id, folder in enumerate(folders):
         _check_name(folder)
-        found = sorted(p for p in visible(folder) if p.suffix.lower() in SUFFIXES)
+        inside = sorted(visible(folder))
+        found = [p for p in inside if p.suffix.lower() in SUFFIXES]
         if not found:
-            raise DataError(f"class folder {folder} has no image")
+            raise DataError(f"class folder {folder} has no image right in it")
         files += found
         class_ids += [class_id] * len(found)
+        within += (p for p in inside if p.suffix.lower() not in SUFFIXES and p.is_dir())
+    if within:
+        print(
+            f"{len(within)} folders within classes are left alone, {within[0]} first; "
+            "images must be right in a class folder",
+            file=sys.stderr,
+        )
     return Listing(tuple(f.name for f in folders), tuple(files), tuple(class_ids))
 
 

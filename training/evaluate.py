@@ -27,7 +27,7 @@ from training.evaluation import Measured, Report
 from training.logits import cached_logits
 from training.normalisation import is_cifar100
 from training.outcomes import outcomes_of
-from training.parts import find_parts, part_of
+from training.parts import left_to_test, part_of
 from training.record import load_record
 from training.seen import Seen, seen_by
 from training.timing import stage_seconds
@@ -87,8 +87,8 @@ def test_listing(root: Path, seen: Seen) -> Listing:
     listing = list_folder(tested or root)
     known = tested is not None or seen.knows(listing)
     if known and tested is None:
-        test = find_parts(root).test
-        if test is None:
+        test = left_to_test(listing)
+        if not len(test):
             raise DataError(f"{root} has too few images a class for any to be left to test on")
         tqdm.write(f"of {len(listing)} images in {root} took the {len(test)} kept to be tested on")
         listing = test

@@ -16,7 +16,7 @@ from model.preprocess import Preprocess
 from training.data import MAX_PIXELS, DataError, Images, ImageSet, Listing, load
 from training.distributed import Processes
 from training.normalisation import normalisation
-from training.parts import HELD_OUT, find_parts, names_digest
+from training.parts import Parts, names_digest
 from training.recipe import Recipe
 from training.room import available_memory, check_memory, fits_in_memory, images_bytes
 from training.stream import Stream
@@ -48,6 +48,8 @@ class Folder:
     preprocess: Preprocess
     digest: str
     """Of the names of all files to train on or to hold out."""
+    training_digest: str
+    """Of the names of those to train on, readable or not."""
 
     @property
     def unreadable(self) -> list[str]:
@@ -67,36 +69,29 @@ class Folder:
 
 
 def open_folder(
-    root: Path,
+    parts: Parts,
     size: int | None,
     crop: float,
     recipe: Recipe,
     processes: Processes,
     storage: Storage = Storage.AUTO,
     workers: int = 0,
-    per_class: int | None = None,
-    held_out: float = HELD_OUT,
 ) -> Folder:
-    """Find the parts of a folder, decode what is to live in memory, measure its normalisation.
+    """Decode what of a folder is to live in memory, measure its normalisation.
 
     Args:
-        root: the data folder.
+        parts: of the data folder.
         size: side of the square input; by the images themselves where it is None.
         crop: share of the shorter side that is kept outside training.
         recipe: of the run.
         processes: of the run.
         storage: where training images live.
         workers: processes that read images.
-        per_class: the most training images of a class.
-        held_out: share of the training images that is held out.
 
     Raises:
-        DataError: the folder cannot be used, or does not fit.
+        DataError: images cannot be read, or do not fit.
         ValueError: the recipe wants random crops of images that live in memory.
     """
-    parts = find_parts(root, per_class, held_out)
-    if len(parts.training.classes) < 2:
-        raise DataError(f"{root} has one class only, {parts.training.classes[0]}; it takes several")
     size = size or natural_size(parts.training)
     whole = Preprocess(size=size, mean=(0.5,) * 3, std=(0.25,) * 3)
     cropped = whole.model_copy(update={"crop": crop})
@@ -121,6 +116,7 @@ def open_folder(
         test,
         Preprocess(size=size, crop=crop, mean=mean, std=std),
         parts.digest,
+        names_digest(parts.training.files),
     )
 
 

@@ -50,8 +50,24 @@ def part_of(root: Path, name: str) -> Path | None:
 
 def has_classes(root: Path) -> bool:
     """Whether folders of images are right within, other than those called as parts are."""
-    folders = (p for p in visible(root) if p.is_dir() and p.name not in NAMES)
-    return any(f.suffix.lower() in SUFFIXES for folder in folders for f in visible(folder))
+    return any(_is_class(p) for p in visible(root) if p.name not in NAMES)
+
+
+def _is_class(folder: Path) -> bool:
+    return folder.is_dir() and any(f.suffix.lower() in SUFFIXES for f in visible(folder))
+
+
+def check_apart(root: Path, out: Path) -> None:
+    """Raise DataError where a run in the folder `out` would make a class of the data in `root`."""
+    trained = part_of(root, "train")
+    for classes in (trained, root / "test") if trained else (root,):
+        if not out.resolve().is_relative_to(classes.resolve()):
+            continue
+        first = out.resolve().relative_to(classes.resolve()).parts[:1]
+        if not first or not (first[0].startswith(".") or _is_class(classes / first[0])):
+            raise DataError(
+                f"--out {out} would be among the classes in {classes}; choose a folder elsewhere"
+            )
 
 
 def find_parts(root: Path, per_class: int | None = None, share: float = HELD_OUT) -> Parts:
@@ -65,10 +81,12 @@ def find_parts(root: Path, per_class: int | None = None, share: float = HELD_OUT
         share: of the training images, that is held out. Fewer of the same are, the test part stays.
 
     Raises:
-        DataError: a folder is missing or empty, or the test folder has other classes.
+        DataError: a folder is missing or empty, there is one class, or the test folder has others.
     """
     trained = part_of(root, "train")
     listing = list_folder(trained or root)
+    if len(listing.classes) < 2:
+        raise DataError(f"{root} has one class only, {listing.classes[0]}; it takes several")
     training, held_out = split_by_hash(listing, HELD_OUT)
     if not len(held_out):
         raise DataError(

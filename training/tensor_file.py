@@ -1,4 +1,4 @@
-"""Files that `torch.save` wrote, read without pickle's powers."""
+"""Files of `torch.save`, read without pickle's powers."""
 
 from __future__ import annotations
 
@@ -22,3 +22,18 @@ def read_tensor_file(file: Path) -> Any:
     except Exception as error:  # foreign bytes make an unpickler raise any kind
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(first) from error
+
+
+def write_tensor_file(file: Path, content: Any) -> None:
+    """Write what `read_tensor_file` reads.
+
+    Raises:
+        OSError: the disk is full, say. Of a path torch would tell where in its own code it failed.
+    """
+    with file.open("wb") as opened:
+        try:
+            torch.save(content, opened)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # why the file has no end, as torch says
+                raise error.__context__ from None
+            raise

@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 
-from model.bundle import POLICY
+from model.bundle import POLICY, check_name
 from model.macs import count_stages
 from model.network import MultiExitNet
 from model.numerics import keep_float32_whole, suits_cpu
 from training import checkpoint, loop
 from training.accuracy import Accuracy
-from training.bundling import BUNDLE, Finished, write_bundle
+from training.bundling import BUNDLE, Finished, printable, write_bundle
 from training.captured import Recorder, record_cuda
+from training.compiling import compiling
 from training.data import ImageSet
 from training.distributed import Processes, processes
 from training.folder import Folder, Storage, open_folder
 from training.interrupt import Interrupted
 from training.options import add_options, given
-from training.parts import HELD_OUT
+from training.parts import HELD_OUT, check_apart, find_parts
 from training.presets import PRESETS, Preset, Shape
 from training.pretrained import load_pretrained, load_trained, weights_digest
 from training.recipe import PLAIN, Recipe
@@ -62,8 +63,10 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--preset", choices=sorted(PRESETS), default="fast", help="what to start from"
     )
-    command.add_argument("--name", help="the bundle's name (default: that of the folder --out)")
-    command.add_argument("--bundle-version", default="1", help="the bundle's version")
+    command.add_argument(
+        "--name", type=name, help="the bundle's name (default: that of the folder --out)"
+    )
+    command.add_argument("--bundle-version", type=name, default="1", help="the bundle's version")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     command.add_argument("--teacher", type=Path, help="a trained bundle that teaches too")
     command.add_argument(
@@ -111,17 +114,16 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
     recipe, shape = preset.recipe, preset.shape
     _check_options(arguments, recipe, mine)
     _settle(arguments.deterministic)
-    _claim(arguments.out, arguments.resume)
+    parts = find_parts(arguments.data, arguments.images_per_class, arguments.held_out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     data = open_folder(
-        arguments.data,
+        parts,
         shape.size,
         shape.crop,
         recipe,
         mine,
         Storage(arguments.storage),
         arguments.workers,
-        arguments.images_per_class,
-        arguments.held_out,
     )
     run, work = _prepare(arguments, preset, mine, data)
     bundle = arguments.out / BUNDLE
@@ -131,7 +133,8 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
         return
     announce(run.net, data, preset, mine)
     warn_of_detour(recipe.precision, mine)
-    validation, test, unreadable = _fit(run, work, data)
+    with compiling(arguments.compile):
+        validation, test, unreadable = _fit(run, work, data)
     digests = shared_digests(data.training.files, mine)
     if mine.first:
         done = Finished(
@@ -149,8 +152,7 @@ def _train_with(arguments: argparse.Namespace, preset: Preset, mine: Processes) 
             teacher=arguments.teacher and str(arguments.teacher),
             pretrained=arguments.pretrained and str(arguments.pretrained),
         )
-        name = arguments.name or arguments.out.resolve().name
-        write_bundle(done, bundle, name, arguments.bundle_version)
+        write_bundle(done, bundle, bundle_name(arguments), arguments.bundle_version)
         print(f"wrote {bundle}")
 
 
@@ -162,13 +164,25 @@ def _check_options(arguments: argparse.Namespace, recipe: Recipe, mine: Processe
     for parent in (arguments.pretrained, arguments.teacher):
         if parent:  # what it has seen is wanted at the end, when a damaged record would be too late
             load_digests(parent, TRAINED)
+    _check_out(arguments.out, arguments.data)
+    bundle_name(arguments)
+    if not arguments.resume:
+        checkpoint.check_unused(arguments.out)
 
 
-def _claim(out: Path, resume: bool) -> None:
-    """Make the run's folder, which only a run that goes on may find used."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        checkpoint.check_unused(out)
+def _check_out(out: Path, data: Path) -> None:
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--out {printable(str(out))} is not UTF-8, all that TensorBoard takes; choose another"
+        ) from None
+    check_apart(data, out)
+
+
+def bundle_name(arguments: argparse.Namespace) -> str:
+    """What the bundle is called: what was said, or as the run's folder is."""
+    return check_name(arguments.name or printable(arguments.out.resolve().name))
 
 
 def _prepare(
@@ -188,6 +202,7 @@ def _prepare(
         "arguments": described,
         "files": data.digest,
         "training_images": len(data.training),
+        "training_files": data.training_digest,
         "preprocess": data.preprocess.model_dump(mode="json"),
         "teacher": teacher and teacher.digest,
         "pretrained": arguments.pretrained and weights_digest(arguments.pretrained),
@@ -343,6 +358,14 @@ def count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
+
+
+def name(text: str) -> str:
+    """Parse a bundle's name or version."""
+    try:
+        return check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def held_out(text: str) -> float:

@@ -178,6 +178,19 @@ def test_a_field_of_the_wrong_kind_is_named(folder):
     refused(folder, r"bundle\.json is malformed at preprocess\.size: .*greater than or equal to 8")
 
 
+@pytest.mark.parametrize("field", ["name", "version"])
+@pytest.mark.parametrize("text", ["", ".", "..", "acme/pets", "two\nlines", "\x00", "\x7f", "\x85"])
+def test_what_cannot_be_a_part_of_a_path_names_no_bundle(folder, field, text):
+    edit(folder / "bundle.json", **{field: text})
+    refused(folder, rf"malformed at {field}: '.*' cannot be a part of a URL's path: ")
+
+
+@pytest.mark.parametrize("text", ["a b", "50%", "%2F", "...", "v1.2", "été", "\N{CAT}", "\\"])
+def test_any_other_text_names_a_bundle(folder, text):
+    edit(folder / "bundle.json", name=text, version=text)
+    assert load_bundle(folder).description.name == text
+
+
 def test_an_unknown_field_is_named(folder):
     edit(folder / "bundle.json", colour="red")
     refused(folder, r"bundle\.json is malformed at colour: Extra inputs")

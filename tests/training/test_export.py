@@ -1,5 +1,8 @@
 """What is exported computes what the bundle's network computes."""
 
+import copy
+import math
+
 import pytest
 import torch
 
@@ -95,12 +98,40 @@ def test_programs_agree_with_the_network_at_any_batch_size(net, tmp_path, format
             assert (ours - theirs).abs().max() <= TOLERANCE * ours.abs().max()
 
 
-def test_a_program_that_computes_something_else_is_refused(net, tmp_path, monkeypatch):
-    broken = (lambda module, x, file: file.touch(), lambda file: lambda x: [2 * y for y in net(x)])
-    monkeypatch.setitem(FORMATS, "pt2", broken)
+def written(compute):
+    """A format whose programs all compute the same."""
+    return (lambda module, x, file: file.touch(), lambda file: compute)
+
+
+def with_logits(net, scale):
+    """The same network but for its deepest logits."""
+    changed = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in changed.head(4).fc.parameters():
+            parameter.mul_(scale)
+    return changed
+
+
+@pytest.mark.parametrize("scale", [2, math.nan, math.inf])
+def test_a_program_that_computes_something_else_is_refused(net, tmp_path, monkeypatch, scale):
+    monkeypatch.setitem(FORMATS, "pt2", written(with_logits(net, scale)))
     with pytest.raises(ExportError, match="differs from the network by"):
         list(write_programs(net, 16, "pt2", False, tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_computes_nan_is_not_exported(net, tmp_path, monkeypatch):
+    broken = with_logits(net, math.nan)
+    monkeypatch.setitem(FORMATS, "pt2", written(broken))
+    with pytest.raises(ExportError, match="differs from the network by nan"):
+        list(write_programs(broken, 16, "pt2", False, tmp_path))
+
+
+def test_a_program_may_compute_nothing_but_zeros_where_the_network_does(net, tmp_path, monkeypatch):
+    silent = with_logits(net, 0)
+    monkeypatch.setitem(FORMATS, "pt2", written(silent))
+    ((_, difference),) = write_programs(silent, 16, "pt2", False, tmp_path)
+    assert difference == 0
 
 
 def test_a_missing_package_is_named_before_anything_is_written(
@@ -114,8 +145,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
 
 def test_a_cut_program_says_what_is_left_of_the_network(bundle_path, tmp_path, monkeypatch, capsys):
     cut_net = cut(load_bundle(bundle_path), 2)
-    same = (lambda module, x, file: file.touch(), lambda file: lambda x: cut_net(x))
-    monkeypatch.setitem(FORMATS, "pt2", same)
+    monkeypatch.setitem(FORMATS, "pt2", written(cut_net))
     assert export(bundle_path, tmp_path, "--format", "pt2", "--exit", 2) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("exit 2", "parameters, M", "MACs, M"))

@@ -23,7 +23,7 @@ from training.data import DataError, list_folder, load, split_by_hash
 from training.distributed import Processes
 from training.folder import Storage, natural_size, open_folder
 from training.normalisation import CIFAR10, CIFAR10_CLASSES, CIFAR100, measure, normalisation
-from training.parts import HELD_OUT, find_parts
+from training.parts import HELD_OUT, check_apart, find_parts
 from training.seeds import generator_of, seed_of
 from training.stream import Stream, random_box
 
@@ -108,6 +108,20 @@ def test_less_held_out_is_trained_on_and_the_test_part_stays(tmp_path, apart):
     assert less.digest == usual.digest
 
 
+def test_images_to_train_on_are_known_by_their_names_whether_they_can_be_read_or_not(folder):
+    write_images(folder / "train", n=20)
+
+    def opened(share):
+        parts = find_parts(folder, per_class=9, share=share)
+        return open_folder(parts, 16, 1.0, tiny_recipe(), CPU, Storage.MEMORY)
+
+    usual, less = opened(HELD_OUT), opened(0.05)
+    assert len(usual.training) == len(less.training) and usual.digest == less.digest
+    assert usual.training_digest != less.training_digest
+    less.training.files[0].write_bytes(b"broken")
+    assert opened(0.05).training_digest == less.training_digest
+
+
 def test_too_little_to_hold_out_is_an_error(folder):
     with pytest.raises(DataError, match=r"too few images a class to hold 1\.0% of each out"):
         find_parts(folder, share=0.01)
@@ -144,6 +158,35 @@ def test_hidden_files_and_folders_are_nobodys(folder):
     assert after.digest == before.digest
 
 
+def test_folders_within_classes_are_left_alone_which_is_said(folder, capsys):
+    before = find_parts(folder)
+    shutil.copytree(folder / "train/light", folder / "train/dark/day1")
+    (folder / "train/light/day2").mkdir()
+    assert find_parts(folder).digest == before.digest
+    assert capsys.readouterr().err == (
+        f"2 folders within classes are left alone, {folder}/train/dark/day1 first; "
+        "images must be right in a class folder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [
+        *(("train", out) for out in ("train", "train/run", "train/run/first")),
+        *((".", out) for out in ("train", "train/run", "test", "test/run/first")),
+    ],
+)
+def test_a_run_cannot_be_where_it_would_make_a_class(folder, data, out):
+    with pytest.raises(DataError, match="would be among the classes in"):
+        check_apart(folder / data, folder / out)
+
+
+@pytest.mark.parametrize("out", ["train/.runs/a", "train/dark/run", "run", "."])
+def test_a_run_may_be_anywhere_else(folder, out):
+    check_apart(folder / "train", folder / out)
+    check_apart(folder, folder / out)
+
+
 def test_a_file_may_have_a_name_that_is_no_utf_8_but_a_class_may_not(folder):
     image = next((folder / "train" / CLASSES[0]).iterdir())
     image.rename(os.fsdecode(os.fsencode(image.parent) + b"/caf\xe9.png"))
@@ -158,7 +201,7 @@ def test_a_single_class_is_said_before_it_is_read(folder):
         for name in CLASSES[1:]:
             shutil.rmtree(folder / part / name)
     with pytest.raises(DataError, match=f"has one class only, {CLASSES[0]}; it takes several"):
-        open_folder(folder, 16, 1.0, tiny_recipe(), CPU)
+        find_parts(folder)
 
 
 def test_too_few_images_to_hold_any_out_is_said(tmp_path):
@@ -190,7 +233,7 @@ def test_an_unreadable_file_is_named_skipped_and_counted(folder, storage):
     files = find_parts(folder).training.files
     files[0].write_bytes(b"not an image")
     files[5].write_bytes(files[5].read_bytes()[:60])
-    opened = open_folder(folder, 16, 1.0, tiny_recipe(), CPU, storage)
+    opened = open_folder(find_parts(folder), 16, 1.0, tiny_recipe(), CPU, storage)
     everything = torch.arange(len(opened.training)).split(8)
     for _ in range(2):
         assert sum(len(ids) for _, ids in opened.training.batches(everything)) == 31
@@ -203,7 +246,7 @@ def test_a_class_that_cannot_be_read_at_all_is_an_error(folder, storage):
     for file in (folder / "train/light").iterdir():
         file.write_bytes(b"broken")
     with pytest.raises(DataError, match="no training image of class light"):
-        open_folder(folder, 16, 1.0, tiny_recipe(), CPU, storage)
+        open_folder(find_parts(folder), 16, 1.0, tiny_recipe(), CPU, storage)
 
 
 def half_broken(folder):
@@ -262,7 +305,7 @@ def test_reading_stops_at_once_where_it_is_interrupted(folder):
 
 @pytest.mark.parametrize("storage", [Storage.MEMORY, Storage.DISK])
 def test_images_are_cropped_outside_training_alone(folder, storage):
-    opened = open_folder(folder, 16, 0.5, tiny_recipe(), CPU, storage)
+    opened = open_folder(find_parts(folder), 16, 0.5, tiny_recipe(), CPU, storage)
     every = [torch.arange(3)]
     parts = find_parts(folder)
     for images, listing, crop in (
@@ -280,7 +323,7 @@ def test_images_stream_in_all_processes_where_one_has_no_room(folder):
         def any(self, flag):
             return True
 
-    opened = open_folder(folder, 16, 1.0, tiny_recipe(), Pair(torch.device("cpu")))
+    opened = open_folder(find_parts(folder), 16, 1.0, tiny_recipe(), Pair(torch.device("cpu")))
     assert isinstance(opened.training, Stream) and isinstance(opened.validation, Stream)
 
 
@@ -295,14 +338,14 @@ def test_processes_that_have_other_images_to_train_on_do_not_begin(folder, stora
 
     told, pair = [], Pair(torch.device("cpu"))
     for _ in range(2):
-        open_folder(folder, 16, 1.0, tiny_recipe(), pair, storage)
+        open_folder(find_parts(folder), 16, 1.0, tiny_recipe(), pair, storage)
     file = find_parts(folder).training.files[0]
     if storage is Storage.MEMORY:
         file.write_bytes(b"broken")
     else:
         file.unlink()
     with pytest.raises(DataError, match="the same training images"):
-        open_folder(folder, 16, 1.0, tiny_recipe(), pair, storage)
+        open_folder(find_parts(folder), 16, 1.0, tiny_recipe(), pair, storage)
 
 
 def test_a_batch_to_train_on_stays_whole_where_files_cannot_be_read(folder):
@@ -326,7 +369,7 @@ def test_a_class_is_looked_for_among_its_own_files_alone(folder):
 def test_images_asked_into_memory_are_counted_for_every_process(folder):
     many = Processes(torch.device("cpu"), count=10**10)
     with pytest.raises(DataError, match="--storage disk"):
-        open_folder(folder, 16, 1.0, tiny_recipe(), many, Storage.MEMORY)
+        open_folder(find_parts(folder), 16, 1.0, tiny_recipe(), many, Storage.MEMORY)
 
 
 def test_a_stream_reads_what_memory_holds(folder):
@@ -418,7 +461,7 @@ def test_a_random_box_lies_within_its_image_and_keeps_its_share():
 
 def test_random_crops_of_images_in_memory_are_refused(folder):
     with pytest.raises(ValueError, match="--storage disk"):
-        open_folder(folder, 16, 1.0, tiny_recipe(crop_area=0.5), CPU, Storage.MEMORY)
+        open_folder(find_parts(folder), 16, 1.0, tiny_recipe(crop_area=0.5), CPU, Storage.MEMORY)
 
 
 @pytest.mark.parametrize(("side", "size"), [(16, 32), (64, 32), (100, 224)])
@@ -448,7 +491,7 @@ def test_cifar_has_its_customary_normalisation(folder):
 def test_balanced_classes_count_the_same_together(folder):
     for file in list((folder / "train/dark").iterdir())[:6]:
         file.unlink()
-    opened = open_folder(folder, 16, 1.0, tiny_recipe(), CPU, Storage.MEMORY)
+    opened = open_folder(find_parts(folder), 16, 1.0, tiny_recipe(), CPU, Storage.MEMORY)
     weights = opened.class_weights("balanced", CPU.device)
     counts = torch.bincount(opened.training.class_ids)
     torch.testing.assert_close(weights * counts, torch.full((3,), counts.sum() / 3.0))

@@ -1,8 +1,11 @@
 """What a run promises: it repeats, it goes on exactly, it stops when it must."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import resource
 import shutil
 import signal
 
@@ -11,7 +14,7 @@ import torch
 
 from model.files import PARTIAL
 from tests.training.conftest import PREPROCESS, image_set, tiny_net, tiny_work
-from training.checkpoint import CHECKPOINT, resume
+from training.checkpoint import CHECKPOINT, resume, save_checkpoint
 from training.interrupt import Interrupted
 from training.log import LOG, Bar, read_log
 from training.loop import fit, validate
@@ -211,6 +214,12 @@ def test_a_checkpoint_belongs_to_its_data(after_another):
         resume(other, work.recipe, work.origin, work.folder)
 
 
+def test_a_checkpoint_from_before_images_were_named_still_resumes(after_another):
+    run, work = after_another(origin=ORIGIN | {"training_files": "of these names"})
+    resume(run, work.recipe, work.origin, work.folder)
+    assert run.epoch == 2
+
+
 @pytest.mark.slow
 def test_an_older_checkpoint_without_newer_options_still_resumes(make_work):
     run, work = make_work()
@@ -292,13 +301,27 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(after_another, monkeypat
     before = (work.folder / CHECKPOINT).read_bytes()
 
     def half(state, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="no space"):
         fit(run, work)
     assert (work.folder / CHECKPOINT).read_bytes() == before
+
+
+def test_a_full_disk_is_said_of_the_checkpoint_and_leaves_the_old_one(after_another):
+    run, work = after_another()
+    before = (work.folder / CHECKPOINT).read_bytes()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as full:
+            save_checkpoint(run, work.recipe, work.origin, work.folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert full.value.filename == str(work.folder / CHECKPOINT)
+    assert [f.read_bytes() for f in work.folder.iterdir()] == [before]
 
 
 def test_what_a_run_left_that_was_killed_as_it_saved_is_removed(after_another):

@@ -348,7 +348,7 @@ def test_a_process_with_a_card_tells_the_others_by_it(monkeypatch):
 
 def on_a_card(size, images=None, count=1, **options):
     training = image_set() if images is None else images
-    data = Folder(training, training, None, PREPROCESS.model_copy(update={"size": size}), "")
+    data = Folder(training, training, None, PREPROCESS.model_copy(update={"size": size}), "", "")
     return short_steps(data, Recipe(**options), Processes(torch.device("cuda"), count=count))
 
 
@@ -361,5 +361,5 @@ def test_steps_over_small_images_on_a_card_are_captured_and_augmented_in_blocks(
 def test_steps_elsewhere_are_taken_one_by_one(tmp_path):
     listing = Listing(("a",), (tmp_path / "a/1.png",), (0,))
     assert on_a_card(32, Stream(listing, PREPROCESS)) == (None, 1)
-    data = Folder(image_set(), image_set(), None, PREPROCESS, "")
+    data = Folder(image_set(), image_set(), None, PREPROCESS, "", "")
     assert short_steps(data, Recipe(), CPU) == (None, 1)

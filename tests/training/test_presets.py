@@ -32,6 +32,7 @@ from training.recipe import ENSEMBLE, NEXT, Recipe
 from training.report import Trained, names, published_at, write_report
 from training.seen import Seen, seen_by
 from training.shapes import build_net
+from training.train import bundle_name
 
 MORE_PRESETS = sorted(PRESETS.keys() - {"paper", "best"})
 ABLATIONS = {
@@ -351,6 +352,7 @@ def test_test_images_that_cannot_be_read_are_said_before_training(folder, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_what_it_began_with(folder, tmp_path, capsys):
+    write_images(folder / "train", n=20)  # of which a twentieth is one, a tenth two
     common = ["--data", folder, *TINY, "--epochs", 1]
     assert train(*common, "--out", tmp_path / "teacher", "--size", 8) == 0
     bundle = tmp_path / "teacher/bundle"
@@ -361,6 +363,7 @@ def test_a_run_goes_on_with_what_it_began_with(folder, tmp_path, capsys):
         (["--size", 24], "preprocess"),
         (["--crop", 0.8], "preprocess"),
         (["--images-per-class", 8], "training_images 27 and not 24"),
+        (["--held-out", 0.05], "training_files"),
         (["--teacher", tmp_path / "run/bundle"], "teacher"),
     ):
         capsys.readouterr()
@@ -431,6 +434,42 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train("--data", folder, "--out", tmp_path / "file", *TINY) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
+
+
+def test_a_run_among_classes_is_refused_before_anything_is_made(folder, capsys):
+    assert train("--data", folder / "train", "--out", folder / "train/runs/mine", *TINY) == 2
+    assert "would be among the classes in" in capsys.readouterr().err
+    assert not (folder / "train/runs").exists()
+
+
+def test_data_that_cannot_be_used_leave_no_folder_for_the_run(folder, tmp_path, capsys):
+    (folder / "train/empty").mkdir()
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY) == 2
+    assert "empty has no image right in it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--name", "acme/pets"], ["--name", ""], ["--bundle-version", "1/2"]]
+)
+def test_a_name_that_no_path_can_hold_is_refused(folder, tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as left:
+        train("--data", folder, "--out", tmp_path / "run", *TINY, *words)
+    assert left.value.code == 2
+    assert f"argument {words[0]}: {words[1]!r} cannot be a part of a" in capsys.readouterr().err
+
+
+def test_a_bundle_cannot_be_called_as_every_folder_can(folder, tmp_path, capsys):
+    assert train("--data", folder, "--out", tmp_path / "two\nlines", *TINY) == 2
+    assert r"error: 'two\nlines' cannot be a part of a" in capsys.readouterr().err
+
+
+def test_a_run_in_a_folder_that_tensorboard_cannot_take_is_refused(folder, tmp_path, capsys):
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert train("--data", folder, "--out", out, *TINY) == 2
+    assert r"caf\udce9 is not UTF-8, all that TensorBoard takes" in capsys.readouterr().err
+    assert not out.exists()
+    assert bundle_name(argparse.Namespace(name=None, out=out)) == r"caf\udce9"
 
 
 def test_ctrl_c_before_training_leaves_without_a_traceback(folder, tmp_path, capsys, monkeypatch):

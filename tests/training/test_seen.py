@@ -143,6 +143,12 @@ def test_of_the_folder_that_was_trained_on_it_is_said_that_a_part_is_taken(singl
     ]
 
 
+def test_of_the_folder_that_is_tested_on_it_is_said_once_what_is_left_alone(single, seen, capsys):
+    (single / "dark/day1").mkdir()
+    listing_to_test(single, seen)
+    assert capsys.readouterr().err.count("folders within classes are left alone") == 1
+
+
 def test_a_folder_with_fresh_images_among_those_trained_on_gives_all_but_its_test_part(
     single, seen, tmp_path, capsys
 ):

@@ -30,6 +30,7 @@ from training.distort import AUTO, TRIVIAL
 from training.distributed import Processes
 from training.folder import Storage, open_folder
 from training.log import Bar, read_log
+from training.parts import find_parts
 from training.seeds import generator_of
 from training.teacher import Teacher
 
@@ -187,12 +188,12 @@ def test_a_run_with_scaled_losses_goes_on_with_its_scale(data, tmp_path):
 
 
 def test_images_live_on_the_card_while_it_has_room(data, monkeypatch):
-    kept = open_folder(data, 16, 1.0, tiny_recipe(), Processes(CARD))
+    kept = open_folder(find_parts(data), 16, 1.0, tiny_recipe(), Processes(CARD))
     assert kept.training.pixels.device == kept.validation.pixels.device == CARD
     assert kept.training.class_ids.device == CARD
     assert kept.class_weights("balanced", CARD).device == CARD
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
-    kept = open_folder(data, 16, 1.0, tiny_recipe(), Processes(CARD))
+    kept = open_folder(find_parts(data), 16, 1.0, tiny_recipe(), Processes(CARD))
     assert kept.training.pixels.device == CPU
 
 
@@ -207,7 +208,9 @@ def test_images_that_are_not_on_the_card_are_trained_on_all_the_same(
 
 
 def test_images_from_disk_come_in_pinned_memory(data):
-    kept = open_folder(data, 16, 1.0, tiny_recipe(), Processes(CARD), Storage.DISK, workers=0)
+    kept = open_folder(
+        find_parts(data), 16, 1.0, tiny_recipe(), Processes(CARD), Storage.DISK, workers=0
+    )
     for pixels, class_ids in kept.training.batches([torch.arange(4)], draw=0):
         assert pixels.is_pinned() and class_ids.is_pinned()
 

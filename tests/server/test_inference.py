@@ -153,6 +153,19 @@ def test_a_query_string_has_no_parameters(server, png):
     assert infer(server, encoded(png), path=f"{INFER_PATH}?").status_code == 200
 
 
+def test_null_is_as_good_as_absent(server, png):
+    absent = {"id": None, "parameters": None, "outputs": None}
+    everything = outputs_of(infer(server, encoded(png) | {"parameters": None}, **absent))
+    assert list(everything) == list(OUTPUTS)
+    named = [{"name": "label", "parameters": None}, {"name": "exit", "parameters": {"x": None}}]
+    limits = {"max_exit": 1, "min_exit": None, "binary_data_output": None}
+    found = outputs_of(infer(server, encoded(png), outputs=named, parameters=limits))
+    assert (list(found), found["exit"]) == (["label", "exit"], [1])
+    raw = struct.pack("<I", len(png)) + png
+    tensor = encoded(png) | {"data": None, "parameters": {"binary_data_size": len(raw)}}
+    assert outputs_of(infer_raw(server, tensor, raw)) == everything
+
+
 def test_a_body_is_waited_for_as_long_as_it_may_allow(serve, png):
     def infer_slowly(**parameters):
         body = json.dumps({"inputs": [encoded(png)], "parameters": parameters}).encode()

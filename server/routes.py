@@ -76,7 +76,9 @@ async def post_classify(
     without a stream; after it, the stream ends with an event `error`.
     """
     admission = admit(parameters, served, context)  # say no before the body is read
-    data = await uploads.read_image(request, admission.deadline, served.missed_deadlines)
+    data = await uploads.read_image(
+        request, admission.deadline, served.missed_deadlines, served.metrics.rejected_images
+    )
     with ending_with_client(request.scope):
         if wants_events(",".join(request.headers.getlist("accept"))):
             events = answer_events(data, admission, served, context)
@@ -120,7 +122,11 @@ async def post_batch(
     """
     admission = admit(parameters, served, context)
     images = await uploads.read_images(
-        request, MAX_BATCH_IMAGES, admission.deadline, served.missed_deadlines
+        request,
+        MAX_BATCH_IMAGES,
+        admission.deadline,
+        served.missed_deadlines,
+        served.metrics.rejected_images,
     )
 
     async def result_of(data: bytes) -> dict[str, Any]:

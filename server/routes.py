@@ -71,9 +71,10 @@ async def post_classify(
 ) -> Response:
     """The answer names the exit that gave it and the reason.
 
-    With `Accept: text/event-stream` the response is a stream: one event `exit` for each exit
-    reached, then one event `answer`. What fails before the first exit has its own status, as
-    without a stream; after it, the stream ends with an event `error`.
+    With `Accept: text/event-stream`, unless it gives JSON more weight, the response is a stream:
+    one event `exit` for each exit reached, then one event `answer`. What fails before the first
+    exit has its own status, as without a stream; after it, the stream ends with an event `error`.
+    Over HTTP/1.0 all events come together.
     """
     admission = admit(parameters, served, context)  # say no before the body is read
     data = await uploads.read_image(

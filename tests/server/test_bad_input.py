@@ -486,7 +486,12 @@ def test_garbage_for_a_key_is_a_wrong_key(serve, png):
     [
         ("text/event-stream", True),
         ("Text/Event-Stream; charset=utf-8", True),
-        ("application/json, text/event-stream;q=0.5", True),
+        ("application/json, text/event-stream", True),
+        ("application/json;q=0.5, text/event-stream;q=0.5", True),
+        ("application/json, text/event-stream;q=0.5", False),
+        ("text/event-stream;q=0.1, application/json;q=0.2;v=1", False),
+        ("application/json;q=0.5, text/event-stream;q=0.6, */*", True),
+        ("application/json;q=0, text/event-stream;q=0.1", True),
         ("text/event-stream;q=0", False),
         ("text/event-stream; q=0.000", False),
         ("text/event-stream;q=0.001", True),
@@ -495,7 +500,7 @@ def test_garbage_for_a_key_is_a_wrong_key(serve, png):
         ("text/event-streams", False),
     ],
 )
-def test_the_stream_is_given_to_who_names_it(server, png, accept, streams):
+def test_the_stream_is_given_to_who_names_it_and_does_not_prefer_json(server, png, accept, streams):
     response = server.client.post("/classify", content=png, headers={"accept": accept})
     assert response.headers["content-type"].startswith("text/event-stream") == streams
 

@@ -261,7 +261,6 @@ def _text(yes: str, no: str | None = None) -> dict[str, Any]:
     return {"response_class": PlainTextResponse, "responses": responses}
 
 
-@public.head("/livez", include_in_schema=False)
 @public.get(
     "/livez",
     summary="Whether the process works",
@@ -272,7 +271,6 @@ async def get_livez(served: Served_) -> Response:
     return _health(served.alive, "live", STUCK)
 
 
-@public.head("/readyz", include_in_schema=False)
 @public.get(
     "/readyz",
     summary="Whether requests are taken",

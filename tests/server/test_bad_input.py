@@ -448,7 +448,7 @@ def test_strange_requests_are_clear_errors(server, png, name):
 
 def test_a_405_names_every_method_of_its_path(serve):
     with serve(admin_token="secret", warm=False) as one:
-        assert one.client.delete("/policy").headers["allow"] == "GET, PUT"
+        assert one.client.delete("/policy").headers["allow"] == "GET, HEAD, PUT"
         assert one.client.delete("/openapi.json").headers["allow"] == "GET, HEAD"
         assert one.client.post("/livez").headers["allow"] == "GET, HEAD"
 

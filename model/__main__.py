@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -52,8 +53,9 @@ def _default_head(architecture: str) -> str:
         return ARCHITECTURES[architecture]().default_head
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the tables of `docs/architectures.md`."""
+    argparse.ArgumentParser(prog="python -m model", description=__doc__).parse_args(argv)
     for stem, classes in CLASSES.items():
         print(f"### {stem} x {stem}, {classes} classes\n")
         print(table(stem), end="\n\n")

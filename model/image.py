@@ -211,6 +211,8 @@ def _strip_to_rgb(image: Image.Image, white: float, negative: bool) -> Image.Ima
         if (clear := image.info.get("transparency")) is not None:
             rounded[pixels == clear] = 255
         image = Image.fromarray(rounded)
+    if image.mode == "La":  # premultiplied, and Pillow converts it to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import inference, repository, routes
 from server.context import CLIENT_CLOSED
@@ -34,7 +34,7 @@ DESCRIPTION = "Image classification that answers from the shallowest sufficient 
 
 def create_app(served: Served) -> ASGIApp:
     """The application that serves one bundle; it warms up when its lifespan starts."""
-    return surround(Direct(create_routes(served), served), served)
+    return surround(Direct(_head_like_get(create_routes(served)), served), served)
 
 
 def surround(app: ASGIApp, served: Served) -> ASGIApp:
@@ -47,6 +47,17 @@ def surround(app: ASGIApp, served: Served) -> ASGIApp:
         deadline_ms=served.settings.default_deadline_ms,
         tracer=served.tracer,
     )
+
+
+def _head_like_get(app: ASGIApp) -> ASGIApp:
+    """Has HEAD answered as GET; whoever sends the response leaves its body out."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await app(scope, receive, send)
+
+    return answer
 
 
 def create_routes(served: Served) -> FastAPI:
@@ -139,7 +150,8 @@ def _methods(request: Request) -> list[str]:
         for route in routes
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
     )
-    return sorted({method for route in matching for method in route.methods or ()})
+    methods = {method for route in matching for method in route.methods or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 async def _render_validation(request: Request, error: Exception) -> Response:

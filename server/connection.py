@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +33,8 @@ SILENCE_SECONDS = 30.0
 """How long a client may send nothing amid a request or before one, or take nothing of answers."""
 SLOWEST_BYTES_A_SECOND = 500
 """The pace, Apache's, that a client must keep amid a request; it may fall behind by as long."""
+ONLY_A_HOST = re.compile(rb"https?://[^/?#]+(?=\?|\Z)", re.IGNORECASE)
+"""The beginning of a target without a path, which is "/" then (RFC 9110, 4.2.3)."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -153,6 +156,8 @@ class Protocol(HttpToolsProtocol):
         self._whole = False
 
     def on_headers_complete(self) -> None:
+        if found := ONLY_A_HOST.match(self.url):
+            self.url = found[0] + b"/" + self.url[found.end() :]
         if (self._kept or self._read > MOST_HEAD_BYTES) and self._head_bytes() > MOST_HEAD_BYTES:
             raise HeadTooLarge
         self._kept = 0

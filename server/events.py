@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.classify import Admission, classify
@@ -19,17 +19,23 @@ from server.protocol import error_body, event, seen_body
 from server.served import Served
 from server.tickets import Seen
 
-NOT_WANTED = re.compile(r"q=0(\.0*)?")
-"""The weight of what a client would rather not have (RFC 9110, 12.4.2)."""
+WEIGHT = re.compile(r"q=([01](?:\.[0-9]*)?)")
+"""How much a client would like to have something; 0 is not at all (RFC 9110, 12.4.2)."""
 
 
 def wants_events(accept: str) -> bool:
-    """Whether an `Accept` header names the event stream."""
-    kinds = (kind.replace(" ", "").lower().split(";") for kind in accept.split(","))
-    return any(
-        kind == "text/event-stream" and not any(map(NOT_WANTED.fullmatch, rest))
-        for kind, *rest in kinds
-    )
+    """Whether an `Accept` header names the event stream, and not JSON with more weight."""
+    weights = {"text/event-stream": 0.0, "application/json": 0.0}
+    for kind, *rest in (each.split(";") for each in "".join(accept.lower().split()).split(",")):
+        if kind in weights:
+            weights[kind] = max(weights[kind], _weight(rest))
+    events, json = weights.values()
+    return events > 0 and events >= json
+
+
+def _weight(parameters: Iterable[str]) -> float:
+    given = (float(found[1]) for each in parameters if (found := WEIGHT.fullmatch(each)))
+    return next(given, 1.0)
 
 
 class EventStream(StreamingResponse):
@@ -42,13 +48,20 @@ class EventStream(StreamingResponse):
 
     def __init__(self, first: bytes, others: AsyncGenerator[bytes]) -> None:
         headers = {"cache-control": "no-store"}
-        super().__init__(_after(first, others), headers=headers, media_type="text/event-stream")
-        self._others = others
+        self._events, self._others = _after(first, others), others
+        super().__init__(self._events, headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ending_with_client(scope):
             async with aclosing(self._others):
-                await self.stream_response(send)
+                if scope["http_version"] == "1.0":  # which has no chunks
+                    await self._together(scope, receive, send)
+                else:
+                    await self.stream_response(send)
+
+    async def _together(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = b"".join([each async for each in self._events])
+        await Response(whole, headers=dict(self.headers))(scope, receive, send)
 
 
 async def _after(first: bytes, others: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:

@@ -20,7 +20,7 @@ from server.errors import BadRequest, InvalidParameter, NotFound
 from server.gate import each_in_turn
 from server.metrics import VERSION
 from server.openapi import LOCKED, UNAVAILABLE
-from server.parameters import Parameters, parameters_of
+from server.parameters import LONGEST_DEADLINE_MS, Parameters, parameters_of
 from server.routes import MAX_BATCH_IMAGES
 from server.served import Served
 from server.tensors import InferenceRequest, Sent, Wanted
@@ -220,8 +220,11 @@ async def post_infer(request: Request, served: Named_, context: Context_) -> Res
     `min_exit`, `max_exit` and `deadline_ms`, as of /classify. The first image that fails fails the
     request.
     """
+    _refuse_query(request)
     usual = admit(Parameters(), served, context)  # say no before the body is read
-    body = await uploads.read_whole(request, usual.deadline, served.missed_deadlines)
+    # It may name another deadline, and is kept to that once it is there.
+    latest = max(usual.deadline, context.arrived + LONGEST_DEADLINE_MS / 1e3)
+    body = await uploads.read_whole(request, latest, served.missed_deadlines)
     asked, raw = tensors.read_request(body, request.headers.get(tensors.HEADER_LENGTH))
     admission = admit(_parameters(asked), served, context, usual)
     wanted = _wanted(asked)
@@ -236,6 +239,11 @@ async def post_infer(request: Request, served: Named_, context: Context_) -> Res
     with ending_with_client(request.scope):
         answers = await each_in_turn(answer_of, images, place)
     return _response(asked, wanted, answers, admission.loaded.bundle, served)
+
+
+def _refuse_query(request: Request) -> None:
+    for name in request.query_params:
+        raise InvalidParameter.of((name,), "there is no such parameter here; they go into the body")
 
 
 def _parameters(asked: InferenceRequest) -> Parameters:

@@ -20,6 +20,8 @@ log = logging.getLogger("offramp")
 
 PLAIN = re.compile(r"[!#-<>-~]+")
 """Printable ASCII without space, quote or equals sign."""
+DECODERS = ("PIL", "python_multipart")
+"""Loggers of what reads clients' bytes."""
 
 
 class TextFormatter(logging.Formatter):
@@ -80,8 +82,10 @@ def _say_uncaught(
 
 
 def _silence_decoders() -> None:
-    """Whoever sent a broken image is told what is wrong with it, so the log need not be. libtiff
-    writes to it past Python, hence by its own means."""
+    """Whoever sent a broken image is told what is wrong with it, so the log need not be, nor what
+    is in images. libtiff writes to it past Python, hence by its own means."""
+    for name in DECODERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", module=r"PIL\.")
     pillow = ctypes.CDLL(_imaging.__file__)
     for setter in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):

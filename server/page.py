@@ -65,15 +65,15 @@ def page_router() -> APIRouter:
     router = APIRouter(include_in_schema=False)
     files = StaticFiles(STATIC)
 
-    @router.api_route("/", methods=["GET", "HEAD"])
+    @router.get("/")
     async def get_page(request: Request) -> Response:
         return files.response("index.html", request)
 
-    @router.api_route("/docs", methods=["GET", "HEAD"])
+    @router.get("/docs")
     async def get_reference(request: Request) -> Response:
         return files.response("reference.html", request)
 
-    @router.api_route("/static/{name:path}", methods=["GET", "HEAD"])
+    @router.get("/static/{name:path}")
     async def get_file(name: str, request: Request) -> Response:
         return files.response(name, request)
 

@@ -14,6 +14,8 @@ from server.errors import InvalidParameter
 
 LONGEST_REMEMBERED = 256
 """Bytes of a query string; most clients send one of a few short ones over and over."""
+LONGEST_DEADLINE_MS = 3_600_000
+"""That a request may ask for."""
 
 
 class Parameters(BaseModel):
@@ -44,7 +46,7 @@ class Parameters(BaseModel):
     deadline_ms: float | None = Field(
         None,
         gt=0,
-        le=3_600_000,
+        le=LONGEST_DEADLINE_MS,
         description="milliseconds from the first byte to the answer",
         examples=[500],
     )

@@ -14,7 +14,7 @@ from server.dependencies import AdminRoute, Served_
 from server.errors import InvalidParameter
 from server.openapi import LOCKED
 from server.served import Served, State
-from server.tensors import parsed
+from server.tensors import Message, parsed
 
 admin = APIRouter(route_class=AdminRoute, responses=openapi.failures(*LOCKED))
 CHANGED: openapi.Responses = {200: openapi.good("It is done; the body is empty")}
@@ -31,7 +31,7 @@ class IndexBody(BaseModel):
     reason: str = Field(description="why it does not answer; empty if it does")
 
 
-class Asked(BaseModel):
+class Asked(Message):
     """What these requests may hold."""
 
     ready: bool = Field(False, description="of the index, only what answers")

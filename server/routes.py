@@ -72,12 +72,15 @@ async def post_classify(
 ) -> Response:
     """The answer names the exit that gave it and the reason.
 
-    With `Accept: text/event-stream` the response is a stream: one event `exit` for each exit
-    reached, then one event `answer`. What fails before the first exit has its own status, as
-    without a stream; after it, the stream ends with an event `error`.
+    With `Accept: text/event-stream`, unless it gives JSON more weight, the response is a stream:
+    one event `exit` for each exit reached, then one event `answer`. What fails before the first
+    exit has its own status, as without a stream; after it, the stream ends with an event `error`.
+    Over HTTP/1.0 all events come together.
     """
     admission = admit(parameters, served, context)  # say no before the body is read
-    data = await uploads.read_image(request, admission.deadline, served.missed_deadlines)
+    data = await uploads.read_image(
+        request, admission.deadline, served.missed_deadlines, served.metrics.rejected_images
+    )
     with ending_with_client(request.scope):
         if wants_events(",".join(request.headers.getlist("accept"))):
             events = answer_events(data, admission, served, context)
@@ -121,7 +124,11 @@ async def post_batch(
     """
     admission = admit(parameters, served, context)
     images = await uploads.read_images(
-        request, MAX_BATCH_IMAGES, admission.deadline, served.missed_deadlines
+        request,
+        MAX_BATCH_IMAGES,
+        admission.deadline,
+        served.missed_deadlines,
+        served.metrics.rejected_images,
     )
 
     async def result_of(data: bytes) -> dict[str, Any]:
@@ -258,7 +265,6 @@ def _text(yes: str, no: str | None = None) -> dict[str, Any]:
     return {"response_class": PlainTextResponse, "responses": responses}
 
 
-@public.head("/livez", include_in_schema=False)
 @public.get(
     "/livez",
     summary="Whether the process works",
@@ -269,7 +275,6 @@ async def get_livez(served: Served_) -> Response:
     return _health(served.alive, "live", STUCK)
 
 
-@public.head("/readyz", include_in_schema=False)
 @public.get(
     "/readyz",
     summary="Whether requests are taken",

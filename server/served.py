@@ -162,8 +162,8 @@ class Served:
         """The bundle that is in the folder now, no slower than the one that answers until then."""
         bundle = load_servable(self.settings.bundle)
         if bundle.description.name != self.name:
-            said = f"{self.settings.bundle} holds the bundle {bundle.description.name} now"
-            raise BundleError(said)
+            now = f"{self.settings.bundle} holds the bundle {bundle.description.name} now"
+            raise BundleError(f"{now}; put {self.name} back, or start a server for it")
         fresh = self._load(bundle)
         try:
             fresh.warm_up(compiled=not self.unloaded)

@@ -10,7 +10,14 @@ from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import to_json
 
 from server.errors import BadRequest
@@ -32,7 +39,16 @@ DATATYPES = {"FP32": "<f4", "INT32": "<i4", "BOOL": "?"}
 """Of numbers, as numpy has them."""
 
 
-class Sent(BaseModel):
+class Message(BaseModel):
+    """JSON of the protocol. In it null is as good as absent: some clients write every field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_what_is_there(cls, said: Any) -> Any:
+        return _without_nulls(said)
+
+
+class Sent(Message):
     """One input, as its JSON says."""
 
     name: str
@@ -50,14 +66,14 @@ class Sent(BaseModel):
         return math.prod(self.shape)
 
 
-class Wanted(BaseModel):
+class Wanted(Message):
     """One output that is asked for."""
 
     name: str
     parameters: dict[str, Any] = Field({})
 
 
-class InferenceRequest(BaseModel):
+class InferenceRequest(Message):
     """The JSON of a request; what the protocol may know of besides is left alone."""
 
     model_config = ConfigDict(extra="ignore")
@@ -79,6 +95,13 @@ class InferenceRequest(BaseModel):
         """Whether this output is to be raw."""
         usual = self.parameters.get("binary_data_output", False)
         return output.parameters.get("binary_data", usual) is True
+
+
+def _without_nulls(said: Any) -> Any:
+    """Names without a value left out; what lists hold stays."""
+    if not isinstance(said, dict):
+        return said
+    return {name: _without_nulls(one) for name, one in said.items() if one is not None}
 
 
 def read_request(body: bytes, header_length: str | None) -> tuple[InferenceRequest, bytes]:

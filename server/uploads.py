@@ -17,24 +17,29 @@ from server.errors import BadMultipart, NoImage
 
 MAX_FIELDS = 16
 BOUNDARY = re.compile(r'[^"\\]+')
+PREAMBLE = b'--%b\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n'
+"""Before a form, it makes a field of what comes before the first part, as a rule nothing."""
 
 
 class InMemoryParser(MultiPartParser):
     """Never spills to disk: bodies are bounded, and the file system may be read-only.
 
     A form without its closing boundary is malformed: its last part may not be whole. Parts of one
-    name are files whether or not they name one, which RFC 7578 leaves open.
+    name are files whether or not they name one, which RFC 7578 leaves open. Before the first there
+    may be a preamble (RFC 2046, 5.1.1), which the parser of itself takes for a fault.
     """
 
     spool_max_size = 2**62
 
     def __init__(
-        self, headers: Headers, stream: AsyncGenerator[bytes, None], name: str, files: int
+        self, boundary: str, stream: AsyncGenerator[bytes, None], name: str, files: int
     ) -> None:
-        whole = self._whole(stream)
+        headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"'})
+        whole = self._whole(stream, PREAMBLE % boundary.encode("latin-1"))
         super().__init__(headers, whole, max_files=files, max_fields=MAX_FIELDS)
         self._name = name.encode()
         self._ended = False
+        self._current_fields = -1  # before the preamble, which counts as one
 
     def on_headers_finished(self) -> None:
         part = self._current_part
@@ -43,23 +48,33 @@ class InMemoryParser(MultiPartParser):
             part.content_disposition = b"%b; filename=image" % (part.content_disposition or b"")
         super().on_headers_finished()
 
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is not None:  # what a field holds, nobody asks for
+            super().on_part_data(data, start, end)
+
     def on_end(self) -> None:
         self._ended = True
 
-    async def _whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async def _whole(
+        self, stream: AsyncGenerator[bytes, None], before: bytes
+    ) -> AsyncGenerator[bytes, None]:
+        yield before
         async for chunk in stream:
             yield chunk
         if not self._ended:
             raise MultiPartException("it ends before its closing boundary")
 
 
-async def read_image(request: Request, deadline: float, missed: Counter) -> bytes:
+async def read_image(
+    request: Request, deadline: float, missed: Counter, rejected: Counter
+) -> bytes:
     """The one image of a request.
 
     Args:
         request: whose body nobody has read.
         deadline: on `time.perf_counter`; a body takes memory while it comes.
         missed: counts deadlines that were.
+        rejected: counts images that could not be used, by code.
 
     Raises:
         BadMultipart: malformed, or more than one part `file`.
@@ -68,7 +83,7 @@ async def read_image(request: Request, deadline: float, missed: Counter) -> byte
         ClientDisconnect: nobody waits any more.
     """
     if _is_multipart(request):
-        (image,) = await in_time(_read_parts(request, "file", 1), deadline, missed)
+        (image,) = await in_time(_read_parts(request, "file", 1, rejected), deadline, missed)
         return image
     return await read_whole(request, deadline, missed)
 
@@ -86,7 +101,9 @@ async def read_whole(request: Request, deadline: float, missed: Counter) -> byte
     return begun if whole else await in_time(_read_rest(request, begun), deadline, missed)
 
 
-async def read_images(request: Request, most: int, deadline: float, missed: Counter) -> list[bytes]:
+async def read_images(
+    request: Request, most: int, deadline: float, missed: Counter, rejected: Counter
+) -> list[bytes]:
     """All images of a multipart request with parts `files`.
 
     Args:
@@ -94,6 +111,7 @@ async def read_images(request: Request, most: int, deadline: float, missed: Coun
         most: images that it may hold.
         deadline: on `time.perf_counter`; a body takes memory while it comes.
         missed: counts deadlines that were.
+        rejected: counts images that could not be used, by code.
 
     Raises:
         BadMultipart: not multipart, malformed, or more than `most` files.
@@ -103,7 +121,7 @@ async def read_images(request: Request, most: int, deadline: float, missed: Coun
     """
     if not _is_multipart(request):
         raise BadMultipart("send multipart/form-data with one part `files` for each image")
-    return await in_time(_read_parts(request, "files", most), deadline, missed)
+    return await in_time(_read_parts(request, "files", most, rejected), deadline, missed)
 
 
 async def _read_rest(request: Request, begun: bytes) -> bytes:
@@ -126,8 +144,8 @@ def _is_multipart(request: Request) -> bool:
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
-async def _read_parts(request: Request, name: str, most: int) -> list[bytes]:
-    parser = InMemoryParser(_only_boundary(request.headers), request.stream(), name, most)
+async def _read_parts(request: Request, name: str, most: int, rejected: Counter) -> list[bytes]:
+    parser = InMemoryParser(_boundary(request.headers), request.stream(), name, most)
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -135,21 +153,21 @@ async def _read_parts(request: Request, name: str, most: int) -> list[bytes]:
     try:
         files = [part for part in form.getlist(name) if isinstance(part, UploadFile)]
         if not files:
+            rejected.labels(NoImage.code).inc()
             raise NoImage(f"no file part named `{name}`")
         return [await file.read() for file in files]
     finally:
         await form.close()
 
 
-def _only_boundary(headers: Headers) -> Headers:
-    """The content type with its boundary alone, and so without a charset, which RFC 7578 does not
-    use here: Python keeps every name that it is asked for, and some codecs take minutes for a
-    megabyte."""
+def _boundary(headers: Headers) -> str:
+    """Of the content type nothing else, such as a charset, which RFC 7578 does not use here: Python
+    keeps every name that it is asked for, and some codecs take minutes for a megabyte."""
     _, options = parse_options_header(headers["content-type"])
     boundary = options.get(b"boundary", b"").decode("latin-1")
     if not BOUNDARY.fullmatch(boundary):
         raise _malformed("there is no boundary")
-    return Headers({"content-type": f'multipart/form-data; boundary="{boundary}"'})
+    return boundary
 
 
 def _malformed(how: str) -> BadMultipart:

@@ -23,5 +23,15 @@ def test_every_argument_is_documented(name):
 
 @pytest.mark.slow
 def test_the_tables_are_what_the_command_prints(capsys):
-    assert main() == 0
+    assert main([]) == 0
     assert DOCUMENT.endswith(capsys.readouterr().out.rstrip() + "\n")
+
+
+@pytest.mark.parametrize(("word", "status"), [("--help", 0), ("nope", 2)])
+def test_the_command_explains_itself_and_takes_no_words(word, status, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([word])
+    assert ended.value.code == status
+    said = capsys.readouterr()
+    assert "usage: python -m model" in (said.err if status else said.out)
+    assert "resnet10" not in said.out

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from model.image import (
     FORMATS,
@@ -49,6 +49,23 @@ def tiff(pixels, bits=8, photometric=1, compression=1, sample=1, tile=None, orie
     entries |= {where: start, how_long: len(pixels)}
     table = b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in sorted(entries.items()))
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4) + pixels
+
+
+def tiff_of(kind, pixels=bytes(100), side=2):
+    """A TIFF whose pixels are of a kind that Pillow has in its table, or might."""
+    order, photometric, sample, fill, bits, extra = kind
+    tags = {256: [side], 257: [side], 258: bits, 259: [1], 262: [photometric], 266: [fill]}
+    tags |= {273: [8], 277: [len(bits)], 278: [side], 279: [len(pixels)], 338: extra, 339: sample}
+    tags |= {320: range(3 * 2 ** bits[0])} if photometric == 3 else {}
+    sign, table = "<" if order == b"II" else ">", b""
+    for tag, numbers in sorted((tag, numbers) for tag, numbers in tags.items() if numbers):
+        value = struct.pack(f"{sign}{len(numbers)}H", *numbers)
+        if len(value) > 4:  # it stands elsewhere
+            where = struct.pack(f"{sign}I", 8 + len(pixels))
+            pixels, value = pixels + value, where
+        table += struct.pack(f"{sign}HHI", tag, 3, len(numbers)) + value.ljust(4, b"\0")
+    head = order + struct.pack(f"{sign}HI", 42, 8 + len(pixels))
+    return head + pixels + struct.pack(f"{sign}H", len(table) // 12) + table + bytes(4)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -142,6 +159,24 @@ def test_transparency_is_composited_on_white():
 
 def test_grey_with_transparency_is_composited_on_white():
     assert np.abs(decoded(Image.new("LA", (8, 8), (0, 51))) - 204).max() <= 1
+
+
+def test_grey_that_its_alpha_was_multiplied_with_is_composited_on_white():
+    pixels = bytes([0, 0, 51, 51, 0, 128, 100, 200])
+    image = decode(tiff_of((b"II", 1, (1,), 1, (8, 8), (1,)), pixels), 32, LIMIT)
+    grey = np.asarray(image).astype(int)
+    assert np.abs(grey - np.reshape([255, 255, 127, 155], (2, 2, 1))).max() <= 1
+
+
+NOT_UNPACKED = {"L;IR", "P;1R", "P;2R", "P;4R"}
+"""Kinds in Pillow's table that it does not decode."""
+KINDS = {k: mode for k, (mode, raw) in TiffImagePlugin.OPEN_INFO.items() if raw not in NOT_UNPACKED}
+
+
+@pytest.mark.parametrize("mode", sorted({*KINDS.values()}))
+def test_every_kind_of_tiff_that_pillow_decodes_becomes_rgb(mode):
+    for kind in (kind for kind, its in KINDS.items() if its == mode):
+        assert decode(tiff_of(kind), 32, LIMIT).mode == "RGB"
 
 
 def test_a_colour_that_stands_for_transparency_becomes_white():

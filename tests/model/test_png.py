@@ -69,8 +69,8 @@ def outcome(read, data):
 
 @given(
     st.sampled_from(["L", "RGB", "RGBA"]),
-    st.integers(1, 128),
-    st.integers(1, 128),
+    st.integers(1, 127),  # of more Pillow may write two chunks, of 64 KiB
+    st.integers(1, 127),
     st.integers(0, 9),
     st.integers(0, 99),
 )

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from server.errors import OfframpError, Overloaded
+from server.uploads import MAX_FIELDS
 from tests.conftest import encode, noise, until
 from tests.gate import gated
 
@@ -168,6 +169,42 @@ def test_a_form_that_ends_before_its_last_boundary_loses_no_image_unsaid(server,
         assert "closing boundary" in response.json()["error"]
         for ending in (b"--b--", b"--b--\r\n", b"--b--\r\nan epilogue"):
             assert send_form(server, path, parts + ending).status_code == 200
+
+
+PREAMBLES = {
+    "nothing": b"",
+    "a line's end": b"\r\n",
+    "a line": b"a preamble\r\n",
+    "much, and almost a boundary": b"x" * 2**21 + b"\r\n--bx\r\n",
+}
+
+
+@pytest.mark.parametrize("before", PREAMBLES)
+@pytest.mark.parametrize("blanks", [b"", b" \t "])
+def test_a_form_may_have_a_preamble_and_blanks_behind_its_boundaries(server, png, before, blanks):
+    for path, name, parts in (("/classify", b"file", 1), ("/classify/batch", b"files", 3)):
+        form = (PART % (name, b"a", png) * parts).replace(b"--b\r\n", b"--b" + blanks + b"\r\n")
+        whole = PREAMBLES[before] + form + b"--b--" + blanks
+        assert send_form(server, path, whole).status_code == 200
+
+
+def test_a_form_has_so_many_fields_and_no_more(server, png):
+    field = b'--b\r\nContent-Disposition: form-data; name="note"\r\n\r\nx\r\n'
+    for fields, status in ((MAX_FIELDS, 200), (MAX_FIELDS + 1, 400)):
+        body = field * fields + PART % (b"file", b"a", png) + b"--b--"
+        assert send_form(server, "/classify", body).status_code == status
+
+
+def test_a_form_without_its_part_counts_as_no_image(server, png):
+    def count():
+        return server.metric("rejected_images_total", code="no_image")
+
+    for path in ("/classify", "/classify/batch"):
+        before = count()
+        check_error(
+            send_form(server, path, PART % (b"other", b"a", png) + b"--b--"), 400, "no_image"
+        )
+        assert count() == before + 1
 
 
 @pytest.mark.parametrize(
@@ -411,7 +448,7 @@ def test_strange_requests_are_clear_errors(server, png, name):
 
 def test_a_405_names_every_method_of_its_path(serve):
     with serve(admin_token="secret", warm=False) as one:
-        assert one.client.delete("/policy").headers["allow"] == "GET, PUT"
+        assert one.client.delete("/policy").headers["allow"] == "GET, HEAD, PUT"
         assert one.client.delete("/openapi.json").headers["allow"] == "GET, HEAD"
         assert one.client.post("/livez").headers["allow"] == "GET, HEAD"
 
@@ -449,7 +486,12 @@ def test_garbage_for_a_key_is_a_wrong_key(serve, png):
     [
         ("text/event-stream", True),
         ("Text/Event-Stream; charset=utf-8", True),
-        ("application/json, text/event-stream;q=0.5", True),
+        ("application/json, text/event-stream", True),
+        ("application/json;q=0.5, text/event-stream;q=0.5", True),
+        ("application/json, text/event-stream;q=0.5", False),
+        ("text/event-stream;q=0.1, application/json;q=0.2;v=1", False),
+        ("application/json;q=0.5, text/event-stream;q=0.6, */*", True),
+        ("application/json;q=0, text/event-stream;q=0.1", True),
         ("text/event-stream;q=0", False),
         ("text/event-stream; q=0.000", False),
         ("text/event-stream;q=0.001", True),
@@ -458,7 +500,7 @@ def test_garbage_for_a_key_is_a_wrong_key(serve, png):
         ("text/event-streams", False),
     ],
 )
-def test_the_stream_is_given_to_who_names_it(server, png, accept, streams):
+def test_the_stream_is_given_to_who_names_it_and_does_not_prefer_json(server, png, accept, streams):
     response = server.client.post("/classify", content=png, headers={"accept": accept})
     assert response.headers["content-type"].startswith("text/event-stream") == streams
 

@@ -129,6 +129,24 @@ def test_what_cannot_be_read_is_one_line_in_the_log(server, caplog):
     assert {one.levelname for one in lines()} == {"INFO"}
 
 
+@pytest.mark.parametrize("target", [b"http://x", b"HTTP://x:80?top_k=1", b"https://x/", b"/"])
+def test_a_target_without_a_path_is_the_first_page(server, target):
+    with saying(server, b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target) as answers:
+        status, headers, _ = next_answer(answers)
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+
+
+def test_a_client_of_http_1_0_gets_no_chunks(server, png):
+    head = POST.replace(b"1.1", b"1.0") + b"Accept: text/event-stream\r\n"
+    with saying(server, head + b"Content-Length: %d\r\n\r\n" % len(png) + png) as answers:
+        status, headers, body = next_answer(answers)
+        assert answers.read() == b""
+    assert (status, headers["transfer-encoding"]) == (200, None)
+    assert headers["content-type"].startswith("text/event-stream")
+    assert headers["cache-control"] == "no-store"
+    assert body.startswith(b"event: exit\n") and b"event: answer\n" in body
+
+
 def test_what_cannot_be_read_keeps_the_id_that_it_came_with(server):
     request = POST + b"X-Request-ID: mine\r\nContent-Length: x\r\n\r\n"
     assert refused(server, request, 400, "bad_request") == "mine"

@@ -3,6 +3,7 @@
 import base64
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -142,6 +143,41 @@ def test_parameters_are_those_of_classify(server, png):
     for name, value in (("threshold", 2), ("threshold", True), ("top_k", 3), ("priority", 1)):
         bad = infer(server, encoded(png), parameters={name: value})
         assert (bad.status_code, bad.json()["code"]) == (422, "invalid_parameter")
+
+
+def test_a_query_string_has_no_parameters(server, png):
+    for query in ("deadline_ms=-5", "foo=1", "deadline_ms=500", "x"):
+        bad = infer(server, encoded(png), path=f"{INFER_PATH}?{query}")
+        assert (bad.status_code, bad.json()["code"]) == (422, "invalid_parameter")
+        assert bad.json()["error"].startswith(f"{query.partition('=')[0]}: ")
+    assert infer(server, encoded(png), path=f"{INFER_PATH}?").status_code == 200
+
+
+def test_null_is_as_good_as_absent(server, png):
+    absent = {"id": None, "parameters": None, "outputs": None}
+    everything = outputs_of(infer(server, encoded(png) | {"parameters": None}, **absent))
+    assert list(everything) == list(OUTPUTS)
+    named = [{"name": "label", "parameters": None}, {"name": "exit", "parameters": {"x": None}}]
+    limits = {"max_exit": 1, "min_exit": None, "binary_data_output": None}
+    found = outputs_of(infer(server, encoded(png), outputs=named, parameters=limits))
+    assert (list(found), found["exit"]) == (["label", "exit"], [1])
+    raw = struct.pack("<I", len(png)) + png
+    tensor = encoded(png) | {"data": None, "parameters": {"binary_data_size": len(raw)}}
+    assert outputs_of(infer_raw(server, tensor, raw)) == everything
+
+
+def test_a_body_is_waited_for_as_long_as_it_may_allow(serve, png):
+    def infer_slowly(**parameters):
+        body = json.dumps({"inputs": [encoded(png)], "parameters": parameters}).encode()
+        head = f"POST {INFER_PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        with one.send(head.encode() + body[:-1]) as connection:
+            time.sleep(0.1)
+            connection.sendall(body[-1:])
+            return connection.recv(1 << 16).split()[1]
+
+    with serve(default_deadline_ms=50) as one:
+        assert infer_slowly(deadline_ms=60_000) == b"200"
+        assert infer_slowly() == infer_slowly(deadline_ms=60) == b"504"
 
 
 PIXELS = {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3]}

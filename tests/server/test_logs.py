@@ -12,6 +12,7 @@ from PIL import Image
 
 from server.logs import JsonFormatter, TextFormatter
 from tests.conftest import ROOT, encode, until
+from tests.model.test_image import tiff_of
 from tests.server.test_bad_input import png_header
 
 
@@ -108,15 +109,21 @@ def test_a_path_cannot_forge_a_log_line(server, lines):
 PROGRAM = """
 import sys, threading, warnings
 from pathlib import Path
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser
 from model import image
 from server.logs import configure
 
-configure("json", "info")
+configure("json", "debug")
 for file in sorted(Path(sys.argv[1]).iterdir()):
     try:
         image.render(image.read_header(file.read_bytes(), 10**9), 32)
     except image.ImageError:
         pass
+try:
+    MultipartParser(b"b").write(b"--c")
+except MultipartParseError:
+    pass
 warnings.warn("of ours")
 
 class Dying:
@@ -136,13 +143,15 @@ def overwritten(data, first, piece):
 
 
 def test_nothing_but_log_lines_goes_to_standard_error(tmp_path):
-    """Neither Pillow's warnings nor libtiff's own lines; of warnings and failures each is one."""
+    """Nothing that decoders say, who may quote what they read, nor libtiff's own lines; of warnings
+    and failures each is one."""
     gray = Image.new("RGB", (300, 300))
     bad = {
         "codes": overwritten(encode(gray, "TIFF", compression="tiff_lzw"), 60, b"\xff" * 30),
         "marker": overwritten(encode(gray, "TIFF", compression="jpeg"), 300, b"\xff" * 100),
         "exif": encode(gray, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0"),
         "pixels": png_header(9_000, 10_000),
+        "samples": tiff_of((b"II", 2, (1,), 1, (8,) * 7, ())),
     }
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)

@@ -38,7 +38,13 @@ def test_nothing_beside_the_files_can_be_reached(server, path):
     check_error(server.client.get(f"/static/{path}"), 404, "not_found")
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/livez", "/readyz"])
+EVERYWHERE = (
+    *("/", "/docs", "/static/page.js", "/openapi.json", "/livez", "/readyz", "/metrics"),
+    *("/model", "/policy", "/v2", "/v2/health/ready", "/v2/models/tiny", "/v2/models/tiny/ready"),
+)
+
+
+@pytest.mark.parametrize("path", EVERYWHERE)
 def test_head_is_answered_like_get_without_a_body(server, path):
     head, get = server.client.head(path), server.client.get(path)
     assert (head.status_code, head.content) == (200, b"")

@@ -248,7 +248,7 @@ def be_careless(folder):
     ("harm", "said"),
     [
         (damage, "SHA-256"),
-        (rename, "holds the bundle other"),
+        (rename, "holds the bundle other now; put tiny back, or start a server for it"),
         (take_away_its_policy, "training calibrate"),
         (be_careless, "0.01"),
         (compute_no_numbers, "no numbers"),

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.capturing import AS_IT_IS, Capturing, card_capturing
-from server.card import CardMemory
 from server.costs import batch_sizes
 from server.engine import Engine
 from server.errors import Draining
@@ -21,7 +20,8 @@ from server.host import HostMemory
 from server.runner import Runner
 from server.served import Served
 from server.settings import Settings
-from server.staging import Staging, card_staging
+from server.staging import card_staging
+from tests.card import card_memory, rerun, staging
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 LARGEST = 4
@@ -30,26 +30,6 @@ IMAGES = list(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint
 
 WITHIN = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
 """How far a confidence on a card may be from the processor's, in float32."""
-
-
-def rerun(work):
-    """As a CUDA graph: every replay reads the same inputs and overwrites the same outputs."""
-    outputs = work()
-
-    def replay():
-        for old, new in zip(outputs, work(), strict=True):
-            old.copy_(new)
-
-    return replay, outputs
-
-
-def staging():
-    """The processor's, for a card that is done at once."""
-    return Staging(lambda shape, dtype: torch.empty(shape, dtype=dtype), lambda: None)
-
-
-def card_memory():
-    return CardMemory(CPU, staging())
 
 
 def capturing(runner, bundle, capture, device=CPU, dtype=torch.float32):

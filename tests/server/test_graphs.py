@@ -3,6 +3,8 @@
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from server.costs import batch_sizes
 from server.engine import Engine
 from server.errors import Draining
 from server.fusing import fuse
-from server.graphs import Captured, CudaCapture
+from server.graphs import WARM_UP_RUNS, Captured, CudaCapture
 from server.host import HostMemory
 from server.runner import Runner
 from server.served import Served
@@ -310,6 +312,57 @@ def test_a_failed_capture_ends_a_start_that_requires_it(bundle):
         attempt(bundle, no_card, required=True)
 
 
+class Workspaces:
+    """cuBLAS's only one, made of the memory that is given out when it is first used."""
+
+    def __init__(self):
+        self._memory, self._made_of = "ordinary", None
+
+    def use(self):
+        self._made_of = self._made_of or self._memory
+        return self._made_of
+
+    def forget(self):
+        self._made_of = None
+
+    @contextmanager
+    def record(self, *_, **__):
+        self._memory = "the pool's"
+        try:
+            yield
+        finally:
+            self._memory = "ordinary"
+
+
+@pytest.fixture
+def workspaces(monkeypatch):
+    """Of a made-up card that only tells what it computes in."""
+    one = Workspaces()
+    for name in ("graph_pool_handle", "Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Mock)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", one.record)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", one.forget, raising=False)
+    return one
+
+
+def test_what_a_graph_computes_in_is_its_pools_and_what_warms_up_stays_out_of_it(workspaces):
+    capture, used = CudaCapture(), []
+    for _ in range(2):
+        capture(lambda: used.append(workspaces.use()))
+    assert used == [*["ordinary"] * WARM_UP_RUNS, "the pool's"] * 2
+
+
+def test_nothing_computes_in_the_pool_after_a_capture_that_failed(workspaces):
+    def fails():
+        if workspaces.use() != "ordinary":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaCapture()(fails)
+    assert workspaces.use() == "ordinary"
+
+
 # --- on a card -------------------------------------------------------------------------------
 
 
@@ -333,6 +386,24 @@ def test_cuda_graphs_are_replayed_by_another_thread_than_captured_them(on_card, 
     with ThreadPoolExecutor(1) as engine:
         said = engine.submit(on_card.run, 1, IMAGES[:3]).result().probabilities
     np.testing.assert_allclose(said, expected[0][:3], atol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_graph_that_goes_takes_nothing_from_one_that_stays():
+    """Of a product over so many rows that cuBLAS adds up its parts in a workspace."""
+    left, right = (torch.randn(32768, 640, device=CARD, dtype=torch.float16) for _ in range(2))
+    capture = CudaCapture()
+
+    def work():
+        return (left.T @ right,)
+
+    replay, (product,) = capture(work)
+    expected = work()[0].clone()
+    capture(work)  # a graph that goes at once
+    capture(work)  # before which what nobody holds goes back to the card
+    product.zero_()
+    replay()
+    torch.testing.assert_close(product, expected)
 
 
 @pytest.mark.gpu

@@ -107,6 +107,7 @@ class Loaded:
 
         Raises:
             BundleError: it computes no numbers, or COMPILE is require and it cannot be compiled.
+            RuntimeError: it cannot be run here.
             Draining: the server drains, and it ended early.
         """
         max_batch = self.settings.max_batch

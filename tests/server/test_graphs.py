@@ -23,9 +23,8 @@ from server.runner import Runner
 from server.served import Served
 from server.settings import Settings
 from server.staging import card_staging
-from tests.card import card_memory, rerun, staging
+from tests.card import CARD, CPU, card_memory, rerun, staging
 
-CPU, CARD = torch.device("cpu"), torch.device("cuda")
 LARGEST = 4
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
 

@@ -187,7 +187,7 @@ class Served:
     def _warm(self, fresh: Loaded) -> None:
         """Make it no slower than the one that answers until then, or close it."""
         try:
-            fresh.warm_up(compiled=not self.unloaded)
+            fresh.warm_up(compiled=not (self.unloaded or self.loaded.uncaptured))
             if self.draining:
                 raise Draining
         except BaseException:  # here, since a drain may have ended who waits for this thread

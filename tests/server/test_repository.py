@@ -275,7 +275,7 @@ def card(monkeypatch):
 
 @pytest.fixture
 def on_card(card, serve, folder):
-    chosen = {"bundle": folder, "dtype": "float32", "compile": "require", "drain_seconds": 0.1}
+    chosen = {"bundle": folder, "dtype": "float32", "compile": "auto", "drain_seconds": 0.1}
     return lambda: serve(admin_token="secret", max_batch=1, **chosen)
 
 
@@ -306,6 +306,19 @@ def test_why_one_cannot_be_run_is_in_the_log(on_card, card, caplog):
         assert load(server).status_code == 409
     assert "tiny: the bundle in the folder cannot be run" in caplog.text
     assert "CUDA out of memory. Tried to allocate" in caplog.text
+
+
+def test_one_that_cannot_be_captured_takes_no_place_of_one_that_was(on_card, card, folder):
+    with on_card() as server:
+        card.captures = False
+        response = load(server)
+        assert (response.status_code, response.json()["code"]) == (409, "unusable_bundle")
+        assert response.json()["error"] == (
+            "it cannot be run here: operation not permitted when stream is capturing"
+        )
+        unload(server)
+        assert load(server).status_code == 200
+        assert load(server).status_code == 200  # now that the former does without graphs
 
 
 def test_one_without_the_point_that_was_put_in_force_meanwhile_is_let_go_of(server, folder):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.capturing import AS_IT_IS, Capturing, card_capturing
+from server.card import CardMemory
 from server.costs import batch_sizes
 from server.engine import Engine
 from server.errors import Draining
@@ -288,6 +289,25 @@ def test_a_start_on_a_card_prepares_its_worker_unless_told_to_end(
     served.warm_up()
     served.close()
     assert [list(seconds[1]) for seconds in prepared] == ([] if draining else [[1, 2]])
+
+
+class Failing(CardMemory):
+    """Of a card on which nothing runs."""
+
+    def __init__(self, error):
+        super().__init__(CPU, staging())
+        self._error = error
+
+    def run_eagerly(self, unit, inputs):
+        raise self._error
+
+
+def test_a_card_that_is_full_is_told_from_one_that_computes_nothing(bundle):
+    full = Failing(torch.OutOfMemoryError("CUDA out of memory"))
+    Runner(bundle, CPU, torch.float32, full).probe()
+    dead = Failing(RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Runner(bundle, CPU, torch.float32, dead).probe()
 
 
 def test_capturing_ends_early_where_nobody_wants_it_any_more(bundle):

@@ -433,6 +433,16 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(folder, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
 
 
+def test_a_card_that_is_full_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    def full(run, work):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nGPU 0…")
+
+    monkeypatch.setattr(loop, "fit", full)
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: the card's memory is full; ") and "--accumulate" in said
+
+
 def test_ctrl_c_before_training_leaves_without_a_traceback(folder, tmp_path, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -198,6 +198,21 @@ def test_one_that_comes_later_still_is_refused_and_not_forgotten(server, folder,
 
 
 def test_no_request_is_lost_however_often_it_is_replaced(server, folder, png):
+    replace_under_load(server, folder, png)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="one thread's capture stops all replays")
+def test_nor_is_one_on_a_card(serve, folder, tmp_path, png):
+    chosen = {"device": "cuda", "compile": "require", "cache_dir": tmp_path / "cache"}
+    with serve(bundle=folder, admin_token="secret", drain_seconds=0.2, **chosen) as server:
+        replace_under_load(server, folder, png)
+        until(lambda: len(server.served._held) == 1)
+        assert version_of(server, png) == "10"
+        assert not server.served.failed
+
+
+def replace_under_load(server, folder, png):
     ended, statuses, versions = threading.Event(), [], set()
 
     def ask():

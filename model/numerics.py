@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 DTYPES = {
@@ -10,6 +12,9 @@ DTYPES = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+
+Suits = Callable[[torch.dtype, torch.device], bool]
+"""Whether a device computes in a dtype without taking a detour."""
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -30,6 +35,13 @@ def suits_cpu(dtype: torch.dtype) -> bool:
         has = torch.cpu.get_capabilities()
         return has["architecture"] != "x86_64" or has["avx2"]
     return dtype is torch.float32
+
+
+def suits(dtype: torch.dtype, device: torch.device) -> bool:
+    """As `Suits`; a card before Ampere emulates bfloat16."""
+    if device.type == "cpu":
+        return suits_cpu(dtype)
+    return dtype is not torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def likely_dtypes(device_type: str) -> tuple[torch.dtype, ...]:

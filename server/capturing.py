@@ -72,7 +72,7 @@ class Capturing:
         use: Use,
         required: bool,
         draining: Callable[[], bool] = lambda: False,
-    ) -> None:
+    ) -> bool:
         """Capture every unit for every batch size and hand all over, or none.
 
         Args:
@@ -80,6 +80,9 @@ class Capturing:
             use: takes each.
             required: whether failing is an error rather than a warning.
             draining: whether nobody wants them any more.
+
+        Returns:
+            Whether they were handed over.
 
         Raises:
             RuntimeError: one cannot be captured or disagrees with the eager unit.
@@ -95,12 +98,13 @@ class Capturing:
             if required:
                 raise
             log.warning("stages run without CUDA graphs, so answers take longer: %s", error)
-            return
+            return False
         for stage, size, program, share in captured:
             use(stage, size, program, share)
         ways = Counter(program.way for _, _, program, _ in captured)
         said = ", ".join(f"{n} {way}" for way, n in ways.most_common())
         log.info("every stage is captured as a CUDA graph: %s", said)
+        return True
 
     @torch.inference_mode()
     def _captured(self, max_batch: int) -> Iterator[tuple[int, int, Captured, float]]:

@@ -6,7 +6,8 @@ the same buffers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,28 @@ class CudaCapture:
             graph, self._pool, self._stream, capture_error_mode="thread_local"
         )
         # The outer one goes back to the stream there was even if recording fails.
-        with torch.cuda.stream(torch.cuda.current_stream()), recording:
+        with torch.cuda.stream(torch.cuda.current_stream()), _with_own_workspaces(recording):
             outputs = work()
         return graph.replay, outputs
+
+
+@contextmanager
+def _with_own_workspaces(recording: AbstractContextManager[object]) -> Iterator[None]:
+    """Record so that cuBLAS computes in memory of the graph's own pool.
+
+    cuBLAS has a workspace for each thread and stream, made when first used: by a warm-up, in memory
+    that no graph holds. Since torch 2.12 a graph that goes, as all but the fastest do, frees the
+    workspaces of its stream, though those that stay know them by address (pytorch#193402), and the
+    next recording gives their memory back to the card. One that is made while recording is in the
+    pool, which lasts as long as any of its graphs.
+
+    Workspaces are forgotten in the whole process. An engine that answers meanwhile does not miss
+    them: its graphs compute in a pool that they hold, in which nothing is recorded any more. One
+    without graphs makes another, and the former is used again in its stream's order.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        with recording:
+            yield
+    finally:  # or what runs on the stream next would compute in the pool
+        torch._C._cuda_clearCublasWorkspaces()

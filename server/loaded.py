@@ -78,6 +78,8 @@ class Loaded:
         self._engine_metrics.in_force(self._controller().level)
         self.warm = False
         """Whether the engine answers."""
+        self.uncaptured = False
+        """Whether it runs without the CUDA graphs that were tried, since they failed."""
         self._engine: Engine | None = None
         self._runner: Runner | None = None
         self._compiling: Compiling | None = None
@@ -102,11 +104,12 @@ class Loaded:
         """Run every stage and batch size once and start the engine; takes seconds.
 
         Args:
-            compiled: whether to wait, with COMPILE=auto too, until the compiled stages are there
-                that there can be.
+            compiled: whether, with COMPILE=auto too, to wait until the compiled stages are there
+                that there can be, and on a card to fail without CUDA graphs.
 
         Raises:
             BundleError: it computes no numbers, or COMPILE is require and it cannot be compiled.
+            RuntimeError: it cannot be run here, or not be captured though it has to.
             Draining: the server drains, and it ended early.
         """
         max_batch = self.settings.max_batch
@@ -128,6 +131,7 @@ class Loaded:
             runner,
             partial(_hand_over_program, engine, runner, eager, max_batch),
             partial(_hand_over_team, engine, runner),
+            compiled or self.settings.compile == "require",
         )
         engine.start()
         compiling = self._compiling
@@ -140,15 +144,22 @@ class Loaded:
         engine.use(self._controller())  # another point may have been put in force since it was made
         engine.call(lambda: self._say_ready(costs))  # after the programs handed over before
 
-    def _use_programs(self, runner: Runner, use: Use, use_team: UseTeam) -> None:
-        """Hand over the compiled stages there are, and have the others compiled."""
+    def _use_programs(self, runner: Runner, use: Use, use_team: UseTeam, required: bool) -> None:
+        """Hand over the compiled stages there are, and have the others compiled.
+
+        Args:
+            runner: of the eager stages.
+            use: takes a program.
+            use_team: takes a team.
+            required: whether to fail on a card where they cannot be captured.
+        """
         if self.settings.compile == "off" or self._draining():
             return
         if self.device.type == "cuda":
             keep_kernels(self.settings.cache_dir.expanduser() / "kernels")
             capturing = card_capturing(self.bundle, runner.units, self.dtype)
-            required = self.settings.compile == "require"
-            capturing.use_all(self.settings.max_batch, use, required, self._draining)
+            captured = capturing.use_all(self.settings.max_batch, use, required, self._draining)
+            self.uncaptured = not captured
             return
         compiling = self._compiling = Compiling(
             self.settings, self.bundle, runner.units, self.dtype, self._workers

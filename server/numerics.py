@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from model.bundle import Bundle
-from model.numerics import DTYPES, name_of, suits_cpu
+from model.numerics import DTYPES, Suits, name_of, suits
 from model.policy import Policy
 from server.runner import Runner
 
@@ -25,7 +25,7 @@ def choose_dtype(
     asked: str,
     bundle: Bundle,
     device: torch.device,
-    suits: Callable[[torch.dtype], bool] = suits_cpu,
+    suits: Suits = suits,
 ) -> torch.dtype:
     """The numerics that were asked for, or with `auto` those that suit device and policy.
 
@@ -37,14 +37,14 @@ def choose_dtype(
         asked: as the settings say.
         bundle: with a policy.
         device: where it will run.
-        suits: whether the processor computes in a dtype.
+        suits: whether a device computes in a dtype.
 
     Raises:
         ValueError: int8 where it cannot be served.
     """
     policy = bundle.calibrated
     if asked == "int8":
-        _check_int8(policy, device, suits(torch.int8))
+        _check_int8(policy, device, suits(torch.int8, device))
     certified = policy.dtypes or (name_of(torch.float32),)
     dtype = DTYPES[asked] if asked != "auto" else _suiting(certified, bundle, device, suits)
     served = name_of(dtype)
@@ -53,6 +53,12 @@ def choose_dtype(
             "the policy was certified in %s and the network is served in %s, where its guarantee "
             "does not hold: set DTYPE=%s, or calibrate with --dtype %s",
             *(" and ".join(certified), served, certified[0], served),
+        )
+    if device.type == "cuda" and not suits(dtype, device):
+        log.warning(
+            "this card has no instructions for %s: DTYPE=float16 is faster here, with a policy "
+            "that was calibrated in it",
+            served,
         )
     return dtype
 
@@ -74,12 +80,12 @@ def _suiting(
     certified: Sequence[str],
     bundle: Bundle,
     device: torch.device,
-    suits: Callable[[torch.dtype], bool],
+    suits: Suits,
 ) -> torch.dtype:
     if device.type == "cuda":
         half = [name for name in ("float16", "bfloat16") if name in certified]
         return DTYPES[half[0]] if half else torch.float16
-    if "bfloat16" not in certified or not suits(torch.bfloat16):
+    if "bfloat16" not in certified or not suits(torch.bfloat16, device):
         return torch.float32
     runners = {d: Runner(bundle, device, d) for d in (torch.bfloat16, torch.float32)}
     rounds = [{d: _batch_seconds(r) for d, r in runners.items()} for _ in range(ROUNDS)]

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -166,10 +167,14 @@ class Runner:
     def probe(self) -> None:
         """Run a black image through the first stage, which any device that works can.
 
+        A card whose memory is full works: others may leave it some in a moment. Torch has given
+        back what it could before it says so.
+
         Raises:
-            Exception: whatever the device raises.
+            Exception: whatever else the device raises.
         """
-        self.run(1, [self._black])
+        with suppress(torch.OutOfMemoryError):
+            self.run(1, [self._black])
 
     def use_program(self, stage: int, size: int, program: Program, seconds: float) -> None:
         """Take a program that was compiled for batches of `size`.

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -108,10 +108,13 @@ class Served:
         """
         async with self._change_of(model):
             try:
-                fresh = await asyncio.to_thread(self._warm)
-                await self._bring_up_to_date(fresh)
+                fresh = await asyncio.to_thread(self._in_the_folder)
+                await self._bring_up(fresh)
             except (BundleError, ValueError) as error:
                 raise UnusableBundle(str(error)) from error
+            except RuntimeError as error:  # as torch says it, which is for the log
+                log.warning("%s: the bundle in the folder cannot be run", model, exc_info=True)
+                raise UnusableBundle(f"it cannot be run here: {_in_short(error)}") from error
             former, self.loaded, self.unloaded = self.loaded, fresh, False
             fresh.lead()
             log.info("%s: version %s answers, after %s", model, fresh.version, former.version)
@@ -158,48 +161,55 @@ class Served:
         self._held.add(loaded)
         return loaded
 
-    def _warm(self) -> Loaded:
-        """The bundle that is in the folder now, no slower than the one that answers until then."""
+    def _in_the_folder(self) -> Loaded:
+        """The bundle that is in the folder now."""
         bundle = load_servable(self.settings.bundle)
         if bundle.description.name != self.name:
             now = f"{self.settings.bundle} holds the bundle {bundle.description.name} now"
             raise BundleError(f"{now}; put {self.name} back, or start a server for it")
-        fresh = self._load(bundle)
-        try:
-            fresh.warm_up(compiled=not self.unloaded)
-            if self.draining:
-                raise Draining
-        except BaseException:
-            self._close(fresh)
-            raise
-        return fresh
+        return self._load(bundle)
 
-    async def _bring_up_to_date(self, fresh: Loaded) -> None:
-        """Put the operating point in force that was while it warmed up, or close it.
+    async def _bring_up(self, fresh: Loaded) -> None:
+        """Warm it up, and put the operating point in force that was meanwhile; or let go of it.
 
         Raises:
-            ValueError: it has none as careful.
+            BundleError: it cannot be served.
+            RuntimeError: it cannot be run here.
+            ValueError: it has no operating point as careful.
+            Draining: the server drains.
         """
         try:
+            await asyncio.to_thread(self._warm, fresh)
             fresh.use(self._max_accuracy_loss)
-        except ValueError:
+        except Exception:
             await asyncio.to_thread(self._close, fresh)
+            self._later(_let_go(fresh))
+            raise
+
+    def _warm(self, fresh: Loaded) -> None:
+        """Make it no slower than the one that answers until then, or close it."""
+        try:
+            fresh.warm_up(compiled=not (self.unloaded or self.loaded.uncaptured))
+            if self.draining:
+                raise Draining
+        except BaseException:  # here, since a drain may have ended who waits for this thread
+            self._close(fresh)
             raise
 
     def _close_later(self, former: Loaded) -> None:
         former.stop_compiling()
-        closing = asyncio.create_task(self._drain(former))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        self._later(self._drain(former))
 
     async def _drain(self, former: Loaded) -> None:
         """Close it, after as long as a drain gives to requests that were let in."""
         await asyncio.sleep(self.settings.drain_seconds)
         await asyncio.to_thread(self._close, former)
-        for _ in former.let_go():
-            await asyncio.sleep(LETTING_GO_SECONDS)
-        del former
-        gc.collect()  # since its graphs refer to themselves
+        self._later(_let_go(former))
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _close(self, loaded: Loaded) -> None:
         loaded.close()
@@ -287,6 +297,22 @@ class Served:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self.tracer:
             self.tracer.close()
+
+
+async def _let_go(closed: Loaded) -> None:
+    """Of a bundle that is closed, bit by bit, once nobody else holds it."""
+    await asyncio.sleep(LETTING_GO_SECONDS)  # the error that one failed with has left by then
+    for _ in closed.let_go():
+        await asyncio.sleep(LETTING_GO_SECONDS)
+    del closed
+    gc.collect()  # since its graphs refer to themselves
+
+
+def _in_short(error: RuntimeError) -> str:
+    """What it says, without what torch adds for programmers."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the card's memory is full"
+    return str(error).partition("\n")[0]
 
 
 def device_of(asked: str) -> torch.device:

@@ -6,6 +6,8 @@ import argparse
 import io
 import sys
 
+import torch
+
 from model.bundle import BundleError
 from training import calibrate, evaluate, export, report, resample, train
 from training.data import DataError
@@ -27,6 +29,13 @@ def main(argv: list[str] | None = None) -> int:
         arguments.run(arguments)
     except (DataError, TrainingError, BundleError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(
+            "error: the card's memory is full; train takes less of it with a larger --accumulate "
+            "or a smaller --batch-size",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

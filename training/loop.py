@@ -71,11 +71,13 @@ def fit(run: Run, work: Work) -> Accuracy:
 
 
 def validate(run: Run, work: Work, images: Images) -> Accuracy:
-    """Accuracy of the weights that the run would keep now."""
+    """Accuracy of the weights that the run would keep now, on as many at once as in training."""
+    recipe, processes = work.recipe, work.processes
+    parts = recipe.accumulate * processes.count
+    at_once = max(1, recipe.batch_size * work.steps_at_once // parts)
     with run.average.applied(run.net) if run.average else nullcontext():
-        work.processes.align(run.net)
-        at_once = work.recipe.batch_size * work.steps_at_once // work.recipe.accumulate
-        return evaluate(run.net, images, work.preprocess, work.processes, at_once)
+        processes.align(run.net)
+        return evaluate(run.net, images, work.preprocess, processes, at_once)
 
 
 def _save_if_due(run: Run, work: Work, saved: float) -> float:

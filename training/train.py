@@ -17,7 +17,7 @@ import torch
 from model.bundle import POLICY, check_name
 from model.macs import count_stages
 from model.network import MultiExitNet
-from model.numerics import keep_float32_whole, suits_cpu
+from model.numerics import Suits, keep_float32_whole, suits
 from training import checkpoint, loop
 from training.accuracy import Accuracy
 from training.bundling import BUNDLE, Finished, printable, write_bundle
@@ -289,16 +289,26 @@ def announce(net: MultiExitNet, data: Folder, preset: Preset, mine: Processes) -
     )
 
 
-def warn_of_detour(precision: str, mine: Processes) -> None:
-    """Say where convolutions in bf16 take up to 20 times as long as in fp32."""
-    if not mine.first or mine.device.type != "cpu" or precision != "bf16":
+def warn_of_detour(precision: str, mine: Processes, suits: Suits = suits) -> None:
+    """Say where bf16 takes longer than another precision: convolutions on CPU up to 20 times as
+    long as in fp32.
+
+    Args:
+        precision: of the run.
+        mine: the first process says it.
+        suits: tells where.
+    """
+    if not mine.first or precision != "bf16" or suits(torch.bfloat16, mine.device):
         return
-    if not suits_cpu(torch.bfloat16):
-        print(
-            "this processor has no instructions for bf16 and takes many times longer without them: "
-            "--precision fp32 is faster here",
-            file=sys.stderr,
-        )
+    if mine.device.type == "cpu":
+        which, longer, better = "processor", "many times longer", "fp32"
+    else:
+        which, longer, better = "card", "longer", "fp16"
+    print(
+        f"this {which} has no instructions for bf16 and takes {longer} without them: "
+        f"--precision {better} is faster here",
+        file=sys.stderr,
+    )
 
 
 def report_unreadable(data: Folder, mine: Processes, told: Collection[str] = ()) -> list[str]:

@@ -19,10 +19,9 @@ from server.numerics import choose_dtype
 from server.programs import Programs
 from server.runner import WARM_UP_RUNS, Runner
 from server.units import make_units
+from tests.card import CARD, CPU
 from tests.conftest import ROOT
 from tests.program import fake_program
-
-CPU = torch.device("cpu")
 
 
 def in_eight_bits(bundle):
@@ -177,22 +176,26 @@ def test_other_numerics_than_the_policys_are_warned_of(bundle, caplog):
     assert "certified in float32" in caplog.text
 
 
-def always(dtype):
+def always(dtype, device):
     return True
+
+
+def never(dtype, device):
+    return False
 
 
 def test_int8_is_served_where_the_policy_was_calibrated_for_it(bundle, caplog):
     with pytest.raises(ValueError, match="not calibrated for int8; run: python -m training"):
         choose_dtype("int8", bundle, CPU, suits=always)
     with pytest.raises(ValueError, match="int8, which is for CPU, and the device is cuda"):
-        choose_dtype("int8", bundle, torch.device("cuda"))
+        choose_dtype("int8", bundle, CARD)
     eight = in_eight_bits(bundle)
     former = eight.policy.quantisation.model_copy(update={"largest_weight": 127})
     with pytest.raises(ValueError, match="weights up to 127 steps, where they are now up to 63"):
         policy = eight.policy.model_copy(update={"quantisation": former})
         choose_dtype("int8", replace(eight, policy=policy), CPU, suits=always)
     with pytest.raises(ValueError, match="needs a processor with AVX2; this one has none"):
-        choose_dtype("int8", eight, CPU, suits=lambda _: False)
+        choose_dtype("int8", eight, CPU, suits=never)
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert choose_dtype("int8", eight, CPU, suits=always) is torch.int8
@@ -235,6 +238,17 @@ def test_a_card_takes_half_precision_that_the_guarantee_holds_in_if_there_is_one
     bundle, caplog, certified, taken, holds
 ):
     policy = bundle.policy.model_copy(update={"dtypes": certified})
-    on_card = choose_dtype("auto", replace(bundle, policy=policy), torch.device("cuda"))
+    on_card = choose_dtype("auto", replace(bundle, policy=policy), CARD, suits=always)
     assert on_card is taken
     assert ("guarantee does not hold" in caplog.text) != holds
+
+
+def test_only_a_card_without_bf16_is_said_to_be_slow_in_it(bundle, caplog):
+    def said(dtype, device, suits):
+        caplog.clear()
+        policy = bundle.policy.model_copy(update={"dtypes": (dtype,)})
+        choose_dtype(dtype, replace(bundle, policy=policy), device, suits)
+        return caplog.text
+
+    assert "DTYPE=float16 is faster here" in said("bfloat16", CARD, never)
+    assert said("bfloat16", CARD, always) == said("bfloat16", CPU, never) == ""

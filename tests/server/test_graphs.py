@@ -3,6 +3,8 @@
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,40 +18,20 @@ from server.costs import batch_sizes
 from server.engine import Engine
 from server.errors import Draining
 from server.fusing import fuse
-from server.graphs import Captured, CudaCapture
+from server.graphs import WARM_UP_RUNS, Captured, CudaCapture
 from server.host import HostMemory
 from server.runner import Runner
 from server.served import Served
 from server.settings import Settings
-from server.staging import Staging, card_staging
+from server.staging import card_staging
+from tests.card import CARD, CPU, card_memory, rerun, staging
 
-CPU, CARD = torch.device("cpu"), torch.device("cuda")
 LARGEST = 4
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8))
 
 
 WITHIN = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
 """How far a confidence on a card may be from the processor's, in float32."""
-
-
-def rerun(work):
-    """As a CUDA graph: every replay reads the same inputs and overwrites the same outputs."""
-    outputs = work()
-
-    def replay():
-        for old, new in zip(outputs, work(), strict=True):
-            old.copy_(new)
-
-    return replay, outputs
-
-
-def staging():
-    """The processor's, for a card that is done at once."""
-    return Staging(lambda shape, dtype: torch.empty(shape, dtype=dtype), lambda: None)
-
-
-def card_memory():
-    return CardMemory(CPU, staging())
 
 
 def capturing(runner, bundle, capture, device=CPU, dtype=torch.float32):
@@ -309,6 +291,25 @@ def test_a_start_on_a_card_prepares_its_worker_unless_told_to_end(
     assert [list(seconds[1]) for seconds in prepared] == ([] if draining else [[1, 2]])
 
 
+class Failing(CardMemory):
+    """Of a card on which nothing runs."""
+
+    def __init__(self, error):
+        super().__init__(CPU, staging())
+        self._error = error
+
+    def run_eagerly(self, unit, inputs):
+        raise self._error
+
+
+def test_a_card_that_is_full_is_told_from_one_that_computes_nothing(bundle):
+    full = Failing(torch.OutOfMemoryError("CUDA out of memory"))
+    Runner(bundle, CPU, torch.float32, full).probe()
+    dead = Failing(RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Runner(bundle, CPU, torch.float32, dead).probe()
+
+
 def test_capturing_ends_early_where_nobody_wants_it_any_more(bundle):
     runner, used, asked = Runner(bundle, CPU, torch.float32), [], iter([False, True])
     with pytest.raises(Draining):
@@ -328,6 +329,57 @@ def test_warming_up_ends_early_where_nobody_wants_it_any_more(bundle):
 def test_a_failed_capture_ends_a_start_that_requires_it(bundle):
     with pytest.raises(RuntimeError, match="not permitted"):
         attempt(bundle, no_card, required=True)
+
+
+class Workspaces:
+    """cuBLAS's only one, made of the memory that is given out when it is first used."""
+
+    def __init__(self):
+        self._memory, self._made_of = "ordinary", None
+
+    def use(self):
+        self._made_of = self._made_of or self._memory
+        return self._made_of
+
+    def forget(self):
+        self._made_of = None
+
+    @contextmanager
+    def record(self, *_, **__):
+        self._memory = "the pool's"
+        try:
+            yield
+        finally:
+            self._memory = "ordinary"
+
+
+@pytest.fixture
+def workspaces(monkeypatch):
+    """Of a made-up card that only tells what it computes in."""
+    one = Workspaces()
+    for name in ("graph_pool_handle", "Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Mock)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", one.record)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", one.forget, raising=False)
+    return one
+
+
+def test_what_a_graph_computes_in_is_its_pools_and_what_warms_up_stays_out_of_it(workspaces):
+    capture, used = CudaCapture(), []
+    for _ in range(2):
+        capture(lambda: used.append(workspaces.use()))
+    assert used == [*["ordinary"] * WARM_UP_RUNS, "the pool's"] * 2
+
+
+def test_nothing_computes_in_the_pool_after_a_capture_that_failed(workspaces):
+    def fails():
+        if workspaces.use() != "ordinary":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaCapture()(fails)
+    assert workspaces.use() == "ordinary"
 
 
 # --- on a card -------------------------------------------------------------------------------
@@ -353,6 +405,24 @@ def test_cuda_graphs_are_replayed_by_another_thread_than_captured_them(on_card, 
     with ThreadPoolExecutor(1) as engine:
         said = engine.submit(on_card.run, 1, IMAGES[:3]).result().probabilities
     np.testing.assert_allclose(said, expected[0][:3], atol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_graph_that_goes_takes_nothing_from_one_that_stays():
+    """Of a product over so many rows that cuBLAS adds up its parts in a workspace."""
+    left, right = (torch.randn(32768, 640, device=CARD, dtype=torch.float16) for _ in range(2))
+    capture = CudaCapture()
+
+    def work():
+        return (left.T @ right,)
+
+    replay, (product,) = capture(work)
+    expected = work()[0].clone()
+    capture(work)  # a graph that goes at once
+    capture(work)  # before which what nobody holds goes back to the card
+    product.zero_()
+    replay()
+    torch.testing.assert_close(product, expected)
 
 
 @pytest.mark.gpu

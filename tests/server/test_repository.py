@@ -1,6 +1,7 @@
 """A bundle takes another's place while requests are answered."""
 
 import json
+import logging
 import shutil
 import threading
 import weakref
@@ -12,6 +13,7 @@ import torch
 from model.bundle import load_bundle, save_bundle, save_policy
 from model.network import build
 from model.policy import Calibration, Policy
+from tests.card import Card
 from tests.conftest import PREPROCESS, encode, noise, point, until
 from tests.gate import gated
 
@@ -196,6 +198,21 @@ def test_one_that_comes_later_still_is_refused_and_not_forgotten(server, folder,
 
 
 def test_no_request_is_lost_however_often_it_is_replaced(server, folder, png):
+    replace_under_load(server, folder, png)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="one thread's capture stops all replays")
+def test_nor_is_one_on_a_card(serve, folder, tmp_path, png):
+    chosen = {"device": "cuda", "compile": "require", "cache_dir": tmp_path / "cache"}
+    with serve(bundle=folder, admin_token="secret", drain_seconds=0.2, **chosen) as server:
+        replace_under_load(server, folder, png)
+        until(lambda: len(server.served._held) == 1)
+        assert version_of(server, png) == "10"
+        assert not server.served.failed
+
+
+def replace_under_load(server, folder, png):
     ended, statuses, versions = threading.Event(), [], set()
 
     def ask():
@@ -266,14 +283,66 @@ def test_one_that_cannot_be_served_changes_nothing(server, folder, png, harm, sa
     assert 'model="other"' not in server.client.get("/metrics").text
 
 
+@pytest.fixture
+def card(monkeypatch):
+    return Card(monkeypatch)
+
+
+@pytest.fixture
+def on_card(card, serve, folder):
+    chosen = {"bundle": folder, "dtype": "float32", "compile": "auto", "drain_seconds": 0.1}
+    return lambda: serve(admin_token="secret", max_batch=1, **chosen)
+
+
+TO_WARM_UP, TO_CAPTURE, TO_PREPARE = 0, 2, 4
+"""What a card has room for that has too little for one of these, of a network with three exits."""
+
+
+@pytest.mark.parametrize("room", [TO_CAPTURE, TO_PREPARE])
+def test_one_that_a_card_has_no_room_for_changes_nothing_and_leaves_nothing_behind(
+    on_card, card, folder, png, caplog, room
+):
+    caplog.set_level(logging.CRITICAL, "offramp")  # pytest keeps the errors that are logged
+    with on_card() as server:
+        put_shallower(folder)
+        card.room, former = room, len(card.units)
+        response = load(server)
+        assert (response.status_code, response.json()["code"]) == (409, "unusable_bundle")
+        assert response.json()["error"] == "it cannot be run here: the card's memory is full"
+        assert version_of(server, png) == "7"
+        assert len(server.served._held) == 1
+        assert len(card.units) == former + 3
+        until(lambda: all(unit() is None for unit in card.units[former:]))
+
+
+def test_why_one_cannot_be_run_is_in_the_log(on_card, card, caplog):
+    with on_card() as server:
+        card.room = TO_WARM_UP
+        assert load(server).status_code == 409
+    assert "tiny: the bundle in the folder cannot be run" in caplog.text
+    assert "CUDA out of memory. Tried to allocate" in caplog.text
+
+
+def test_one_that_cannot_be_captured_takes_no_place_of_one_that_was(on_card, card, folder):
+    with on_card() as server:
+        card.captures = False
+        response = load(server)
+        assert (response.status_code, response.json()["code"]) == (409, "unusable_bundle")
+        assert response.json()["error"] == (
+            "it cannot be run here: operation not permitted when stream is capturing"
+        )
+        unload(server)
+        assert load(server).status_code == 200
+        assert load(server).status_code == 200  # now that the former does without graphs
+
+
 def test_one_without_the_point_that_was_put_in_force_meanwhile_is_let_go_of(server, folder):
     put_shallower(folder)
     warm = server.served._warm
 
-    def meanwhile():
-        fresh = warm()
+    def meanwhile(fresh):
+        warm(fresh)
         server.served.use(0.0)
-        return fresh
 
     server.served._warm = meanwhile
     response = load(server)
@@ -332,18 +401,18 @@ def test_nothing_is_changed_while_the_first_warms_up(serve, change):
 
 def test_a_drain_does_not_wait_for_one_that_warms_up(serve, folder, png):
     with serve(bundle=folder, admin_token="secret") as server:
-        fresh = []
+        warmed = []
         warm = server.served._warm
 
-        def amid_a_drain():
+        def amid_a_drain(fresh):
             server.served.draining = True
-            fresh.append(True)
-            return warm()
+            warmed.append(True)
+            warm(fresh)
 
         server.served._warm = amid_a_drain
         response = load(server)
         assert (response.status_code, response.json()["code"]) == (503, "draining")
-        assert fresh and len(server.served._held) == 1
+        assert warmed and len(server.served._held) == 1
 
 
 @pytest.mark.parametrize(

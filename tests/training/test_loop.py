@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from model.files import PARTIAL
-from tests.training.conftest import PREPROCESS, image_set, tiny_net, tiny_work
+from tests.training.conftest import CPU, PREPROCESS, image_set, tiny_net, tiny_work
 from training.checkpoint import CHECKPOINT, resume, save_checkpoint
+from training.distributed import Processes
 from training.interrupt import Interrupted
 from training.log import LOG, Bar, read_log
 from training.loop import fit, validate
@@ -432,6 +433,27 @@ def test_no_more_are_validated_at_once_than_a_part_of_a_batch(make_work):
     spy = Spy()
     validate(run, work, spy)
     assert spy.seen == [5, 5, 5, 5, 4]
+
+
+class OneOfSeveral(Processes):
+    """A process whose others are not there."""
+
+    def sum(self, values):
+        return values
+
+    def align(self, net):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("count", "accumulate", "seen"), [(2, 1, [5, 5, 2]), (2, 2, [2] * 6), (4, 5, [1] * 6)]
+)
+def test_no_more_are_validated_at_once_than_a_process_trains_on(make_work, count, accumulate, seen):
+    run, work = make_work(batch_size=10, accumulate=accumulate)
+    spy = Spy()
+    shared = dataclasses.replace(work, processes=OneOfSeveral(CPU.device, count=count))
+    validate(run, shared, spy)
+    assert spy.seen == seen
 
 
 def test_images_augmented_together_are_validated_together(make_work):

@@ -201,14 +201,16 @@ def save(path, net, classes=CLASSES, **arguments):
     return path
 
 
-def test_only_a_processor_without_bf16_is_said_to_be_slow_in_it(monkeypatch, capsys):
+def test_only_a_device_without_bf16_is_said_to_be_slow_in_it(capsys):
     def said(precision, device="cpu", has=False):
-        monkeypatch.setattr(train, "suits_cpu", lambda dtype: has)
-        train.warn_of_detour(precision, Processes(torch.device(device)))
+        processes = Processes(torch.device(device))
+        train.warn_of_detour(precision, processes, lambda dtype, device: has)
         return capsys.readouterr().err
 
     assert "--precision fp32 is faster" in said("bf16")
-    assert said("bf16", has=True) == said("fp32") == said("bf16", device="cuda") == ""
+    assert "--precision fp16 is faster" in said("bf16", device="cuda")
+    assert said("bf16", has=True) == said("fp32") == said("fp16", device="cuda") == ""
+    assert said("bf16", device="cuda", has=True) == ""
 
 
 def test_a_teacher_answers_with_its_deepest_exit(tmp_path):

@@ -472,6 +472,16 @@ def test_a_run_in_a_folder_that_tensorboard_cannot_take_is_refused(folder, tmp_p
     assert bundle_name(argparse.Namespace(name=None, out=out)) == r"caf\udce9"
 
 
+def test_a_card_that_is_full_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    def full(run, work):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nGPU 0…")
+
+    monkeypatch.setattr(loop, "fit", full)
+    assert train("--data", folder, "--out", tmp_path / "run", *TINY) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: the card's memory is full; ") and "--accumulate" in said
+
+
 def test_ctrl_c_before_training_leaves_without_a_traceback(folder, tmp_path, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -206,6 +206,35 @@ def test_auto_without_a_compiler_serves_eagerly_with_one_warning(
     assert warning.startswith(said)
 
 
+TELLS = """
+import sys
+
+def stop(event, _):
+    if event in ("os.fork", "os.posix_spawn", "subprocess.Popen") or event.startswith("socket."):
+        print(event, flush=True)
+        raise PermissionError(event)
+
+from server.compiled import core
+sys.addaudithook(stop)
+core()
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+"""
+
+
+@pytest.mark.slow
+def test_openvino_tells_nobody_that_it_is_imported(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    done = subprocess.run(
+        [sys.executable, "-c", TELLS],
+        cwd=ROOT,
+        env={**environment, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_without_a_compiler_is_one_sentence_and_status_2(no_compiler, capsys):
     assert compile_main([]) == 2
     assert capsys.readouterr().err.startswith("error: OpenVINO cannot be imported")

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.bundle import load_servable
+from model.bundle import BundleError, load_servable
 from model.fold import fold_stages
 from model.numerics import suits_cpu
 from model.policy import Calibration, Measure, Rule
@@ -204,6 +205,33 @@ def test_auto_without_a_compiler_serves_eagerly_with_one_warning(
     (warning,) = warnings
     said = "stages stay uncompiled, so answers take longer: OpenVINO cannot be imported"
     assert warning.startswith(said)
+
+
+@pytest.fixture
+def no_folder(tmp_path, monkeypatch):
+    """A cache that cannot be made, where no temporary folder can be made either."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    return tmp_path / "file" / "cache"
+
+
+def test_auto_without_a_folder_for_programs_serves_eagerly_with_one_warning(
+    serve, no_folder, png, caplog
+):
+    with serve(compile="auto", cache_dir=no_folder) as server:
+        assert server.post(png).status_code == 200
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warning.startswith("stages stay uncompiled, so answers take longer: no folder")
+
+
+def test_require_without_a_folder_for_programs_says_so(bundle_path, no_folder):
+    chosen = Settings(bundle=bundle_path, max_batch=1, cache_dir=no_folder)
+    served = Served(chosen.model_copy(update={"compile": "require"}))
+    try:
+        with pytest.raises(BundleError, match="COMPILE is require, but no folder can hold"):
+            served.warm_up()
+    finally:
+        served.close()
 
 
 TELLS = """

@@ -140,6 +140,8 @@ class Engine:
         for number, worker in enumerate(self._workers):
             while worker.is_alive() and self._turns(number):
                 worker.join(BEAT_SECONDS)
+            if worker.is_alive():  # stuck; it may be the only one to take what ends the others
+                self._take_messages()
         self._ended.set()
         self._take_messages()
 

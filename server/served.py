@@ -79,6 +79,7 @@ class Served:
         self.crowd = Crowd(max(1, settings.max_queue // 2))
         self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.tracer = tracer_from(os.environ)
+        self.metrics.ready.set_function(lambda: self.ready)
 
     def warm_up(self) -> None:
         """Have the first bundle answer; takes seconds.
@@ -247,7 +248,8 @@ class Served:
     @property
     def ready(self) -> bool:
         """Whether requests should be sent here."""
-        return self.loaded.ready and not (self.unloaded or self.leaving or self.draining)
+        # In this order: a scrape asks from another thread, while an engine may just be closed.
+        return not (self.unloaded or self.leaving or self.draining) and self.loaded.ready
 
     @property
     def alive(self) -> bool:

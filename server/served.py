@@ -23,11 +23,11 @@ from server.loaded import Loaded
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tracing import tracer_from
+from server.waiting import STUCK, Waiting
 
 log = logging.getLogger("offramp")
 
 State = Literal["READY", "LOADING", "UNAVAILABLE"]
-STUCK = "a worker of the engine is stuck, or the device computes nothing"
 LETTING_GO_SECONDS = 0.05
 """Between two programs of a former bundle that are let go of."""
 
@@ -76,10 +76,11 @@ class Served:
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
         self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0
+        self.waiting = Waiting()
         self.crowd = Crowd(max(1, settings.max_queue // 2))
         self.metrics.in_flight.set_function(lambda: self.in_flight)
-        self.tracer = tracer_from(os.environ)
         self.metrics.ready.set_function(lambda: self.ready)
+        self.tracer = tracer_from(os.environ)
 
     def warm_up(self) -> None:
         """Have the first bundle answer; takes seconds.
@@ -104,7 +105,7 @@ class Served:
         Raises:
             NotFound: the server serves none of that name.
             UnusableBundle: it cannot be served.
-            NotReady: the server still warms up.
+            NotReady: the server still warms up, or is stuck.
             Draining: the server drains.
         """
         async with self._change_of(model):
@@ -126,7 +127,7 @@ class Served:
 
         Raises:
             NotFound: the server serves none of that name.
-            NotReady: the server still warms up.
+            NotReady: the server still warms up, or is stuck.
             Draining: the server drains.
         """
         async with self._change_of(model):
@@ -236,14 +237,17 @@ class Served:
         """The running engine.
 
         Raises:
-            NotReady: still warming up, or nothing is loaded.
+            NotReady: still warming up, stuck, or nothing is loaded.
             Draining: shutting down.
         """
         if self.draining:
             raise Draining
         if self.unloaded:
             raise NotReady("no bundle is loaded")
-        return self.loaded.engine
+        engine = self.loaded.engine
+        if not engine.turning:
+            raise NotReady(STUCK)
+        return engine
 
     @property
     def ready(self) -> bool:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # The imports below take seconds, as does reading a bundle. Until uvicorn listens, a container's
+    # first process would miss the signal: for that one the kernel drops what it has no handler for.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
 import gc
 import logging
 import math
-import signal
 import socket
 import sys
 import time

@@ -67,9 +67,11 @@ def create_routes(served: Served) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         served.metrics.threads.watch("event_loop")
         warming = asyncio.ensure_future(_warm_up(served))
+        watching = asyncio.ensure_future(served.waiting.watch())
         try:
             yield
         finally:
+            watching.cancel()
             served.draining = True
             served.stop_compiling()
             await warming

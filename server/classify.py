@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +48,7 @@ def admit(
 
     Raises:
         InvalidParameter: it asks for what the network does not have.
-        Unavailable: the server is warming up or draining.
+        Unavailable: the server is warming up, draining or stuck.
     """
     loaded = former.loaded if former else served.loaded
     rule = rule_for(parameters, loaded)
@@ -139,11 +138,7 @@ async def answered(
             on_exit=on_exit,
             request_id=context.request_id,
         )
-        try:
-            answer = await ticket.promise
-        except asyncio.CancelledError:
-            engine.cancel(ticket)
-            raise
+        answer = await served.waiting.answer(ticket, engine)
     if math.isfinite(admission.promised):
         served.metrics.answered_by(admission.promised, time.perf_counter())
     if context.trace:

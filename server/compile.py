@@ -131,7 +131,7 @@ def compile_unit(
 def _converted(traced: Any, inputs: Sequence[Tensor]) -> Any:
     """The traced module as OpenVINO's own, for exactly these shapes.
 
-    By its front end itself: `openvino.convert_model` would tell its makers of every use.
+    By its front end itself, which is all of `openvino.convert_model` that this needs.
     """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder

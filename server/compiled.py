@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,10 @@ import numpy as np
 import torch
 
 from model.numerics import carrier
+
+# By it OpenVINO tells its makers of every import, from a fork of whoever imports: of a server that
+# would be one amid its threads, which keeps the port. Without it OpenVINO takes a stub of its own.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """What OpenVINO calls numerics; eight-bit convolutions it finds by itself, among float32."""

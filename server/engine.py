@@ -140,14 +140,23 @@ class Engine:
         for number, worker in enumerate(self._workers):
             while worker.is_alive() and self._turns(number):
                 worker.join(BEAT_SECONDS)
+            if worker.is_alive():  # stuck; it may be the only one to take what ends the others
+                self._take_messages()
         self._ended.set()
         self._take_messages()
 
     @property
     def alive(self) -> bool:
         """Whether every worker still turns and the device still computes."""
-        workers = enumerate(self._workers)
-        return not self.broken and all(w.is_alive() and self._turns(n) for n, w in workers)
+        return self.turning and all(worker.is_alive() for worker in self._workers)
+
+    @property
+    def turning(self) -> bool:
+        """Like `alive`, but cheap enough to ask for each request, however many workers there are.
+
+        One that has ended is seen by its beat alone, as late as one that is stuck.
+        """
+        return not self.broken and self._clock() - min(self._beats) < STUCK_BEATS * BEAT_SECONDS
 
     def _turns(self, worker: int) -> bool:
         return self._clock() - self._beats[worker] < STUCK_BEATS * BEAT_SECONDS

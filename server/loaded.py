@@ -161,10 +161,8 @@ class Loaded:
             captured = capturing.use_all(self.settings.max_batch, use, required, self._draining)
             self.uncaptured = not captured
             return
-        compiling = self._compiling = Compiling(
-            self.settings, self.bundle, runner.units, self.dtype, self._workers
-        )
-        if self._draining():  # since then, when there was nothing to stop
+        compiling = self._compiling = self._begin_compiling(runner)
+        if compiling is None or self._draining():  # since then, when there was nothing to stop
             return
         if self.settings.compile == "auto":
             compiling.compile_in_background(use, use_team)
@@ -177,6 +175,18 @@ class Loaded:
             if not self._draining():  # then the compiler was stopped, by this process or with it
                 raise BundleError(str(error)) from error
             log.info("compiling ends early: the server drains")
+
+    def _begin_compiling(self, runner: Runner) -> Compiling | None:
+        """None where programs can be kept nowhere, not even for as long as the server lives."""
+        try:
+            return Compiling(self.settings, self.bundle, runner.units, self.dtype, self._workers)
+        except OSError as error:
+            if self.settings.compile == "require":
+                said = f"COMPILE is require, but no folder can hold compiled stages: {error}"
+                raise BundleError(said) from error
+            said = "stages stay uncompiled, so answers take longer: no folder can hold them: %s"
+            log.warning(said, error)
+            return None
 
     def _compile_all(self, compiling: Compiling, use: Use) -> None:
         compiling.use_ready(use)

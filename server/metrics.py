@@ -141,6 +141,7 @@ class Metrics:
         )
         self.in_flight = self._gauge("in_flight_jobs", "Images accepted and not yet answered")
         self.max_queue = self._gauge("max_queue_jobs", "Most images that may be in flight")
+        self.ready = self._gauge("ready", "1 where requests should be sent here, as /readyz says")
 
     def _answers(self, seconds: Sequence[float]) -> None:
         self.answers = self._counter(

@@ -31,7 +31,8 @@ from server.protocol import (
     PolicyBody,
     PolicyChange,
 )
-from server.served import STUCK, Served
+from server.served import Served
+from server.waiting import STUCK
 
 Query_ = Annotated[Parameters, Query()]
 MAX_BATCH_IMAGES = 256

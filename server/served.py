@@ -23,11 +23,11 @@ from server.loaded import Loaded
 from server.metrics import Metrics
 from server.settings import Settings
 from server.tracing import tracer_from
+from server.waiting import STUCK, Waiting
 
 log = logging.getLogger("offramp")
 
 State = Literal["READY", "LOADING", "UNAVAILABLE"]
-STUCK = "a worker of the engine is stuck, or the device computes nothing"
 LETTING_GO_SECONDS = 0.05
 """Between two programs of a former bundle that are let go of."""
 
@@ -76,8 +76,10 @@ class Served:
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
         self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0
+        self.waiting = Waiting()
         self.crowd = Crowd(max(1, settings.max_queue // 2))
         self.metrics.in_flight.set_function(lambda: self.in_flight)
+        self.metrics.ready.set_function(lambda: self.ready)
         self.tracer = tracer_from(os.environ)
 
     def warm_up(self) -> None:
@@ -103,7 +105,7 @@ class Served:
         Raises:
             NotFound: the server serves none of that name.
             UnusableBundle: it cannot be served.
-            NotReady: the server still warms up.
+            NotReady: the server still warms up, or is stuck.
             Draining: the server drains.
         """
         async with self._change_of(model):
@@ -128,7 +130,7 @@ class Served:
 
         Raises:
             NotFound: the server serves none of that name.
-            NotReady: the server still warms up.
+            NotReady: the server still warms up, or is stuck.
             Draining: the server drains.
         """
         async with self._change_of(model):
@@ -245,19 +247,23 @@ class Served:
         """The running engine.
 
         Raises:
-            NotReady: still warming up, or nothing is loaded.
+            NotReady: still warming up, stuck, or nothing is loaded.
             Draining: shutting down.
         """
         if self.draining:
             raise Draining
         if self.unloaded:
             raise NotReady("no bundle is loaded")
-        return self.loaded.engine
+        engine = self.loaded.engine
+        if not engine.turning:
+            raise NotReady(STUCK)
+        return engine
 
     @property
     def ready(self) -> bool:
         """Whether requests should be sent here."""
-        return self.loaded.ready and not (self.unloaded or self.leaving or self.draining)
+        # In this order: a scrape asks from another thread, while an engine may just be closed.
+        return not (self.unloaded or self.leaving or self.draining) and self.loaded.ready
 
     @property
     def alive(self) -> bool:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from server import compiled
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("model", "training", "server", "deploy")
 FORBIDDEN = {
@@ -44,6 +46,14 @@ def test_what_decides_knows_no_tensors_and_no_threads(name):
 
 def test_only_what_speaks_http_imports_the_web_framework():
     assert not [f for p in ("model", "training") for f in sources(p) if "fastapi" in imported(f)]
+
+
+def test_openvino_is_imported_only_where_it_can_tell_nobody():
+    """Behind `server.compiled`, which keeps from it what it tells its makers with."""
+    files = [f for p in PACKAGES for f in sources(p) if "openvino" in imported(f)]
+    assert {f.name for f in files} == {"compiled.py", "compile.py"}
+    assert "from server.compiled import" in (ROOT / "server/compile.py").read_text()
+    assert compiled.sys.modules["openvino_telemetry"] is None
 
 
 def test_no_file_is_a_drawer_for_everything():

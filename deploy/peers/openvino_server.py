@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import openvino
 import torch
 from mosec import Worker
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from deploy.peers.mosec_server import serve
 from deploy.peers.network import MOST_IMAGES, Answer, answers
 from model.bundle import Bundle, load_servable
+from server.compiled import core, openvino
 
 
 class Deepest(nn.Module):
@@ -41,10 +41,10 @@ class Classify(Worker):
         deepest = Deepest(bundle).eval()
         with torch.inference_mode():
             deepest(example)  # what it computes once must not be in the trace
-            converted = openvino.convert_model(deepest, example_input=example)
+            converted = openvino().convert_model(deepest, example_input=example)
         converted.reshape([-1, side, side, 3])
         # One stream over all cores, since mosec hands its worker one batch at a time.
-        self._run = openvino.Core().compile_model(
+        self._run = core().compile_model(
             converted, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16"}
         )
         for size in range(1, MOST_IMAGES + 1):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.bundle import load_servable
+from model.bundle import BundleError, load_servable
 from model.fold import fold_stages
 from model.numerics import suits_cpu
 from model.policy import Calibration, Measure, Rule
@@ -204,6 +205,62 @@ def test_auto_without_a_compiler_serves_eagerly_with_one_warning(
     (warning,) = warnings
     said = "stages stay uncompiled, so answers take longer: OpenVINO cannot be imported"
     assert warning.startswith(said)
+
+
+@pytest.fixture
+def no_folder(tmp_path, monkeypatch):
+    """A cache that cannot be made, where no temporary folder can be made either."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    return tmp_path / "file" / "cache"
+
+
+def test_auto_without_a_folder_for_programs_serves_eagerly_with_one_warning(
+    serve, no_folder, png, caplog
+):
+    with serve(compile="auto", cache_dir=no_folder) as server:
+        assert server.post(png).status_code == 200
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warning.startswith("stages stay uncompiled, so answers take longer: no folder")
+
+
+def test_require_without_a_folder_for_programs_says_so(bundle_path, no_folder):
+    chosen = Settings(bundle=bundle_path, max_batch=1, cache_dir=no_folder)
+    served = Served(chosen.model_copy(update={"compile": "require"}))
+    try:
+        with pytest.raises(BundleError, match="COMPILE is require, but no folder can hold"):
+            served.warm_up()
+    finally:
+        served.close()
+
+
+TELLS = """
+import sys
+
+def stop(event, _):
+    if event in ("os.fork", "os.posix_spawn", "subprocess.Popen") or event.startswith("socket."):
+        print(event, flush=True)
+        raise PermissionError(event)
+
+from server.compiled import core
+sys.addaudithook(stop)
+core()
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+"""
+
+
+@pytest.mark.slow
+def test_openvino_tells_nobody_that_it_is_imported(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    done = subprocess.run(
+        [sys.executable, "-c", TELLS],
+        cwd=ROOT,
+        env={**environment, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_without_a_compiler_is_one_sentence_and_status_2(no_compiler, capsys):

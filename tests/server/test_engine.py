@@ -676,14 +676,22 @@ def test_a_worker_that_is_stuck_is_seen_though_another_turns():
     world.engine.stop()
 
 
-def test_the_end_does_not_wait_for_a_worker_that_is_stuck():
-    world, hangs, goes_on = World(workers=2), threading.Event(), threading.Event()
+@pytest.mark.parametrize("http_seconds", [0.0, 1.0])
+def test_the_end_does_not_wait_for_a_worker_that_is_stuck(http_seconds):
+    """Though the other one may only sleep, and take no message."""
+    world = World(workers=2, http_seconds=http_seconds)
+    hangs, goes_on = threading.Event(), threading.Event()
     world.runner.meanwhile = lambda: (hangs.set(), goes_on.wait(20))
+    world.engine.step(False)  # so that it is known from the start who is wanted
     world.engine.start()
     world.submit(0.9)
     assert hangs.wait(10)
-    world.now += STUCK_BEATS * BEAT_SECONDS + SECONDS
-    world.engine.stop()
+    beats = world.engine._beats
+    beats[beats.index(max(beats))] -= STUCK_BEATS * BEAT_SECONDS + SECONDS  # of the one that hangs
+    end = threading.Thread(target=world.engine.stop, daemon=True)
+    end.start()
+    end.join(5)
+    assert not end.is_alive()
     assert not goes_on.is_set()
     goes_on.set()
 

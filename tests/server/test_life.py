@@ -4,10 +4,12 @@ import asyncio
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -107,6 +109,21 @@ def test_a_process_serves_until_its_notice_is_over_and_a_drain_answers_what_was_
         assert not [r for r in lines if "exception" in r]
         told = [line["message"] for line in lines if line["level"] not in ("info", "warning")]
         assert told == ["Cancel 1 running task(s), timeout graceful shutdown exceeded"]
+
+
+def hears(pid, number):
+    """Whether a process has a handler for a signal."""
+    (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says who hears what")
+def test_a_process_that_is_ended_before_it_serves_hears_it():
+    """As a container's first process it would live on: there no signal ends who has no handler."""
+    with process("no/such/folder") as child:  # which is read when all is imported
+        until(lambda: hears(child.pid, signal.SIGTERM) or child.poll() is not None)
+        child.send_signal(signal.SIGTERM)
+        assert (child.wait(10), child.stderr.read()) == (0, "")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What may happen to a request, or to its neighbours, while it waits for the device."""
 
+import asyncio
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,12 @@ from contextlib import contextmanager
 import pytest
 
 from server.costs import CostTable
+from server.engine import BEAT_SECONDS, STUCK_BEATS
+from server.errors import NotReady
 from server.metrics import SERVER_FAULTS
+from server.promise import Promise
+from server.tickets import Ticket
+from server.waiting import STUCK, Waiting
 from tests.conftest import encode, noise, until
 from tests.gate import gated
 from tests.server.test_bad_input import BROKEN, check_error
@@ -330,3 +336,81 @@ def test_a_deadline_counts_from_a_requests_first_byte(one, png):
     assert connection.recv(64).startswith(b"HTTP/1.1 504")
     connection.close()
     assert one.metric("deadlines_total", outcome="missed") == 1
+
+
+@contextmanager
+def stuck(server, png):
+    """A server whose worker does not come back from the batch of a request; gives its answer."""
+    engine = server.served.engine
+    with gated(server) as gate:
+        first = server.later(png)
+        gate.wait_for_a_batch()
+        engine._beats[0] -= STUCK_BEATS * BEAT_SECONDS + 1.0
+        yield first
+
+
+def test_a_stuck_engine_answers_503_until_it_turns_again(one, png):
+    assert one.metric("ready") == 1
+    with stuck(one, png) as first:
+        assert one.client.get("/readyz").text == one.client.get("/livez").text == f"{STUCK}\n"
+        assert one.metric("ready") == 0
+        with pytest.raises(NotReady, match="stuck"):  # before anything is done for a request
+            _ = one.served.engine
+        for _ in range(2):
+            one._loop.call_soon_threadsafe(one.served.waiting.look)
+        for response in (first.result(), one.post(png)):
+            check_error(response, 503, "not_ready")
+            assert response.json()["error"] == STUCK
+        queued(one, 0)
+    until(lambda: one.metric("ready"))
+    assert one.post(png).status_code == 200
+    assert one.metric("failed_images_total", code="not_ready") == 2
+
+
+@pytest.mark.slow
+def test_a_server_looks_whether_its_engine_is_stuck(one, png):
+    with stuck(one, png) as first:
+        check_error(first.result(), 503, "not_ready")
+
+
+class FakeEngine:
+    """Alive or not, and told of those who gave up."""
+
+    def __init__(self):
+        self.alive = True
+        self.cancelled = []
+
+    def cancel(self, ticket):
+        self.cancelled.append(ticket)
+
+
+def test_an_engine_is_given_up_only_if_it_is_stuck_whenever_it_is_looked_at():
+    """Where the whole process stood still, its workers turn again within a beat."""
+
+    async def wait():
+        loop = asyncio.get_running_loop()
+        waiting, engine, well = Waiting(), FakeEngine(), FakeEngine()
+        tickets = [Ticket(loop, Promise(loop), None, 0.0, None) for _ in range(3)]
+        engines = (engine, engine, well)
+        tasks = [
+            asyncio.ensure_future(waiting.answer(*one))
+            for one in zip(tickets, engines, strict=True)
+        ]
+        await asyncio.sleep(0)
+        for engine.alive in (False, True, False):
+            waiting.look()
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks)
+        waiting.look()
+        for task in tasks[:2]:
+            with pytest.raises(NotReady, match="stuck"):
+                await task
+        assert engine.cancelled == tickets[:2]
+        waiting.look()
+        assert not tasks[2].done()
+        tasks[2].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[2]
+        assert well.cancelled == tickets[2:]
+
+    asyncio.run(wait())

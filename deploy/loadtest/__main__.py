@@ -24,6 +24,8 @@ from deploy.options import count, positive
 
 PATIENCE_DEADLINES = 10
 LEAST_PATIENCE_SECONDS = 10.0
+NOWHERE = 404, 405
+"""What is answered where nothing takes images, such as at a server's root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ async def _need_answer(url: str, sample: Sample, patience: float) -> None:
     """Any answer: before the first load, lest its figures are lost to the next server's address.
 
     Raises:
-        ValueError: none comes.
+        ValueError: none comes, or nothing there takes images.
     """
     client, status = Client(url), 0
     with contextlib.suppress(TimeoutError):
@@ -158,6 +160,8 @@ async def _need_answer(url: str, sample: Sample, patience: float) -> None:
     await client.close()
     if not status:
         raise ValueError(f"{url} gives no answer")
+    if status in NOWHERE:
+        raise ValueError(f"{url} answers {status}; of an Offramp images go to …/classify")
 
 
 def _table(summaries: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ BEAR = Sample(b"bear", "bear")
 SILENCE = Sample(b"silence", "otter")
 NONSENSE = [b"otter, I think", b'["otter"]', b"null", b"{}", b'{"label": 1}', b"[" * 100_000]
 """What a server may say of an image with status 200 without saying anything."""
+STATUS = {b"busy": b"429 Too Many Requests", b"nowhere": b"405 Method Not Allowed"}
 GONE = "http://127.0.0.1:9/"
 
 
@@ -40,7 +41,7 @@ async def answer(posted, reader, writer):
             if body == SILENCE.data:
                 await reader.read()  # until the client leaves
                 break
-            status = b"429 Too Many Requests" if body == b"busy" else b"200 OK"
+            status = STATUS.get(body, b"200 OK")
             said = json.dumps({"label": "otter", "exit": 1, "reason": "confident"}).encode()
             said = body if body in NONSENSE else said
             closing = b"Connection: close\r\n" if body == b"bear" else b""
@@ -309,6 +310,12 @@ def test_a_server_that_serves_nobody_is_a_failure_after_its_figures(tmp_path, ca
     assert "status" in said.out and "'429'" in said.out
     assert said.err.startswith("error: http://127.0.0.1:")
     assert said.err.endswith("/classify answered no image\n")
+
+
+def test_an_address_where_nothing_takes_images_is_not_loaded(tmp_path, capsys):
+    status, posted = run_main(tmp_path, image=b"nowhere")
+    assert (status, posted) == (2, 1)
+    assert "answers 405; of an Offramp images go to …/classify\n" in capsys.readouterr().err
 
 
 def test_a_server_that_is_silent_from_the_start_is_not_loaded(tmp_path, capsys):

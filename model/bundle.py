@@ -209,6 +209,8 @@ def _parse(path: Path, name: str, kind: type[Model]) -> Model:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         said = first["msg"].removeprefix("Value error, ")  # of a check of our own
+        if where in ("name", "version"):
+            said += f"; give it another in {name}"
         raise BundleError(f"{path / name} is malformed at {where}: {said}") from error
 
 

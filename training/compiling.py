@@ -24,7 +24,8 @@ def compiling(asked: bool) -> Iterator[None]:
 
         if not isinstance(error, TorchDynamoException):
             raise
-        first = str(error).splitlines()[0]
+        cause = getattr(error, "inner_exception", error)  # what a backend raised says more
+        first = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise TrainingError(
             f"the network cannot be compiled ({first}); leave --compile out"
         ) from error

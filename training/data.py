@@ -146,8 +146,8 @@ def list_folder(root: Path) -> Listing:
             raise DataError(f"class folder {folder} has no image right in it")
         files += found
         class_ids += [class_id] * len(found)
-        within += (p for p in inside if p.suffix.lower() not in SUFFIXES and p.is_dir())
-    if within:
+        within += (p for p in inside if p.suffix.lower() not in SUFFIXES and _is_folder(p))
+    if within and os.environ.get("RANK", "0") == "0":  # of several processes one says it
         print(
             f"{len(within)} folders within classes are left alone, {within[0]} first; "
             "images must be right in a class folder",
@@ -159,6 +159,14 @@ def list_folder(root: Path) -> Listing:
 def visible(folder: Path) -> Iterator[Path]:
     """What is in a folder but hidden files and folders, which editors and systems leave there."""
     return (p for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def _is_folder(path: Path) -> bool:
+    """Also where one may not look, which is no reason to stop."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _check_name(folder: Path) -> None:

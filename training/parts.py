@@ -50,11 +50,16 @@ def part_of(root: Path, name: str) -> Path | None:
 
 def has_classes(root: Path) -> bool:
     """Whether folders of images are right within, other than those called as parts are."""
-    return any(_is_class(p) for p in visible(root) if p.name not in NAMES)
+    return any(map(_is_class, visible(root)))
 
 
 def _is_class(folder: Path) -> bool:
-    return folder.is_dir() and any(f.suffix.lower() in SUFFIXES for f in visible(folder))
+    """Whether images are right within, and it is called as no part is, whatever is made in it."""
+    return (
+        folder.name not in NAMES
+        and folder.is_dir()
+        and any(f.suffix.lower() in SUFFIXES for f in visible(folder))
+    )
 
 
 def check_apart(root: Path, out: Path) -> None:

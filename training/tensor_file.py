@@ -29,11 +29,12 @@ def write_tensor_file(file: Path, content: Any) -> None:
 
     Raises:
         OSError: the disk is full, say. Of a path torch would tell where in its own code it failed.
+        KeyboardInterrupt: as ever.
     """
     with file.open("wb") as opened:
         try:
             torch.save(content, opened)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # why the file has no end, as torch says
+            if error.__context__:  # why the file has no end, as torch says; Ctrl-C for one
                 raise error.__context__ from None
             raise

@@ -182,7 +182,12 @@ def _check_out(out: Path, data: Path) -> None:
 
 def bundle_name(arguments: argparse.Namespace) -> str:
     """What the bundle is called: what was said, or as the run's folder is."""
-    return check_name(arguments.name or printable(arguments.out.resolve().name))
+    if arguments.name:
+        return str(arguments.name)
+    try:
+        return check_name(printable(arguments.out.resolve().name))
+    except ValueError as error:
+        raise ValueError(f"{error}; say another with --name") from None
 
 
 def _prepare(

@@ -158,6 +158,20 @@ def test_hidden_files_and_folders_are_nobodys(folder):
     assert after.digest == before.digest
 
 
+def test_what_may_not_be_looked_at_within_a_class_is_nobodys(folder, monkeypatch):
+    before = find_parts(folder)
+    (folder / "train/dark/originals").mkdir()
+    is_dir = Path.is_dir
+
+    def forbidden(path):
+        if path.name == "originals":
+            raise PermissionError
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    assert find_parts(folder).digest == before.digest
+
+
 def test_folders_within_classes_are_left_alone_which_is_said(folder, capsys):
     before = find_parts(folder)
     shutil.copytree(folder / "train/light", folder / "train/dark/day1")

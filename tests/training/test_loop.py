@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from training.objective import objective
 from training.run import TrainingError
 from training.schedule import Pace, pace
 from training.step import gradients_of, take_step
+from training.tensor_file import write_tensor_file
 
 EVERYTHING = {
     "ema": 0.9,
@@ -323,6 +325,21 @@ def test_a_full_disk_is_said_of_the_checkpoint_and_leaves_the_old_one(after_anot
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert full.value.filename == str(work.folder / CHECKPOINT)
     assert [f.read_bytes() for f in work.folder.iterdir()] == [before]
+
+
+def test_ctrl_c_as_a_checkpoint_is_written_stays_ctrl_c():
+    class Written(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise KeyboardInterrupt  # as Python does from a signal, within torch's own code
+            return super().write(data)
+
+    class File:
+        def open(self, mode):
+            return Written()
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tensor_file(File(), {"weights": torch.zeros(10_000)})
 
 
 def test_what_a_run_left_that_was_killed_as_it_saved_is_removed(after_another):

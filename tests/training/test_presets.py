@@ -442,6 +442,14 @@ def test_a_run_among_classes_is_refused_before_anything_is_made(folder, capsys):
     assert not (folder / "train/runs").exists()
 
 
+def test_a_run_in_a_class_that_would_then_be_a_part_is_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder / "train", tmp_path / "boats")
+    shutil.move(tmp_path / "boats/light", tmp_path / "boats/train")
+    out = tmp_path / "boats/train/run"
+    assert train("--data", tmp_path / "boats", "--out", out, *TINY) == 2
+    assert "would be among the classes in" in capsys.readouterr().err
+
+
 def test_data_that_cannot_be_used_leave_no_folder_for_the_run(folder, tmp_path, capsys):
     (folder / "train/empty").mkdir()
     assert train("--data", folder, "--out", tmp_path / "run", *TINY) == 2

@@ -77,7 +77,7 @@ def simulated(said: Row, machine: Imagined, kind: str, rate: float, seconds: flo
             stage: {size: s / faster for size, s in sizes.items()}
             for stage, sizes in row["engine"]["seconds"].items()
         },
-        **_workers(row["engine"], machine),
+        **_workers(row["engine"], machine, cores),
     }
     client_seconds = row["client_ms"] / 1e3 / machine.speed if machine.clients else 0.0
     overhead = overhead_of(said["costs"], client_seconds, deadline, cores, machine.speed)
@@ -88,12 +88,13 @@ def simulated(said: Row, machine: Imagined, kind: str, rate: float, seconds: flo
     return {"offered_per_second": len(sent) / seconds, **found}
 
 
-def _workers(engine: Row, machine: Imagined) -> Row:
-    """How many there are, and for what the last one leaves its core; asked for, it never does."""
-    if machine.workers:
-        return {"most_workers": machine.workers, "http_seconds": 0.0}
-    http_seconds = engine.get("http_seconds", 0.0) / machine.speed
-    return {"most_workers": workers_of(engine), "http_seconds": http_seconds}
+def _workers(engine: Row, machine: Imagined, cores: float) -> Row:
+    """How many there are, and for what the last one leaves its core: never where it is asked for,
+    nor where there is a core beside it."""
+    most = machine.workers or workers_of(engine)
+    shared = machine.workers is None and most >= cores
+    http_seconds = engine.get("http_seconds", 0.0) / machine.speed if shared else 0.0
+    return {"most_workers": most, "http_seconds": http_seconds}
 
 
 def load_seconds(kind: str, rate: float, wanted: float, deadline: float) -> float:

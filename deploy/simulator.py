@@ -24,7 +24,7 @@ from model.policy import Reason, Rule
 from server.arrival import is_hopeless, is_late
 from server.gate import EACH_TURN
 from server.jobs import Batch, Job, Refused, TooLate
-from server.scheduler import Scheduler
+from server.scheduler import LEFT_SECONDS, Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +197,16 @@ class _Simulation:
                 yield from self._run_batch(step.batch)
 
     def _sleep(self, leaving_jobs: bool) -> Thread:
-        """Of the last worker, until all are wanted."""
+        """Of the last worker, until all are wanted. It looks itself, as the engine's does, but only
+        once, or a simulation would have no end.
+        """
         if leaving_jobs:
             self._to_engine.append(None)
         self._all_wanted.clear()
-        yield self._all_wanted
+        yield Work(Needs.TIME, LEFT_SECONDS)
+        self._scheduler.count_workers(self._machine.now)
+        if self._scheduler.workers < self._scheduler.most_workers:
+            yield self._all_wanted
 
     # --- their work --------------------------------------------------------------------------
 
@@ -216,8 +221,8 @@ class _Simulation:
             yield Work(Needs.LOCK, self._overhead.refuse_seconds)
             return _Response(arrival, refused=True)
         yield Work(Needs.LOCK, self._overhead.begin_seconds)
-        late = is_late(behind, allowed)
-        self._to_engine.append(Job(self._rule, read, deadline, late=late, payload=arrival))
+        late_at = self._machine.now if is_late(behind, allowed) else -math.inf
+        self._to_engine.append(Job(self._rule, read, deadline, late_at=late_at, payload=arrival))
         return None
 
     def _admit(self, job: Job | None) -> None:

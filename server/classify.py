@@ -36,6 +36,8 @@ class Admission:
     """When its client wants the answer, on the engine's clock."""
     deadline: float
     """When the engine must have given it."""
+    late: bool
+    """Whether the event loop took long to begin its request."""
 
 
 def admit(
@@ -56,7 +58,8 @@ def admit(
     allowed = parameters.allowed_seconds(served.settings.default_deadline_ms)
     promised = context.arrived + allowed
     deadline = promised - max(reserve_seconds(allowed), context.behind)
-    return Admission(parameters, rule, loaded, engine, promised, deadline)
+    late = is_late(context.behind, allowed)
+    return Admission(parameters, rule, loaded, engine, promised, deadline, late)
 
 
 def rule_for(parameters: Parameters, loaded: Loaded) -> Rule:
@@ -126,7 +129,8 @@ async def answered(
     """
     engine, deadline = admission.engine, admission.deadline
     with queue_place(served):
-        engine.check(deadline)  # before any work is done in vain
+        served.waiting.check(engine)  # before any work is done in vain
+        engine.check(deadline)
         pixels, decode_seconds = await admission.loaded.decoder(image, deadline)
         ticket = engine.submit(
             pixels,
@@ -134,7 +138,7 @@ async def answered(
             context.arrived,
             deadline,
             bends=admission.parameters.bends,
-            late=is_late(context.behind, admission.promised - context.arrived),
+            late_at=context.began if admission.late else -math.inf,
             on_exit=on_exit,
             request_id=context.request_id,
         )

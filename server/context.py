@@ -20,7 +20,9 @@ class Context:
     arrived: float
     """When its first byte came, on the engine's clock."""
     behind: float = 0.0
-    """Seconds that the event loop took to begin it."""
+    """Seconds that the event loop took to begin it…"""
+    began: float = 0.0
+    """…which was then."""
     route: str | None = None
     """Where images are answered; None for any other path."""
     status: int = CLIENT_CLOSED

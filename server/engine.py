@@ -28,7 +28,7 @@ from server.metrics import EngineMetrics
 from server.overload import OverloadController
 from server.promise import Loop, Promise
 from server.runner import StageOutput, StageRunner
-from server.scheduler import Scheduler
+from server.scheduler import LEFT_SECONDS, Scheduler
 from server.threads import name_thread
 from server.tickets import Answer, Outbox, Seen, Ticket
 
@@ -152,9 +152,9 @@ class Engine:
 
     @property
     def turning(self) -> bool:
-        """Like `alive`, but cheap enough to ask for each request, however many workers there are.
+        """Whether every worker turns that did not end in order, and the device still computes.
 
-        One that has ended is seen by its beat alone, as late as one that is stuck.
+        One that died is seen by its beat alone, as late as one that is stuck.
         """
         return not self.broken and self._clock() - min(self._beats) < STUCK_BEATS * BEAT_SECONDS
 
@@ -181,7 +181,7 @@ class Engine:
         arrived: float,
         deadline: float = math.inf,
         bends: bool = True,
-        late: bool = False,
+        late_at: float = -math.inf,
         on_exit: Callable[[Seen], None] | None = None,
         loop: Loop | None = None,
         request_id: str = "",
@@ -194,7 +194,7 @@ class Engine:
             arrived: when the request's first byte came, on the engine's clock.
             deadline: when the answer must be ready, on the engine's clock.
             bends: whether overload may make the answer shallower than the rule asks.
-            late: whether the client's loop took long to begin its request.
+            late_at: when the client's loop began its request, if that took long.
             on_exit: called in the client's loop for every exit passed.
             loop: the client's; by default the running one.
             request_id: what the log says if the run fails.
@@ -207,7 +207,7 @@ class Engine:
         """
         loop = loop or asyncio.get_running_loop()
         ticket = Ticket(loop, self._promise(loop), on_exit, self._clock(), pixels, request_id)
-        job = Job(rule, arrived, deadline, bends, late, payload=ticket)
+        job = Job(rule, arrived, deadline, bends, late_at, payload=ticket)
         ticket.job = job
         self.call(lambda: self._admit(job))
         return ticket
@@ -244,14 +244,20 @@ class Engine:
                 busy = False
         self._take_messages(number)  # jobs sent too late are told so
         self._inbox.put(None)  # for the next worker
+        self._beats[number] = math.inf
         self._metrics.ends_here()
 
     def _sleep(self, worker: int, leaving_jobs: bool) -> None:
-        """Wait for the end, or to be wanted again; no message wakes it, since each would."""
+        """Wait for the end, or to be wanted again; no message wakes it, since each would.
+
+        A rest may be over while every other worker is in a batch, so it looks itself.
+        """
         self._beats[worker] = self._clock()
         if leaving_jobs:
             self.call(_wake)  # another worker, which may wait for a message
-        self._all_wanted.wait(BEAT_SECONDS)
+        if not self._all_wanted.wait(LEFT_SECONDS):
+            with self._lock:
+                self.scheduler.count_workers(self._clock())
 
     def step(self, wait: bool, worker: int = 0) -> bool:
         """Take the messages that are there, then run at most one batch.

@@ -32,8 +32,8 @@ class Job:
     """When its answer must be ready, on the same clock."""
     bends: bool = True
     """Whether overload may answer it from a shallower exit than its rule would."""
-    late: bool = False
-    """Whether the event loop took long to begin its request."""
+    late_at: float = -math.inf
+    """When the event loop began its request, if that took long."""
     payload: Any = None
     """The engine's own; never looked at here."""
     stage: int = 1

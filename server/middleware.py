@@ -71,7 +71,7 @@ class Surroundings:
             await self._gate()
         now = time.perf_counter()
         behind = seconds_behind(scope, now)
-        context = Context(_request_id(scope), arrival(scope, now), behind, route)
+        context = Context(_request_id(scope), arrival(scope, now), behind, now, route)
         scope.setdefault("state", {})["context"] = context
         if self._tracer and route:
             context.trace = self._tracer.request(

@@ -111,8 +111,7 @@ class Scheduler:
         job.state = JobState.DONE
         self._live_until = now
         self._probe_at = min(self._probe_at, now + PROBE_SECONDS)
-        if job.late:
-            self._left_until = now + LEFT_SECONDS
+        self._left_until = max(self._left_until, job.late_at + LEFT_SECONDS)
         if now + self.costs.seconds(1, 1, alone=True) > job.deadline:
             if not self._may_probe(job, now):
                 raise TooLate  # which is no load: it takes nothing
@@ -180,12 +179,12 @@ class Scheduler:
         """Choose what a free worker does now, and take those jobs off their queues."""
         if not self._queues[1]:
             self._refusing = NO_DEADLINES  # it held only while images waited ahead
-        self.workers = self._workers_worth_their_core(now)
+        self.count_workers(now)
         self.backlog_seconds = self.predicted_wait(now)
         lone = self._only(1)
         # An image beside which there is no other waits for nobody, however long it computes.
-        wait = 0.0 if lone else self.backlog_seconds
-        self.controller.update(wait, now, sum(self.queued()) / self._places)
+        wait, taken = (0.0, 0) if lone else (self.backlog_seconds, sum(self.queued()))
+        self.controller.update(wait, now, taken / self._places)
         overdue = self._take_overdue(now, lone)
         if overdue and self._only(0) and (saved := self._saved_by_a_team(overdue, now)):
             overdue.remove(saved)
@@ -288,6 +287,10 @@ class Scheduler:
     def calls_for_another_worker(self) -> bool:
         """Whether jobs wait while a worker has nothing to do."""
         return len(self._ends) < self.workers and any(self._queues.values())
+
+    def count_workers(self, now: float) -> None:
+        """See how many workers there should be now."""
+        self.workers = self._workers_worth_their_core(now)
 
     def predicted_wait(self, now: float) -> float:
         """Seconds until everything in the queues is expected to have been answered."""

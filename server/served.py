@@ -255,8 +255,7 @@ class Served:
         if self.unloaded:
             raise NotReady("no bundle is loaded")
         engine = self.loaded.engine
-        if not engine.turning:
-            raise NotReady(STUCK)
+        self.waiting.check(engine)
         return engine
 
     @property

@@ -16,8 +16,20 @@ class Waiting:
 
     def __init__(self) -> None:
         self._engines: dict[Ticket, Engine] = {}
-        self._suspected: set[Engine] = set()
-        """Those that were not alive when they were last looked at."""
+        self._still: set[Engine] = set()
+        """Those that did not turn when they were last looked at…"""
+        self._stuck: set[Engine] = set()
+        """…and those that did not when looked at before, either: where the whole process stood
+        still no worker had a chance to."""
+
+    def check(self, engine: Engine) -> None:
+        """Let nobody wait for an engine that is stuck.
+
+        Raises:
+            NotReady: it is.
+        """
+        if engine in self._stuck and not engine.turning:
+            raise NotReady(STUCK)
 
     async def answer(self, ticket: Ticket, engine: Engine) -> Answer:
         """Wait for an answer; who gives up frees the job's place.
@@ -42,13 +54,11 @@ class Waiting:
             self.look()
 
     def look(self) -> None:
-        """Have those give up who wait for an engine that is stuck, now and when last looked at.
-
-        Twice, since where the whole process stood still no worker had a chance to turn.
-        """
-        dead = {engine for engine in set(self._engines.values()) if not engine.alive}
-        stuck, self._suspected = dead & self._suspected, dead
+        """Find the engines that are stuck, and have those give up who wait for one."""
+        looked_at = self._still.union(self._engines.values())
+        still = {engine for engine in looked_at if not engine.turning}
+        self._stuck, self._still = still & self._still, still
         loop = asyncio.get_running_loop()
         for ticket, engine in self._engines.items():
-            if engine in stuck:  # a promise is kept by the loop, never by a task
+            if engine in self._stuck:  # a promise is kept by the loop, never by a task
                 loop.call_soon(ticket.settle, NotReady(STUCK))

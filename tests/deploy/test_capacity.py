@@ -71,6 +71,15 @@ def test_a_second_worker_takes_as_much_again():
     assert 1.7 < two / one < 2.2
 
 
+@pytest.mark.slow
+def test_the_last_of_the_recorded_workers_keeps_its_core_where_there_is_one_more():
+    recorded = said(SURE)
+    more = {"workers": 2, "most_workers": 2, "http_seconds": 1.0}
+    recorded["rows"][0]["engine"] = recorded["rows"][0]["engine"] | more
+    two, three = (found(recorded, Imagined(cores=c)) for c in (2, 3))
+    assert 1.7 < three / two < 2.2
+
+
 def test_workers_without_a_core_each_are_refused(tmp_path, capsys):
     file = tmp_path / "sweep.json"
     file.write_text(json.dumps(said(SURE)))

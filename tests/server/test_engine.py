@@ -20,7 +20,7 @@ from server.metrics import EngineMetrics, Metrics
 from server.overload import Level, OverloadController
 from server.rows import Row
 from server.runner import StageOutput
-from server.scheduler import MAX_AUDITS, QUIET_SECONDS, Scheduler
+from server.scheduler import LEFT_SECONDS, MAX_AUDITS, QUIET_SECONDS, Scheduler
 from tests.conftest import until
 from tests.examples import examples
 
@@ -762,3 +762,25 @@ def test_a_worker_sleeps_only_until_all_are_wanted():
     world.submit(0.95)
     world.engine.step(wait=False)
     assert world.engine._all_wanted.is_set()
+
+
+def test_a_worker_that_rests_sees_for_itself_when_that_is_over():
+    """The other one may be in a long batch."""
+    world = World(workers=2, http_seconds=1e-9)
+    world.submit(0.95, late_at=world.now)
+    world.engine.step(wait=False)
+    assert world.engine.scheduler.workers == 1
+    world.engine._sleep(1, leaving_jobs=False)
+    assert world.engine.scheduler.workers == 1
+    world.now += LEFT_SECONDS
+    world.engine._sleep(1, leaving_jobs=False)
+    assert world.engine.scheduler.workers == 2
+
+
+def test_workers_that_ended_in_order_are_not_stuck():
+    """While the engine ends, another one may still compute, whom clients wait for."""
+    world = World(workers=2)
+    world.engine.start()
+    world.engine.stop()
+    world.now += 2 * STUCK_BEATS * BEAT_SECONDS
+    assert world.engine.turning

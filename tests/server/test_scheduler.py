@@ -602,15 +602,21 @@ def test_the_last_worker_leaves_its_core_to_http_where_images_are_quick(http_sec
 
 
 @pytest.mark.parametrize(
-    ("http_seconds", "late", "at_work"), [(1e-4, True, 1), (1e-4, False, 2), (0.0, True, 2)]
+    ("http_seconds", "late_at", "at_work"),
+    [(1e-4, 0.02, 1), (1e-4, -math.inf, 2), (0.0, 0.02, 2)],
 )
-def test_the_last_worker_leaves_its_core_to_an_event_loop_that_is_late(http_seconds, late, at_work):
+def test_the_last_worker_leaves_its_core_to_an_event_loop_that_is_late(
+    http_seconds, late_at, at_work
+):
     template = make_scheduler()
     scheduler = Scheduler(template.costs, template.controller, 8, 2, http_seconds)
-    scheduler.admit(Job(RULE, 0.0, late=late), 0.02)
+    scheduler.admit(Job(RULE, 0.0, late_at=late_at), 0.02)
     scheduler.next_step(0.02)
     assert scheduler.workers == at_work
-    scheduler.next_step(0.02 + LEFT_SECONDS)
+    scheduler.count_workers(0.03 + LEFT_SECONDS)
+    assert scheduler.workers == 2
+    scheduler.admit(Job(RULE, 0.0, late_at=late_at), 2.0)  # it waited for a place since
+    scheduler.next_step(2.0)
     assert scheduler.workers == 2
 
 
@@ -628,10 +634,12 @@ def test_a_worker_that_is_no_longer_wanted_is_waited_for():
         scheduler.admit(job(deadline=0.9 * ends), 0.0)
 
 
-@pytest.mark.parametrize(("waiting", "bent"), [(6, False), (9, True)])
-def test_answers_bend_before_the_last_place_is_taken(waiting, bent):
+@pytest.mark.parametrize(
+    ("waiting", "places", "bent"), [(6, 10, False), (9, 10, True), (1, 1, False)]
+)
+def test_answers_bend_before_the_last_place_is_taken(waiting, places, bent):
     template = make_scheduler(deadline=60.0)
-    scheduler = Scheduler(template.costs, template.controller, 8, places=10)
+    scheduler = Scheduler(template.costs, template.controller, 8, places=places)
     for _ in range(waiting):
         scheduler.admit(job(), 0.0)
     scheduler.next_step(0.0)

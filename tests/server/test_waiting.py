@@ -354,13 +354,13 @@ def test_a_stuck_engine_answers_503_until_it_turns_again(one, png):
     with stuck(one, png) as first:
         assert one.client.get("/readyz").text == one.client.get("/livez").text == f"{STUCK}\n"
         assert one.metric("ready") == 0
-        with pytest.raises(NotReady, match="stuck"):  # before anything is done for a request
-            _ = one.served.engine
         for _ in range(2):
             one._loop.call_soon_threadsafe(one.served.waiting.look)
         for response in (first.result(), one.post(png)):
             check_error(response, 503, "not_ready")
             assert response.json()["error"] == STUCK
+        with pytest.raises(NotReady, match="stuck"):  # before anything is done for a request
+            _ = one.served.engine
         queued(one, 0)
     until(lambda: one.metric("ready"))
     assert one.post(png).status_code == 200
@@ -374,10 +374,10 @@ def test_a_server_looks_whether_its_engine_is_stuck(one, png):
 
 
 class FakeEngine:
-    """Alive or not, and told of those who gave up."""
+    """Turns or not, and is told of those who gave up."""
 
     def __init__(self):
-        self.alive = True
+        self.turning = True
         self.cancelled = []
 
     def cancel(self, ticket):
@@ -397,7 +397,7 @@ def test_an_engine_is_given_up_only_if_it_is_stuck_whenever_it_is_looked_at():
             for one in zip(tickets, engines, strict=True)
         ]
         await asyncio.sleep(0)
-        for engine.alive in (False, True, False):
+        for engine.turning in (False, True, False):
             waiting.look()
             await asyncio.sleep(0)
         assert not any(task.done() for task in tasks)
@@ -407,6 +407,12 @@ def test_an_engine_is_given_up_only_if_it_is_stuck_whenever_it_is_looked_at():
                 await task
         assert engine.cancelled == tickets[:2]
         waiting.look()
+        waiting.check(well)
+        with pytest.raises(NotReady, match="stuck"):
+            waiting.check(engine)  # though nobody waits for it any more
+        engine.turning = True
+        waiting.look()
+        waiting.check(engine)
         assert not tasks[2].done()
         tasks[2].cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -14,8 +14,8 @@ from server.scheduler import PATIENT_SECONDS
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Waiting:
-    """An image without a place; who waits less than another goes first."""
+class Queued:
+    """An image without a place; the least comes first."""
 
     urgency: float
     number: int
@@ -41,7 +41,7 @@ class Crowd:
         self._clock = clock
         self._inside: list[float] = []
         """Deadlines of those that have places, in order."""
-        self._waiting: list[Waiting] = []
+        self._waiting: list[Queued] = []
         self._numbers = count()
 
     @asynccontextmanager
@@ -65,7 +65,7 @@ class Crowd:
         """Wait for a place, which is held from the moment it is given."""
         turn = asyncio.get_running_loop().create_future()
         urgency = min(deadline, self._clock() + PATIENT_SECONDS)
-        one = Waiting(urgency, next(self._numbers), deadline, turn)
+        one = Queued(urgency, next(self._numbers), deadline, turn)
         insort(self._waiting, one)
         try:
             await turn
@@ -76,7 +76,7 @@ class Crowd:
                 self._forget(one)
             raise
 
-    def _forget(self, one: Waiting) -> None:
+    def _forget(self, one: Queued) -> None:
         """It was cancelled, and may have been passed over since."""
         place = bisect_left(self._waiting, one)
         if self._waiting[place : place + 1] == [one]:

@@ -241,7 +241,7 @@ class Engine:
                 busy = self.step(wait=not busy, worker=number)
             else:
                 self._sleep(number, leaving_jobs=busy)
-                busy = False
+                busy = number < self.scheduler.workers  # for what others left while it slept
         self._take_messages(number)  # jobs sent too late are told so
         self._inbox.put(None)  # for the next worker
         self._beats[number] = math.inf

@@ -777,6 +777,28 @@ def test_a_worker_that_rests_sees_for_itself_when_that_is_over():
     assert world.engine.scheduler.workers == 2
 
 
+def test_a_worker_that_rested_runs_what_others_left():
+    world, hangs, goes_on = World(workers=2, http_seconds=1e-9), *(threading.Event() for _ in "ab")
+
+    def hang_once():
+        if not hangs.is_set():
+            hangs.set()
+            assert goes_on.wait(20)
+
+    world.submit(0.9, late_at=world.now)
+    world.engine.step(wait=False)  # so that the second one sleeps from the start
+    world.runner.meanwhile = hang_once
+    tickets = [world.submit(0.9, late_at=world.now) for _ in range(5)]
+    world.engine.start()
+    assert hangs.wait(10)
+    assert world.engine.scheduler.workers == 1
+    world.now += LEFT_SECONDS
+    until(lambda: tickets[4].promise.results)  # the first four hang
+    assert not tickets[0].promise.results
+    goes_on.set()
+    world.engine.stop()
+
+
 def test_workers_that_ended_in_order_are_not_stuck():
     """While the engine ends, another one may still compute, whom clients wait for."""
     world = World(workers=2)

@@ -41,5 +41,5 @@ def test_a_machine_without_a_compiler_is_one_sentence(folder, tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: the network cannot be compiled (InvalidCxxCompiler: ")
+    assert last.startswith("error: the network cannot be compiled (No working C++ compiler ")
     assert last.endswith("; leave --compile out")

@@ -126,7 +126,8 @@ def _draw_lines(
     axes: Axes, kind: Kind, series: Sequence[Series], times: np.ndarray, factor: float
 ) -> None:
     if kind in (Kind.STACK, Kind.SHARES) and series:
-        values = factor * np.nan_to_num([s.values for s in series])
+        # Where a scrape saw the sum of an observation but not its count, a mean is infinite.
+        values = factor * np.nan_to_num([s.values for s in series], posinf=0.0, neginf=0.0)
         if kind is Kind.SHARES:
             values = factor * values / np.maximum(values.sum(axis=0), 1e-12)
         axes.stackplot(times, values, labels=[s.name for s in series], alpha=0.7)

@@ -12,12 +12,14 @@ import httpx
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from prometheus import RULES, free_port, program, scraping, wait_until
 
 from deploy.grafana import plot
 from deploy.grafana.__main__ import DASHBOARDS, FOLDER
 from deploy.grafana.dashboard import RUNBOOKS, render
+from deploy.grafana.panels import Kind
 from deploy.objectives import AUDIT_AGREEMENT, AVAILABILITY, LATENCY_SECONDS, LATENCY_SHARE
 from server.metrics import SECONDS_BUCKETS
 from tests.conftest import ROOT
@@ -290,6 +292,14 @@ def test_a_firing_alert_links_to_its_runbook(prometheus):
     for alert in prometheus.get("alerts")["alerts"]:
         page = httpx.get(alert["annotations"]["runbook_url"].replace("localhost", "127.0.0.1"))
         assert page.text.startswith(f"# {alert['labels']['alertname']}")
+
+
+def test_a_mean_of_nothing_is_drawn_as_nothing():
+    """As where a scrape saw the sum of an observation but not its count."""
+    axes = Figure().add_subplot()
+    series = [plot.Series("decode", {}, np.array([np.inf, np.nan, 2.0]))]
+    plot._draw_lines(axes, Kind.STACK, series, np.arange(3.0), 1000)
+    assert axes.collections[0].get_paths()[0].vertices[:, 1].max() == 2000
 
 
 @pytest.mark.slow

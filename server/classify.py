@@ -36,8 +36,8 @@ class Admission:
     """When its client wants the answer, on the engine's clock."""
     deadline: float
     """When the engine must have given it."""
-    late: bool
-    """Whether the event loop took long to begin its request."""
+    late_at: float
+    """When the event loop began its request, if that took long."""
 
 
 def admit(
@@ -58,8 +58,8 @@ def admit(
     allowed = parameters.allowed_seconds(served.settings.default_deadline_ms)
     promised = context.arrived + allowed
     deadline = promised - max(reserve_seconds(allowed), context.behind)
-    late = is_late(context.behind, allowed)
-    return Admission(parameters, rule, loaded, engine, promised, deadline, late)
+    late_at = context.began if is_late(context.behind, allowed) else -math.inf
+    return Admission(parameters, rule, loaded, engine, promised, deadline, late_at)
 
 
 def rule_for(parameters: Parameters, loaded: Loaded) -> Rule:
@@ -138,7 +138,7 @@ async def answered(
             context.arrived,
             deadline,
             bends=admission.parameters.bends,
-            late_at=context.began if admission.late else -math.inf,
+            late_at=admission.late_at,
             on_exit=on_exit,
             request_id=context.request_id,
         )

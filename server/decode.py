@@ -61,7 +61,7 @@ class Decoder:
         self._pool = pool
         self._seconds = metrics.phase_seconds.labels("decode")
         self._rejected = metrics.rejected_images
-        self._missed = metrics.deadlines.labels("missed")
+        self._missed = metrics.missed_deadlines
 
     async def __call__(
         self, data: bytes | np.ndarray, deadline: float = math.inf

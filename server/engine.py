@@ -156,7 +156,7 @@ class Engine:
 
         One that died is seen by its beat alone, as late as one that is stuck.
         """
-        return not self.broken and self._clock() - min(self._beats) < STUCK_BEATS * BEAT_SECONDS
+        return not self.broken and all(map(self._turns, range(len(self._workers))))
 
     def _turns(self, worker: int) -> bool:
         return self._clock() - self._beats[worker] < STUCK_BEATS * BEAT_SECONDS

@@ -224,7 +224,7 @@ async def post_infer(request: Request, served: Named_, context: Context_) -> Res
     usual = admit(Parameters(), served, context)  # say no before the body is read
     # It may name another deadline, and is kept to that once it is there.
     latest = max(usual.deadline, context.arrived + LONGEST_DEADLINE_MS / 1e3)
-    body = await uploads.read_whole(request, latest, served.missed_deadlines)
+    body = await uploads.read_whole(request, latest, served.metrics)
     asked, raw = tensors.read_request(body, request.headers.get(tensors.HEADER_LENGTH))
     admission = admit(_parameters(asked), served, context, usual)
     wanted = _wanted(asked)

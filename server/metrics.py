@@ -233,7 +233,8 @@ class Metrics:
             self.rejected_images.labels(kind.code)
         for code in SERVER_FAULTS:
             self.failed_images.labels(code)
-        self._met, self._missed = map(self.deadlines.labels, ("met", "missed"))
+        self._met_deadlines = self.deadlines.labels("met")
+        self.missed_deadlines = self.deadlines.labels("missed")
 
     def describe(self, exits: int, info: Mapping[str, str]) -> None:
         """Tell of a bundle from now on, with every series of its exits present.
@@ -284,7 +285,7 @@ class Metrics:
 
     def answered_by(self, deadline: float, now: float) -> None:
         """An image that its client wants an answer to by a deadline has it now."""
-        (self._met if now <= deadline else self._missed).inc()
+        (self._met_deadlines if now <= deadline else self.missed_deadlines).inc()
 
     def failed(self, code: object, images: int = 1) -> None:
         """So many images failed with this code; a no-op where that was their client's fault."""
@@ -360,7 +361,7 @@ class EngineMetrics:
         self._spent = metrics.macs.labels(model, "spent")
         self._full = metrics.macs.labels(model, "full")
         self._queue = metrics.phase_seconds.labels("queue")
-        self._missed = metrics.deadlines.labels("missed")
+        self._missed = metrics.missed_deadlines
         self._confidence = [metrics.confidence.labels(model, str(k)) for k in exits]
         self._answer_seconds = [metrics.answer_seconds.labels(model, str(k)) for k in exits]
         self._stage_seconds = [metrics.stage_seconds.labels(model, str(k)) for k in exits]

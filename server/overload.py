@@ -3,12 +3,12 @@
 It moves along a ladder of operating points, from the one in force in peace to the most lossy one
 allowed. Up at once, as far as the predicted wait asks, as a share of the time that requests usually
 allow, or the places taken, as a share of all; but no further than the load asks while all that
-waits can still be answered. Down a level at
-a time, and only to a level that bears the load: the present rate of arrivals times the work that an
-answer took when that level was last in force must leave the device some rest. The wait alone cannot
-tell, since a shallower level makes it short while the load is as large as before. At the end of a
-burst the rate falls at once, and full depth is back within a second. What is known of a level
-fades, so that under a load that stays each is tried again now and then.
+waits can still be answered. Down a level at a time, and only to a level that bears the load: the
+present rate of arrivals times the work that an answer took when that level was last in force must
+leave the device some rest. The wait alone cannot tell, since a shallower level makes it short while
+the load is as large as before. At the end of a burst the rate falls at once, and full depth is back
+within a second. What is known of a level fades, so that under a load that stays each is tried again
+now and then.
 """
 
 from __future__ import annotations

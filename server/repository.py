@@ -101,7 +101,7 @@ async def post_unload(model: Name_, request: Request, served: Served_) -> Respon
 
 
 async def _read(request: Request, served: Served, known: Container[str] = ()) -> Asked:
-    body = await uploads.read_whole(request, math.inf, served.missed_deadlines)
+    body = await uploads.read_whole(request, math.inf, served.metrics)
     sent = parsed(Asked, body or b"{}")
     for name in sent.parameters:
         if name not in known:

@@ -79,9 +79,7 @@ async def post_classify(
     Over HTTP/1.0 all events come together.
     """
     admission = admit(parameters, served, context)  # say no before the body is read
-    data = await uploads.read_image(
-        request, admission.deadline, served.missed_deadlines, served.metrics.rejected_images
-    )
+    data = await uploads.read_image(request, admission.deadline, served.metrics)
     with ending_with_client(request.scope):
         if wants_events(",".join(request.headers.getlist("accept"))):
             events = answer_events(data, admission, served, context)
@@ -128,8 +126,7 @@ async def post_batch(
         request,
         MAX_BATCH_IMAGES,
         admission.deadline,
-        served.missed_deadlines,
-        served.metrics.rejected_images,
+        served.metrics,
     )
 
     async def result_of(data: bytes) -> dict[str, Any]:

@@ -72,7 +72,6 @@ class Served:
         """Whether no bundle answers, until one is loaded."""
         self._changing = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
-        self.missed_deadlines = self.metrics.deadlines.labels("missed")
         self.encode_seconds = self.metrics.phase_seconds.labels("encode")
         self.metrics.max_queue.set(settings.max_queue)
         self.in_flight = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator
 
-from prometheus_client import Counter
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -14,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from server.arrival import BODY
 from server.deadline import in_time
 from server.errors import BadMultipart, NoImage
+from server.metrics import Metrics
 
 MAX_FIELDS = 16
 BOUNDARY = re.compile(r'[^"\\]+')
@@ -65,16 +65,13 @@ class InMemoryParser(MultiPartParser):
             raise MultiPartException("it ends before its closing boundary")
 
 
-async def read_image(
-    request: Request, deadline: float, missed: Counter, rejected: Counter
-) -> bytes:
+async def read_image(request: Request, deadline: float, metrics: Metrics) -> bytes:
     """The one image of a request.
 
     Args:
         request: whose body nobody has read.
         deadline: on `time.perf_counter`; a body takes memory while it comes.
-        missed: counts deadlines that were.
-        rejected: counts images that could not be used, by code.
+        metrics: count deadlines that were missed, and images that could not be used.
 
     Raises:
         BadMultipart: malformed, or more than one part `file`.
@@ -83,12 +80,13 @@ async def read_image(
         ClientDisconnect: nobody waits any more.
     """
     if _is_multipart(request):
-        (image,) = await in_time(_read_parts(request, "file", 1, rejected), deadline, missed)
+        reading = _read_parts(request, "file", 1, metrics)
+        (image,) = await in_time(reading, deadline, metrics.missed_deadlines)
         return image
-    return await read_whole(request, deadline, missed)
+    return await read_whole(request, deadline, metrics)
 
 
-async def read_whole(request: Request, deadline: float, missed: Counter) -> bytes:
+async def read_whole(request: Request, deadline: float, metrics: Metrics) -> bytes:
     """A request's body as it is. Arguments as for `read_image`.
 
     Raises:
@@ -98,11 +96,13 @@ async def read_whole(request: Request, deadline: float, missed: Counter) -> byte
     begun, whole = b"", False
     if BODY in request.scope:  # a small one is there at once, and a timer would take longer
         begun, whole = await _read_more(request)
-    return begun if whole else await in_time(_read_rest(request, begun), deadline, missed)
+    if whole:
+        return begun
+    return await in_time(_read_rest(request, begun), deadline, metrics.missed_deadlines)
 
 
 async def read_images(
-    request: Request, most: int, deadline: float, missed: Counter, rejected: Counter
+    request: Request, most: int, deadline: float, metrics: Metrics
 ) -> list[bytes]:
     """All images of a multipart request with parts `files`.
 
@@ -110,8 +110,7 @@ async def read_images(
         request: whose body nobody has read.
         most: images that it may hold.
         deadline: on `time.perf_counter`; a body takes memory while it comes.
-        missed: counts deadlines that were.
-        rejected: counts images that could not be used, by code.
+        metrics: count deadlines that were missed, and images that could not be used.
 
     Raises:
         BadMultipart: not multipart, malformed, or more than `most` files.
@@ -121,7 +120,8 @@ async def read_images(
     """
     if not _is_multipart(request):
         raise BadMultipart("send multipart/form-data with one part `files` for each image")
-    return await in_time(_read_parts(request, "files", most, rejected), deadline, missed)
+    reading = _read_parts(request, "files", most, metrics)
+    return await in_time(reading, deadline, metrics.missed_deadlines)
 
 
 async def _read_rest(request: Request, begun: bytes) -> bytes:
@@ -144,7 +144,7 @@ def _is_multipart(request: Request) -> bool:
     return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
-async def _read_parts(request: Request, name: str, most: int, rejected: Counter) -> list[bytes]:
+async def _read_parts(request: Request, name: str, most: int, metrics: Metrics) -> list[bytes]:
     parser = InMemoryParser(_boundary(request.headers), request.stream(), name, most)
     try:
         form = await parser.parse()
@@ -153,7 +153,7 @@ async def _read_parts(request: Request, name: str, most: int, rejected: Counter)
     try:
         files = [part for part in form.getlist(name) if isinstance(part, UploadFile)]
         if not files:
-            rejected.labels(NoImage.code).inc()
+            metrics.rejected_images.labels(NoImage.code).inc()
             raise NoImage(f"no file part named `{name}`")
         return [await file.read() for file in files]
     finally:
